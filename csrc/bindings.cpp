@@ -1,0 +1,37 @@
+// What Python asks of the extension that is not a tensor operator: layouts and build information.
+// Importing this module also registers the operators (schemas.cpp and the kernels beside it).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "build_info.h"
+#include "structures/spec.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of singd_ext.";
+  m.def("canonical_spec", &singd::canonical_spec, py::arg("spec"));
+  m.def(
+      "storage_size",
+      [](const std::string& spec, int64_t dim) {
+        return singd::storage_size(singd::make_layout(spec, dim));
+      },
+      py::arg("spec"), py::arg("dim"));
+  m.def(
+      "storage_sections",
+      [](const std::string& spec, int64_t dim) {
+        py::list sections;
+        for (const auto& part : singd::storage_sections(singd::make_layout(spec, dim))) {
+          sections.append(py::make_tuple(part.name, part.offset, py::tuple(py::cast(part.shape))));
+        }
+        return sections;
+      },
+      py::arg("spec"), py::arg("dim"));
+  m.def(
+      "diagonal_slots",
+      [](const std::string& spec, int64_t dim) {
+        return singd::diagonal_slots(singd::make_layout(spec, dim));
+      },
+      py::arg("spec"), py::arg("dim"));
+  m.def("build_info", &singd::build_info);
+}

@@ -1,0 +1,34 @@
+#include "build_info.h"
+
+// setup.py passes the version of the torch that the library was compiled against.
+#ifndef SINGD_TORCH_VERSION
+#error "SINGD_TORCH_VERSION is not defined: build with setup.py"
+#endif
+
+#define SINGD_STRING_(x) #x
+#define SINGD_STRING(x) SINGD_STRING_(x)
+
+namespace singd {
+namespace {
+
+// singd_ext/_load.py finds this text in a library that does not load.
+constexpr const char* kBuiltWith = "singd_ext built with torch " SINGD_STRING(SINGD_TORCH_VERSION);
+
+}  // namespace
+
+std::map<std::string, std::string> build_info() {
+  return {
+      {"torch", kBuiltWith + sizeof("singd_ext built with torch ") - 1},
+#if defined(__clang__)
+      {"compiler", "clang " __clang_version__},
+#elif defined(__GNUC__)
+      {"compiler", "gcc " __VERSION__},
+#elif defined(_MSC_VER)
+      {"compiler", "msvc " SINGD_STRING(_MSC_VER)},
+#endif
+      {"c++", std::to_string(__cplusplus)},
+      {"devices", "cpu"},
+  };
+}
+
+}  // namespace singd

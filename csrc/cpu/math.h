@@ -1,0 +1,122 @@
+// What the families of csrc/structures take from ATen: matrix products, FFTs, threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/conj_physical.h>
+#include <ATen/ops/fft_irfft.h>
+#include <ATen/ops/fft_rfft.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+
+#include <algorithm>
+
+#include "../structures/layout.h"
+#include "../structures/matrix_view.h"
+
+namespace singd::cpu {
+
+template <class T>
+constexpr at::ScalarType scalar_type() {
+  return std::is_same_v<std::remove_const_t<T>, double> ? at::kDouble : at::kFloat;
+}
+
+// The type in which tensors of this dtype are computed with.
+inline at::ScalarType compute_type(at::ScalarType dtype) {
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// Calls f(float{}) or f(double{}) for a type from compute_type.
+template <class Function>
+decltype(auto) dispatch_compute(at::ScalarType dtype, Function&& f) {
+  return dtype == at::kDouble ? f(double{}) : f(float{});
+}
+
+struct AtenMath {
+  // Dimension up to which Toeplitz products go through a dense d x d copy instead of the FFT.
+  static constexpr int64_t kDirectToeplitz = 64;
+  // Elements of elementwise work below which a further thread costs more than it saves.
+  static constexpr int64_t kGrain = 32768;
+
+  // C = A B, m x k times k x n, for a batch of equal matrices.
+  template <class A, class B, class T>
+  static void multiply(int64_t m, int64_t n, int64_t k, MatrixView<A> a, MatrixView<B> b,
+                       MatrixView<T> c, int64_t batch = 1) {
+    at::Tensor out = tensor(c, m, n, batch);
+    batch == 1 ? at::mm_out(out, tensor(a, m, k, batch), tensor(b, k, n, batch))
+               : at::bmm_out(out, tensor(a, m, k, batch), tensor(b, k, n, batch));
+  }
+
+  // C += A B.
+  template <class A, class B, class T>
+  static void multiply_add(int64_t m, int64_t n, int64_t k, MatrixView<A> a, MatrixView<B> b,
+                           MatrixView<T> c, int64_t batch = 1) {
+    at::Tensor out = tensor(c, m, n, batch);
+    batch == 1 ? out.addmm_(tensor(a, m, k, batch), tensor(b, k, n, batch))
+               : out.baddbmm_(tensor(a, m, k, batch), tensor(b, k, n, batch));
+  }
+
+  // f(begin, end) over [0, count) in threads; `cost` is the work of one item in elements.
+  template <class Function>
+  static void parallel_for(int64_t count, int64_t cost, Function f) {
+    at::parallel_for(0, count, std::max<int64_t>(1, kGrain / (cost + 1)), f);
+  }
+
+  // y[j] = sum_i a[j - i] x[i] along the structured dimension (causal), or sum_i a[i - j] x[i].
+  // Left: x and y are d x other. Right: they are other x d.
+  template <class T>
+  static void convolve(const T* a, int64_t d, Side side, bool causal, const T* x, T* y,
+                       int64_t other) {
+    const bool left = side == Side::kLeft;
+    const int64_t rows = left ? d : other, columns = left ? other : d, dim = left ? 0 : 1;
+    const int64_t n = fft_length(d);
+    at::Tensor kernel = at::fft_rfft(tensor(MatrixView<const T>{a, d}, 1, d, 1), n, 1);
+    if (!causal) kernel = at::conj_physical(kernel);
+    const at::Tensor spectrum =
+        at::fft_rfft(tensor(MatrixView<const T>{x, columns}, rows, columns, 1), n, dim);
+    const at::Tensor product = at::mul(spectrum, left ? kernel.t() : kernel);
+    tensor(MatrixView<T>{y, columns}, rows, columns, 1)
+        .copy_(at::fft_irfft(product, n, dim).narrow(dim, 0, d));
+  }
+
+  // out[l] += sum over the m rows of sum_i y[i] y[i + l].
+  template <class T>
+  static void add_autocorrelation(const T* y, int64_t m, int64_t d, T* out) {
+    const int64_t n = fft_length(d);
+    const at::Tensor spectrum = at::fft_rfft(tensor(MatrixView<const T>{y, d}, m, d, 1), n, 1);
+    const at::Tensor power = at::fft_irfft(at::mul(spectrum, spectrum.conj()).sum(0), n, 0);
+    tensor(MatrixView<T>{out, d}, 1, d, 1).add_(power.narrow(0, 0, d));
+  }
+
+  // out[l] = sum_t a[t] b[t + l].
+  static void correlate(const double* a, const double* b, int64_t d, double* out) {
+    convolve(a, d, Side::kRight, false, b, out, 1);
+  }
+
+ private:
+  // A length >= 2 d - 1 of small prime factors, so that circular products do not wrap around.
+  static int64_t fft_length(int64_t d) {
+    for (int64_t n = 2 * d - 1;; ++n) {
+      int64_t rest = n;
+      for (const int64_t prime : {2, 3, 5}) {
+        while (rest % prime == 0) rest /= prime;
+      }
+      if (rest == 1) return n;
+    }
+  }
+
+  template <class T>
+  static at::Tensor tensor(MatrixView<T> view, int64_t rows, int64_t columns, int64_t batch) {
+    auto* data = const_cast<std::remove_const_t<T>*>(view.data);
+    const auto options = at::TensorOptions().dtype(scalar_type<T>());
+    if (batch == 1) {
+      return at::from_blob(data, {rows, columns}, {view.row_stride, view.column_stride}, options);
+    }
+    return at::from_blob(data, {batch, rows, columns},
+                         {view.batch_stride, view.row_stride, view.column_stride}, options);
+  }
+};
+
+}  // namespace singd::cpu

@@ -1,0 +1,111 @@
+// project, project_gram, extract, to_dense: between dense matrices and structured storage.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/library.h>
+
+#include "../op_checks.h"
+#include "../structures/registry.h"
+#include "math.h"
+#include "rows.h"
+
+namespace singd::cpu {
+namespace {
+
+Layout checked_square(const char* op, const char* name, const at::Tensor& matrix,
+                      const std::string& structure) {
+  check_dtype(op, name, matrix);
+  check_ndim(op, name, matrix, 2);
+  TORCH_CHECK_VALUE(matrix.size(0) == matrix.size(1), "singd_ext::", op, ": ", name,
+                    " must be square, but has shape ", matrix.sizes());
+  return checked_layout(op, structure, matrix.size(0));
+}
+
+at::Tensor project(const at::Tensor& symmetric, const std::string& structure) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const Layout layout = checked_square("project", "symmetric", symmetric, structure);
+  const auto dtype = compute_type(symmetric.scalar_type());
+  const at::Tensor dense = symmetric.to(dtype).contiguous();
+  at::Tensor out = at::zeros({storage_size(layout)}, dense.options());
+  dispatch_compute(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    visit(layout, [&](const auto& family) {
+      family.project(dense.const_data_ptr<T>(), out.mutable_data_ptr<T>());
+    });
+  });
+  return out.to(symmetric.scalar_type());
+}
+
+at::Tensor project_gram(const at::Tensor& rows, const std::string& structure) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const char* op = "project_gram";
+  check_dtype(op, "rows", rows);
+  check_ndim(op, "rows", rows, 2);
+  const Layout layout = checked_layout(op, structure, rows.size(1));
+  const auto options = rows.options().dtype(compute_type(rows.scalar_type()));
+  at::Tensor statistic = at::zeros({storage_size(layout)}, options);
+  at::Tensor identity = at::zeros_like(statistic), out = at::zeros_like(statistic);
+  const Rows source(rows.unsqueeze(0), false, Shared::kExpand);
+  dispatch_compute(compute_type(rows.scalar_type()), [&](auto zero) {
+    using T = decltype(zero);
+    visit(layout, [&](const auto& family) {
+      source.for_each_chunk<T>(layout, [&](const T* chunk, int64_t m) {
+        family.template accumulate<AtenMath, T>(nullptr, chunk, m, statistic.mutable_data_ptr<T>());
+      });
+      T* eye = identity.mutable_data_ptr<T>();
+      family.add_to_diagonal(eye, T(1));
+      family.template conjugate<AtenMath, T>(eye, statistic.const_data_ptr<T>(),
+                                             out.mutable_data_ptr<T>());
+    });
+  });
+  return out;
+}
+
+at::Tensor extract(const at::Tensor& dense, const std::string& structure) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const Layout layout = checked_square("extract", "dense", dense, structure);
+  const auto dtype = compute_type(dense.scalar_type());
+  const at::Tensor source = dense.to(dtype).contiguous();
+  at::Tensor out = at::zeros({storage_size(layout)}, source.options());
+  dispatch_compute(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = source.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    visit(layout, [&](const auto& family) {
+      family.for_each_entry(
+          [&](int64_t slot, int64_t i, int64_t j, int) { to[slot] = from[i * layout.dim + j]; });
+    });
+  });
+  return out.to(dense.scalar_type());
+}
+
+at::Tensor to_dense(const at::Tensor& factor, int64_t dim, const std::string& structure) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const Layout layout = checked_layout("to_dense", structure, dim);
+  check_factor("to_dense", "factor", factor, structure, layout);
+  const auto dtype = compute_type(factor.scalar_type());
+  const at::Tensor source = factor.to(dtype);
+  at::Tensor out = at::zeros({dim, dim}, source.options());
+  dispatch_compute(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = source.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    visit(layout, [&](const auto& family) {
+      family.for_each_entry(
+          [&](int64_t slot, int64_t i, int64_t j, int) { to[i * dim + j] = from[slot]; });
+    });
+  });
+  return out.to(factor.scalar_type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(singd_ext, CPU, m) {
+  m.impl("project", project);
+  m.impl("project_gram", project_gram);
+  m.impl("extract", extract);
+  m.impl("to_dense", to_dense);
+}
+
+}  // namespace singd::cpu

@@ -1,0 +1,72 @@
+#include "op_checks.h"
+
+#include <stdexcept>
+
+#include "structures/spec.h"
+
+namespace singd {
+
+Layout checked_layout(const char* op, const std::string& structure, int64_t dim) {
+  try {
+    return make_layout(structure, dim);
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, "singd_ext::", op, ": ", error.what());
+  }
+}
+
+void check_dtype(const char* op, const char* name, const at::Tensor& tensor) {
+  const auto dtype = tensor.scalar_type();
+  TORCH_CHECK_TYPE(
+      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+      "singd_ext::", op, ": ", name, " has dtype ", dtype,
+      "; supported are float64, float32, bfloat16, float16");
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "singd_ext::", op, ": ", name,
+                   " is not a dense (strided) tensor");
+}
+
+void check_ndim(const char* op, const char* name, const at::Tensor& tensor, int64_t ndim) {
+  TORCH_CHECK_VALUE(tensor.dim() == ndim, "singd_ext::", op, ": ", name, " needs ", ndim,
+                    " dimensions, but has shape ", tensor.sizes());
+}
+
+void check_factor(const char* op, const char* name, const at::Tensor& factor,
+                  const std::string& structure, const Layout& layout) {
+  check_dtype(op, name, factor);
+  const int64_t size = storage_size(layout);
+  TORCH_CHECK_VALUE(factor.dim() == 1 && factor.numel() == size, "singd_ext::", op, ": ", name,
+                    " has shape ", factor.sizes(), ", but structure '", structure,
+                    "' of dimension ", layout.dim, " stores ", size, " numbers");
+  TORCH_CHECK_VALUE(factor.is_contiguous(), "singd_ext::", op, ": ", name,
+                    " must be contiguous, but has strides ", factor.strides());
+}
+
+void check_same_device(const char* op, const at::Tensor& a, const at::Tensor& b) {
+  TORCH_CHECK_VALUE(a.device() == b.device(), "singd_ext::", op, ": tensors on different devices, ",
+                    a.device(), " and ", b.device());
+}
+
+void check_length(const char* op, const char* name, size_t length, size_t expected) {
+  TORCH_CHECK_VALUE(length == expected, "singd_ext::", op, ": list ", name, " has ", length,
+                    " entries, expected ", expected);
+}
+
+double checked_scalar(const char* op, const char* name, const at::Tensor& scalar) {
+  TORCH_CHECK_VALUE(scalar.numel() == 1, "singd_ext::", op, ": ", name,
+                    " must hold one number, but has shape ", scalar.sizes());
+  return scalar.item().toDouble();
+}
+
+Side checked_side(const char* op, const std::string& side) {
+  TORCH_CHECK_VALUE(side == "left" || side == "right", "singd_ext::", op, ": side is '", side,
+                    "'; allowed are 'left' and 'right'");
+  return side == "left" ? Side::kLeft : Side::kRight;
+}
+
+Shared checked_shared(const char* op, const std::string& shared) {
+  TORCH_CHECK_VALUE(shared == "expand" || shared == "mean" || shared == "sum", "singd_ext::", op,
+                    ": shared is '", shared, "'; allowed are 'expand', 'mean' and 'sum'");
+  if (shared == "expand") return Shared::kExpand;
+  return shared == "mean" ? Shared::kMean : Shared::kSum;
+}
+
+}  // namespace singd

@@ -1,0 +1,15 @@
+"""Structured inverse-free natural gradient descent (SINGD) for PyTorch, compiled.
+
+`SINGD` is the optimizer, `StructuredMatrix` the Kronecker factors it keeps, `singd_ext.ops` the
+operators that both are made of.
+"""
+
+from ._load import load as _load
+
+_load()
+
+from .optimizer import SINGD  # noqa: E402  (the operators must be registered first)
+from .structured import StructuredMatrix  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["SINGD", "StructuredMatrix", "__version__"]

@@ -1,0 +1,100 @@
+"""What SINGD checks and says about a model when it is constructed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from . import _C
+from .layers import Layer, supported_modules
+
+
+def default_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable parameters of the layers that can be preconditioned."""
+    unique = {
+        id(p): p
+        for _, module, _ in supported_modules(model)
+        for p in module.parameters(recurse=False)
+        if p.requires_grad
+    }
+    return list(unique.values())
+
+
+def untrained_names(model: nn.Module, trained: Iterable[Tensor]) -> list[str]:
+    """Return the names of the model's trainable parameters that are not among the given ones."""
+    ids = {id(p) for p in trained}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ids]
+
+
+def check_layers(
+    model: nn.Module, layers: Sequence[Layer], taken: Sequence[Layer], params: Sequence[Tensor]
+) -> None:
+    """Check the layers of a new parameter group against those of the groups before it.
+
+    Warns of parameters in the group that belong to no supported layer.
+
+    Raises:
+        ValueError: If a layer's parameters are in different groups, or on a device without kernels.
+        TypeError: For parameters that are not real floating-point numbers.
+    """
+    modules = {layer.module for layer in taken}
+    for layer in layers:
+        if layer.module in modules:
+            raise ValueError(
+                f"the parameters of layer '{layer.name}' are in different parameter groups; K and "
+                "C belong to the whole layer: put its weight and bias in one group"
+            )
+        for p in layer.parameters:
+            if not p.is_floating_point():
+                raise TypeError(
+                    f"layer '{layer.name}' has parameters of dtype {p.dtype}; only real "
+                    "floating-point parameters can be trained"
+                )
+            _check_device(layer.name, p.device)
+    trained = {id(p) for layer in layers for p in layer.parameters}
+    names = {id(p): name for name, p in model.named_parameters()}
+    warn_untrained([names.get(id(p), "<not in model>") for p in params if id(p) not in trained])
+
+
+def warn_untrained(names: Sequence[str]) -> None:
+    """Name parameters that stay as they are."""
+    if names:
+        warnings.warn(
+            f"SINGD does not train the parameters {list(names)}: they are not the trainable weight "
+            "or bias of a supported layer. Train them with another optimizer; "
+            "warn_unsupported=False silences this for `params=None`",
+            stacklevel=4,
+        )
+
+
+def refuse_data_parallel(model: nn.Module) -> None:
+    """Refuse what would train silently with different factors on every process.
+
+    Raises:
+        TypeError: For a DataParallel or DistributedDataParallel wrapper.
+        RuntimeError: In a process group of several processes.
+    """
+    if isinstance(model, (DataParallel, DistributedDataParallel)):
+        raise TypeError(
+            f"{type(model).__name__} is not supported: construct SINGD with the wrapped model"
+        )
+    distributed = torch.distributed
+    several = distributed.is_available() and distributed.is_initialized()
+    if several and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "SINGD does not reduce its statistics over several processes: every process would "
+            "train with factors of its own"
+        )
+
+
+def _check_device(layer: str, device: torch.device) -> None:
+    available = _C.build_info()["devices"].split()
+    if device.type not in available:
+        raise ValueError(
+            f"layer '{layer}' is on {device}, but this build of singd_ext has kernels for "
+            f"{', '.join(available)} only: move the model there before constructing SINGD"
+        )

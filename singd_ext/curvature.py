@@ -1,0 +1,108 @@
+"""Hooks that gather the curvature statistics of every layer during backward passes.
+
+A forward hook on the module puts a hook on its *output tensor*, which sees the output gradient even
+if an in-place activation follows. The statistics live in the optimizer's state from the first
+backward pass of a step to the factor update that consumes them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Layer
+
+if TYPE_CHECKING:
+    from .optimizer import SINGD
+
+# The entries of a layer's state that hold its statistics: sums over the backward passes so far.
+STATISTICS = ("statistic_K", "statistic_C", "rows", "loss_terms")
+
+
+class OutputHook:
+    """Forward hook of one layer.
+
+    It holds the optimizer weakly. Copies and pickles of the model carry a hook that does nothing:
+    only the model that the optimizer was built for is observed.
+    """
+
+    def __init__(self, optimizer: SINGD | None = None, layer: Layer | None = None) -> None:
+        self._optimizer: Callable[[], SINGD | None] = (
+            weakref.ref(optimizer) if optimizer is not None else lambda: None
+        )
+        self._layer = layer
+
+    def __reduce__(self) -> tuple[type[OutputHook], tuple[()]]:
+        return OutputHook, ()
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        optimizer, layer = self._optimizer(), self._layer
+        if optimizer is None or layer is None or not torch.is_grad_enabled():
+            return
+        if output.requires_grad and optimizer.factors_due(layer.group):
+            x = args[0] if args else kwargs["input"]
+            output.register_hook(partial(_accumulate, weakref.ref(optimizer), layer, x.detach()))
+
+
+def _accumulate(
+    optimizer_ref: Callable[[], SINGD | None], layer: Layer, x: Tensor, g: Tensor
+) -> None:
+    """Tensor hook: add one call's input and output gradient to the layer's statistics."""
+    optimizer = optimizer_ref()
+    if optimizer is None:
+        return
+    options = optimizer.options(layer.group)
+    reduce = options.kfac_approx == "reduce"
+    state = optimizer.state[layer.parameters[0]]
+    with torch.no_grad():
+        for factor in ("K", "C"):
+            if f"statistic_{factor}" not in state:
+                dtype = torch.float64 if state[factor].dtype == torch.float64 else torch.float32
+                state[f"statistic_{factor}"] = torch.zeros_like(state[factor], dtype=dtype)
+        batch, shared = layer.accumulate_(
+            state["statistic_K"],
+            state["statistic_C"],
+            x,
+            g,
+            (state["K"], state["C"]),
+            options.structures,
+            reduce,
+        )
+    state["rows"] = state.get("rows", 0) + batch * (1 if reduce else shared)
+    _count_loss_terms(layer, state, options.loss_average, batch, shared)
+
+
+def _count_loss_terms(
+    layer: Layer, state: dict[str, Any], loss_average: str | None, batch: int, shared: int
+) -> None:
+    """Add up the terms that the loss averages over, so that micro-batches make one big batch.
+
+    Uses of a layer within one backward pass see the same terms: they are counted once. A loss that
+    is a sum has the factor 1, however many passes there are.
+    """
+    if loss_average is None:
+        state["loss_terms"] = 1
+        return
+    terms = batch * shared if loss_average == "batch+sequence" else batch
+    task = torch._C._current_graph_task_id()
+    counted = layer.counted_terms[1] if layer.counted_terms[0] == task else 0
+    state["loss_terms"] = state.get("loss_terms", 0) + max(0, terms - counted)
+    layer.counted_terms = (task, max(terms, counted))
+
+
+def install_hook(optimizer: SINGD, layer: Layer) -> torch.utils.hooks.RemovableHandle:
+    """Observe a layer; the handle's `remove` ends it."""
+    return layer.module.register_forward_hook(OutputHook(optimizer, layer), with_kwargs=True)
+
+
+def drop_statistics(state: dict[str, Any]) -> None:
+    """Forget what was gathered for a layer."""
+    for name in STATISTICS:
+        state.pop(name, None)

@@ -1,0 +1,353 @@
+"""`SINGD`: structured inverse-free natural gradient descent as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import FIXED_OPTIONS, checked_state, restore_state
+from .construction import (
+    check_layers,
+    default_parameters,
+    refuse_data_parallel,
+    untrained_names,
+    warn_untrained,
+)
+from .curvature import drop_statistics, install_hook
+from .hyperparameters import Hyperparameters
+from .layers import Layer, find_layers
+from .structured import StructuredMatrix
+from .update import Scales, update_factors, update_parameters
+
+
+class SINGD(torch.optim.Optimizer):
+    """Structured inverse-free natural gradient descent (arXiv 2312.05705, Figures 3 and 4).
+
+    Every layer's curvature is approximated by U ⊗ G, whose inverse is kept as KKᵀ ⊗ CCᵀ with
+    structured factors K (d_i × d_i) and C (d_o × d_o) that are updated with matrix products only.
+    Names, order, defaults and meaning of the arguments are those of PyPI `singd` 0.0.5.
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler hands over its scale and found_inf
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None = None,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        alpha1: float = 0.5,
+        weight_decay: float = 0.0,
+        T: int = 10,
+        loss_average: str | None = "batch",
+        lr_cov: float | Callable[[int], float] = 1e-2,
+        structures: tuple[str, str] = ("dense", "dense"),
+        kfac_approx: str = "expand",
+        warn_unsupported: bool = True,
+        kfac_like: bool = False,
+        preconditioner_dtype: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
+        init_grad_scale: float = 1.0,
+        normalize_lr_cov: bool = False,
+        *,
+        expm_order: int = 1,
+        step_cap: float = 0.5,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Give every layer of the model its factors K = C = I, and observe its backward passes.
+
+        Args:
+            model: The network; Linear and Conv1d/2d/3d layers are preconditioned.
+            params: Parameters or parameter groups to train. Default: all of the supported layers.
+            lr: β₂, step size of the parameters; a number or a tensor of one element.
+            momentum: α₂, momentum of the parameters.
+            damping: λ.
+            alpha1: α₁, Riemannian momentum of the factors.
+            weight_decay: γ, added to the preconditioned gradient.
+            T: Steps from one update of the factors to the next; the first step updates.
+            loss_average: What the loss is a mean over: "batch", "batch+sequence" (batch and shared
+                positions), or None for a sum. Scales G.
+            lr_cov: β₁, step size of the factors; a number or a function of the step.
+            structures: Structures of K and of C (docs/structures.md).
+            kfac_approx: "expand" or "reduce", for positions that share a weight.
+            warn_unsupported: Warn of parameters that are left untrained.
+            kfac_like: IKFAC: an inverse-free KFAC without momentum and trace factors; needs
+                alpha1 = 0, which is set with a warning.
+            preconditioner_dtype: dtypes of K and of C; None is the parameter's. float32 is advised
+                for sparse structures of bfloat16 parameters.
+            init_grad_scale: Accepted for compatibility; statistics are float32 sums that need no
+                scaling beforehand.
+            normalize_lr_cov: Divide β₁ by max(1, largest |entry| of the factor's momentum).
+            expm_order: Order after which the matrix exponential is cut, 1 or 2.
+            step_cap: Bound of β₁‖m‖ beyond which a factor's step is shortened; inf switches it off.
+            stochastic_rounding: Round bfloat16 stores of parameters and state stochastically.
+            seed: Of the stochastic rounding.
+
+        Raises:
+            ValueError: For a bad option, naming it, its value and what is allowed; for layers that
+                share a parameter or whose parameters are spread over groups; for a device without
+                kernels in this build.
+            TypeError: For a DataParallel or DistributedDataParallel wrapper.
+            RuntimeError: In a process group of several processes.
+        """
+        refuse_data_parallel(model)
+        if isinstance(init_grad_scale, bool) or not 0 < init_grad_scale < float("inf"):
+            raise ValueError(f"init_grad_scale is {init_grad_scale!r}; it must be a number > 0")
+        given = locals()
+        defaults = {field.name: given[field.name] for field in fields(Hyperparameters)}
+        self._model = model
+        self._layers: list[Layer] = []
+        self._handles: list[Any] = []
+        self._checked: list[Hyperparameters] = []
+        self._curvature_scale: float | None = None
+        self._warned: set[str] = set()
+        if params is None:
+            params = default_parameters(model)
+            if warn_unsupported:
+                warn_untrained(untrained_names(model, params))
+        super().__init__(params, defaults)
+
+    # ---------------------------------------------------------------- construction
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters of the model with their own options.
+
+        Raises:
+            ValueError: For a bad option, or if a layer's parameters are in different groups.
+        """
+        group = {**self.defaults, **param_group}
+        if group["kfac_like"] is True and group["alpha1"] != 0:
+            warnings.warn(
+                f"kfac_like=True (IKFAC) has no Riemannian momentum: alpha1={group['alpha1']} is "
+                "set to 0",
+                stacklevel=2,
+            )
+            group["alpha1"] = 0.0
+        options = Hyperparameters.of_group(group)
+        if isinstance(group["params"], Tensor):
+            group["params"] = [group["params"]]
+        group["params"] = list(group["params"])
+        tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        layers = find_layers(self._model, tensors, len(self.param_groups))
+        check_layers(self._model, layers, self._layers, tensors)
+        super().add_param_group({**group, "steps": 0})
+        self._checked.append(options)
+        for layer in layers:
+            self._layers.append(layer)
+            self._initialize_state(layer, options)
+            self._handles.append(install_hook(self, layer))
+
+    def _initialize_state(self, layer: Layer, options: Hyperparameters) -> None:
+        parameter = layer.parameters[0]
+        state = self.state[parameter]
+        for factor, dim, spec, dtype in zip(
+            ("K", "C"),
+            (layer.dim_K, layer.dim_C),
+            options.structures,
+            options.preconditioner_dtype,
+            strict=True,
+        ):
+            dtype = parameter.dtype if dtype is None else dtype
+            state[factor] = StructuredMatrix.eye(spec, dim, dtype, parameter.device).data
+            if options.alpha1 != 0:
+                state[f"m_{factor}"] = torch.zeros_like(state[factor])
+        for counter in ("rejected", "skipped"):
+            state[counter] = torch.zeros((), dtype=torch.int64, device=parameter.device)
+        if options.momentum != 0:
+            for p in layer.parameters:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    # ---------------------------------------------------------------- what users read
+
+    def factors(self) -> dict[str, tuple[StructuredMatrix, StructuredMatrix]]:
+        """Return {module name: (K, C)}; the matrices share the optimizer's memory."""
+        result = {}
+        for layer in self._layers:
+            state = self.state[layer.parameters[0]]
+            structures = self.options(layer.group).structures
+            result[layer.name] = (
+                StructuredMatrix(structures[0], layer.dim_K, state["K"]),
+                StructuredMatrix(structures[1], layer.dim_C, state["C"]),
+            )
+        return result
+
+    def rejections(self) -> dict[str, tuple[int, int]]:
+        """Return {module name: (factor updates rejected, parameter updates skipped)}.
+
+        Both happen where a result is not finite; the layer then keeps its state bit for bit.
+        """
+        states = {layer.name: self.state[layer.parameters[0]] for layer in self._layers}
+        return {name: (int(s["rejected"]), int(s["skipped"])) for name, s in states.items()}
+
+    def remove_hooks(self) -> None:
+        """Stop observing the model: factors stay as they are, `step` goes on using them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for layer in self._layers:
+            drop_statistics(self.state[layer.parameters[0]])
+
+    def set_current_grad_scale(self, grad_scale: float) -> None:
+        """Say by what this step's loss was scaled, if `GradScaler.unscale_` was called before step.
+
+        The gradients are unscaled then, but the curvature statistics are not.
+        """
+        self._curvature_scale = float(grad_scale)
+
+    def options(self, group: int) -> Hyperparameters:
+        """Return a group's options, validated again if they were changed.
+
+        Raises:
+            ValueError: Naming the option, its value and what is allowed.
+        """
+        current, checked = self.param_groups[group], self._checked[group]
+        changed = [
+            f.name for f in fields(checked) if current[f.name] is not getattr(checked, f.name)
+        ]
+        if changed:
+            options = Hyperparameters.of_group(current)
+            for name in FIXED_OPTIONS:
+                if tuple(getattr(options, name)) != tuple(getattr(checked, name)):
+                    raise ValueError(
+                        f"{name} of parameter group {group} was changed from "
+                        f"{getattr(checked, name)!r} to {getattr(options, name)!r}; it is fixed "
+                        "at construction"
+                    )
+            self._checked[group] = options
+        return self._checked[group]
+
+    def factors_due(self, group: int) -> bool:
+        """Whether the next step of this group updates the factors."""
+        return self.param_groups[group]["steps"] % self.options(group).T == 0
+
+    # ---------------------------------------------------------------- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the factors every T steps, and the parameters.
+
+        Args:
+            closure: Clears the gradients, computes the loss, calls backward and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: For an option that was changed to a bad value; nothing is changed.
+            RuntimeError: If only one of a layer's weight and bias has a gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = [(self.options(i), self._ready_layers(i)) for i in range(len(self.param_groups))]
+        scales = self._scales()
+        for index, (options, layers) in enumerate(groups):
+            step = self.param_groups[index]["steps"]
+            if self.factors_due(index):
+                self._update_factors(layers, options, step, scales)
+            outcome = update_parameters(layers, self.state, options, step, scales)
+            self._report(outcome, layers, "the gradient was not finite: the layer was not updated")
+        for group in self.param_groups:
+            group["steps"] += 1
+        self._curvature_scale = None
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and with them the statistics of the same backward passes."""
+        super().zero_grad(set_to_none)
+        for layer in self._layers:
+            drop_statistics(self.state[layer.parameters[0]])
+
+    def _ready_layers(self, group: int) -> list[Layer]:
+        """Return the group's layers that have a gradient in this step."""
+        ready = []
+        for layer in self._layers:
+            grads = [p.grad for p in layer.parameters]
+            if layer.group != group or all(g is None for g in grads):
+                continue
+            if any(g is None for g in grads):
+                raise RuntimeError(
+                    f"only one of weight and bias of layer '{layer.name}' has a gradient; K "
+                    "belongs to both: freeze parameters before SINGD is constructed"
+                )
+            if any(g.is_sparse for g in grads if g is not None):
+                raise TypeError(f"layer '{layer.name}' has a sparse gradient; use dense gradients")
+            ready.append(layer)
+        return ready
+
+    def _scales(self) -> Scales:
+        found_inf = getattr(self, "found_inf", None)
+        gradient = getattr(self, "grad_scale", None)
+        if self._curvature_scale is not None:
+            return Scales(found_inf, gradient, torch.tensor(self._curvature_scale).double())
+        if found_inf is not None and gradient is None:
+            raise RuntimeError(
+                "GradScaler.unscale_ was called before step, which leaves the scale of the "
+                "curvature unknown: call optimizer.set_current_grad_scale(scaler.get_scale()) "
+                "before scaler.step(optimizer)"
+            )
+        return Scales(found_inf, gradient, gradient)
+
+    def _update_factors(
+        self, layers: list[Layer], options: Hyperparameters, step: int, scales: Scales
+    ) -> None:
+        states = {layer: self.state[layer.parameters[0]] for layer in layers}
+        observed = [layer for layer, state in states.items() if state.get("rows", 0) > 0]
+        unseen = [layer.name for layer in layers if layer not in observed]
+        if unseen and self._handles:
+            self._warn_once(
+                f"layers {unseen} have gradients, but their modules were not called: their factors "
+                "stay as they are"
+            )
+        outcome = update_factors(observed, [states[la] for la in observed], options, step, scales)
+        self._report(
+            outcome,
+            observed,
+            "curvature statistics were not finite: the factors stay as they are",
+            "the step of the factors was shortened to step_cap: lr_cov may be too large",
+        )
+        for state in states.values():
+            drop_statistics(state)
+
+    def _report(
+        self, outcome: Tensor, layers: list[Layer], rejected: str, capped: str = ""
+    ) -> None:
+        """Warn once of each kind of incident, where reading the outcome does not wait."""
+        if outcome.device.type != "cpu" or not outcome.any():
+            return
+        for code, text in ((1, rejected), (2, capped)):
+            names = [la.name for la, c in zip(layers, outcome.tolist(), strict=True) if c == code]
+            if names:
+                self._warn_once(f"layers {names}: {text}", key=text)
+
+    def _warn_once(self, message: str, key: str | None = None) -> None:
+        if (key or message) not in self._warned:
+            self._warned.add(key or message)
+            warnings.warn(f"{message} (further warnings of this kind are not shown)", stacklevel=4)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as tensors and builtins; an `lr_cov` function is not saved."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            if callable(group["lr_cov"]):
+                group["lr_cov"] = None
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state, which is copied and keeps its dtypes.
+
+        Raises:
+            ValueError: If it does not fit, naming the difference; nothing is changed.
+        """
+        checked = checked_state(self, state_dict)
+        super().load_state_dict(checked)
+        restore_state(self, checked)

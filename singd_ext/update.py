@@ -1,0 +1,120 @@
+"""The two halves of a step for the layers of one parameter group: factors, then parameters.
+
+Each is one call of an operator over lists of all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .hyperparameters import Hyperparameters
+from .layers import Layer
+
+State = dict[str, Any]
+
+# Holds the place of the bias of a layer without one.
+_NO_BIAS = torch.empty(0)
+
+
+class Scales(NamedTuple):
+    """What a gradient scaler knows, as tensors that only the device reads; None without one."""
+
+    found_inf: Tensor | None
+    gradient: Tensor | None  # scale of the gradients in `p.grad`
+    statistic: Tensor | None  # scale of the output gradients that the hooks saw
+
+
+def update_factors(
+    layers: Sequence[Layer],
+    states: Sequence[State],
+    options: Hyperparameters,
+    step: int,
+    scales: Scales,
+) -> Tensor:
+    """Update K, C, m_K and m_C from the layers' statistics; see `ops.update_factors_`."""
+    momenta = states if options.alpha1 != 0 else []
+    for state in momenta:  # alpha1 may have been 0 so far
+        for factor in ("K", "C"):
+            state.setdefault(f"m_{factor}", torch.zeros_like(state[factor]))
+    return ops.update_factors_(
+        [s["K"] for s in states],
+        [s["C"] for s in states],
+        [s["m_K"] for s in momenta],
+        [s["m_C"] for s in momenta],
+        [s["rejected"] for s in states],
+        [s["statistic_K"] for s in states],
+        [s["statistic_C"] for s in states],
+        [1.0 / s["rows"] for s in states],
+        [float(s["loss_terms"]) for s in states],
+        [layer.dim_K for layer in layers],
+        [layer.dim_C for layer in layers],
+        *options.structures,
+        lr_cov=torch.tensor(options.lr_cov_at(step), dtype=torch.float64),
+        damping=options.damping,
+        alpha1=options.alpha1,
+        kfac_like=options.kfac_like,
+        normalize_lr_cov=options.normalize_lr_cov,
+        expm_order=options.expm_order,
+        step_cap=options.step_cap,
+        grad_scale=scales.statistic,
+        found_inf=scales.found_inf,
+        rounding_key=_rounding_key(options, step),
+    )
+
+
+def update_parameters(
+    layers: Sequence[Layer],
+    state: dict[Tensor, State],
+    options: Hyperparameters,
+    step: int,
+    scales: Scales,
+) -> Tensor:
+    """Update weights, biases and their momenta; see `ops.preconditioned_update_`."""
+    # W = [weight, bias]; of a layer of one parameter, that one takes the weight's place.
+    weights = [layer.parameters[0] for layer in layers]
+    biases = [la.parameters[1] if len(la.parameters) > 1 else _NO_BIAS for la in layers]
+    states = [state[p] for p in weights]
+    has_momentum = options.momentum != 0
+    lr = options.lr
+    return ops.preconditioned_update_(
+        weights,
+        biases,
+        [_momentum_buffer(p, state) for p in weights] if has_momentum else [],
+        [_momentum_buffer(p, state) for p in biases] if has_momentum else [],
+        [s["skipped"] for s in states],
+        [_gradient(p) for p in weights],
+        [_gradient(p) for p in biases],
+        [s["K"] for s in states],
+        [s["C"] for s in states],
+        *options.structures,
+        lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        grad_scale=scales.gradient,
+        found_inf=scales.found_inf,
+        rounding_key=_rounding_key(options, step),
+    )
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    if parameter is _NO_BIAS:
+        return _NO_BIAS
+    assert parameter.grad is not None  # layers without gradient are not updated
+    return parameter.grad
+
+
+def _momentum_buffer(parameter: Tensor, state: dict[Tensor, State]) -> Tensor:
+    if parameter is _NO_BIAS:
+        return _NO_BIAS
+    if "momentum_buffer" not in state[parameter]:  # momentum may have been 0 so far
+        state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return state[parameter]["momentum_buffer"]
+
+
+def _rounding_key(options: Hyperparameters, step: int) -> list[int] | None:
+    return [options.seed, step] if options.stochastic_rounding else None
