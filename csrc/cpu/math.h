@@ -10,6 +10,8 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/square.h>
+#include <ATen/ops/view_as_real.h>
 
 #include <algorithm>
 
@@ -49,13 +51,14 @@ struct AtenMath {
                : at::bmm_out(out, tensor(a, m, k, batch), tensor(b, k, n, batch));
   }
 
-  // C += A B.
+  // C += A B. ATen's batched product would add term by term to C; a product of its own keeps the
+  // rounding of long sums down.
   template <class A, class B, class T>
   static void multiply_add(int64_t m, int64_t n, int64_t k, MatrixView<A> a, MatrixView<B> b,
                            MatrixView<T> c, int64_t batch = 1) {
     at::Tensor out = tensor(c, m, n, batch);
     batch == 1 ? out.addmm_(tensor(a, m, k, batch), tensor(b, k, n, batch))
-               : out.baddbmm_(tensor(a, m, k, batch), tensor(b, k, n, batch));
+               : out.add_(at::bmm(tensor(a, m, k, batch), tensor(b, k, n, batch)));
   }
 
   // f(begin, end) over [0, count) in threads; `cost` is the work of one item in elements.
@@ -69,6 +72,7 @@ struct AtenMath {
   template <class T>
   static void convolve(const T* a, int64_t d, Side side, bool causal, const T* x, T* y,
                        int64_t other) {
+    if (other == 0) return;
     const bool left = side == Side::kLeft;
     const int64_t rows = left ? d : other, columns = left ? other : d, dim = left ? 0 : 1;
     const int64_t n = fft_length(d);
@@ -81,13 +85,15 @@ struct AtenMath {
         .copy_(at::fft_irfft(product, n, dim).narrow(dim, 0, d));
   }
 
-  // out[l] += sum over the m rows of sum_i y[i] y[i + l].
+  // out[l] += sum over the m rows of sum_i y[i] y[i + l]. Power spectra are summed in float64:
+  // rounding there would spread over all l, also where few terms make out[l].
   template <class T>
   static void add_autocorrelation(const T* y, int64_t m, int64_t d, T* out) {
     const int64_t n = fft_length(d);
     const at::Tensor spectrum = at::fft_rfft(tensor(MatrixView<const T>{y, d}, m, d, 1), n, 1);
-    const at::Tensor power = at::fft_irfft(at::mul(spectrum, spectrum.conj()).sum(0), n, 0);
-    tensor(MatrixView<T>{out, d}, 1, d, 1).add_(power.narrow(0, 0, d));
+    const at::Tensor power = at::square(at::view_as_real(spectrum)).sum({0, 2}, false, at::kDouble);
+    const at::Tensor sums = at::fft_irfft(power.to(at::kComplexDouble), n, 0).narrow(0, 0, d);
+    tensor(MatrixView<T>{out, d}, 1, d, 1).add_(sums);
   }
 
   // out[l] = sum_t a[t] b[t + l].

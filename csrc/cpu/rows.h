@@ -28,8 +28,13 @@ class Rows {
   // f(chunk, m) with the chunk's m rows as a contiguous m x dim() array.
   template <class T, class Function>
   void for_each_chunk(const Layout& layout, Function f) const {
-    if (is_contiguous_of<T>()) return f(rows_.const_data_ptr<T>(), count());
     const int64_t size = chunk_size(layout);
+    if (is_contiguous_of<T>()) {
+      for (int64_t begin = 0; begin < count(); begin += size) {
+        f(rows_.const_data_ptr<T>() + begin * dim(), std::min(size, count() - begin));
+      }
+      return;
+    }
     std::vector<T> chunk(std::min(size, count()) * dim());
     for (int64_t begin = 0; begin < count(); begin += size) {
       const int64_t end = std::min(begin + size, count());
@@ -46,10 +51,11 @@ class Rows {
            !ones_column_ && shared_ == Shared::kExpand;
   }
 
-  // Rows a chunk: about 1 MiB, but for dense factors enough rows to apply K to U instead of to X.
+  // Rows a chunk: at most 1 MiB, and few enough that sums over a chunk, then over chunks, round
+  // little. Dense factors take enough rows to apply K to U = X^T X instead of to X.
   int64_t chunk_size(const Layout& layout) const {
-    const int64_t in_cache = std::max<int64_t>(64, (int64_t{1} << 18) / dim());
-    return layout.family == Family::kDense ? std::max(8 * dim(), in_cache) : in_cache;
+    if (layout.family == Family::kDense) return std::max<int64_t>(512, 8 * dim());
+    return std::clamp<int64_t>((int64_t{1} << 18) / dim(), 64, 512);
   }
 
   template <class Source, class T>

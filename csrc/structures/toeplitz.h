@@ -143,7 +143,9 @@ struct Toeplitz {
       return Math::convolve(a, d, side, causal, x, y, other);
     }
     std::vector<T> dense(d * d, T(0));
-    for (int64_t i = 0; i < d; ++i) std::copy(a, a + d - i, dense.data() + i * d + i);
+    for (int64_t i = 0; i < d; ++i) {
+      for (int64_t j = i; j < d; ++j) dense[i * d + j] = a[j - i];
+    }
     const auto r = MatrixView<const T>{dense.data(), d}.transpose_if(transpose);
     if (side == Side::kLeft) {
       Math::multiply(d, other, d, r, MatrixView<const T>{x, other}, MatrixView<T>{y, other});

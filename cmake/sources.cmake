@@ -1,0 +1,16 @@
+# singd_sources(<kind> <variable>): the files of one kind in csrc/sources.txt, the list that setup.py
+# reads too.
+function(singd_sources kind variable)
+  set(list_file ${PROJECT_SOURCE_DIR}/csrc/sources.txt)
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${list_file})
+  file(STRINGS ${list_file} lines REGEX "^${kind} ")
+  set(files)
+  foreach(line IN LISTS lines)
+    string(REGEX REPLACE "^${kind} +" "" file ${line})
+    list(APPEND files ${PROJECT_SOURCE_DIR}/csrc/${file})
+  endforeach()
+  if(NOT files)
+    message(FATAL_ERROR "csrc/sources.txt lists no '${kind}' files")
+  endif()
+  set(${variable} ${files} PARENT_SCOPE)
+endfunction()
