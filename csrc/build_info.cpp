@@ -1,5 +1,7 @@
 #include "build_info.h"
 
+#include <cstring>
+
 // setup.py passes the version of the torch that the library was compiled against.
 #ifndef SINGD_TORCH_VERSION
 #error "SINGD_TORCH_VERSION is not defined: build with setup.py"
@@ -9,16 +11,15 @@
 #define SINGD_STRING(x) SINGD_STRING_(x)
 
 namespace singd {
-namespace {
 
 // singd_ext/_load.py finds this text in a library that does not load.
-constexpr const char* kBuiltWith = "singd_ext built with torch " SINGD_STRING(SINGD_TORCH_VERSION);
-
-}  // namespace
+extern const char built_with_torch[];
+const char built_with_torch[] = "singd_ext built with torch " SINGD_STRING(SINGD_TORCH_VERSION);
 
 std::map<std::string, std::string> build_info() {
+  const char* volatile text = built_with_torch;  // read from where _load.py finds it
   return {
-      {"torch", kBuiltWith + sizeof("singd_ext built with torch ") - 1},
+      {"torch", std::strrchr(text, ' ') + 1},
 #if defined(__clang__)
       {"compiler", "clang " __clang_version__},
 #elif defined(__GNUC__)

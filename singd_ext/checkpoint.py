@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .hyperparameters import Hyperparameters
+from .hyperparameters import FIXED_OPTIONS, Hyperparameters
 
 if TYPE_CHECKING:
     from .optimizer import SINGD
 
-# Options that say what the state looks like, and so are fixed once it exists.
-FIXED_OPTIONS = ("structures", "preconditioner_dtype")
+
+def saved_group(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group of builtins: NumPy numbers converted, an `lr_cov` function left out."""
+    result = {name: _builtin(value) for name, value in group.items()}
+    if callable(result["lr_cov"]) and not isinstance(result["lr_cov"], Tensor):
+        result["lr_cov"] = None
+    return result
+
+
+def _builtin(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def checked_state(optimizer: SINGD, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -30,21 +42,26 @@ def checked_state(optimizer: SINGD, state_dict: dict[str, Any]) -> dict[str, Any
         )
     for index, (saved, own) in enumerate(zip(saved_groups, optimizer.param_groups, strict=True)):
         _check_group(index, saved, own)
-        if saved["lr_cov"] is None:  # a function, which is not saved
-            saved["lr_cov"] = own["lr_cov"]
-        Hyperparameters.of_group({**own, **saved})
+        # A function is not saved: the optimizer's own goes on, or else its number.
+        lr_cov = own["lr_cov"] if saved["lr_cov"] is None else saved["lr_cov"]
+        Hyperparameters.of_group({**own, **saved, "lr_cov": lr_cov})
     state = {key: dict(entries) for key, entries in state_dict["state"].items()}
-    for name, parameter, saved_id in _parameters(optimizer, saved_groups):
-        _check_entries(name, optimizer.state.get(parameter, {}), state.get(saved_id, {}))
+    for name, parameter, saved_id, group in _parameters(optimizer, saved_groups):
+        _check_entries(name, optimizer.state.get(parameter, {}), state.get(saved_id, {}), group)
     return {**state_dict, "param_groups": saved_groups, "state": state}
 
 
-def restore_state(optimizer: SINGD, checked: dict[str, Any]) -> None:
-    """Copy the tensors once more, in the dtypes they were saved in.
+def restore_state(optimizer: SINGD, checked: dict[str, Any], lr_cov: list[Any]) -> None:
+    """Finish `Optimizer.load_state_dict`.
 
-    `Optimizer.load_state_dict` casts them to the parameter's dtype, or shares them with the caller.
+    It casts the tensors to the parameter's dtype, or shares them with the caller: they are copied
+    once more, in the dtypes they were saved in. And `lr_cov` is what each group had before, for
+    groups that were saved with a function.
     """
-    for _, parameter, saved_id in _parameters(optimizer, checked["param_groups"]):
+    for group, before in zip(optimizer.param_groups, lr_cov, strict=True):
+        if group["lr_cov"] is None:
+            group["lr_cov"] = before
+    for _, parameter, saved_id, _ in _parameters(optimizer, checked["param_groups"]):
         if saved_id in checked["state"]:
             optimizer.state[parameter] = {
                 key: value.detach().clone().to(parameter.device)
@@ -72,11 +89,19 @@ def _check_group(index: int, saved: dict[str, Any], own: dict[str, Any]) -> None
             )
 
 
-def _check_entries(name: str, own: dict[str, Any], saved: dict[str, Any]) -> None:
-    for key in ("K", "C", "rejected", "skipped"):
-        if (key in own) != (key in saved):
+def _check_entries(
+    name: str, own: dict[str, Any], saved: dict[str, Any], group: dict[str, Any]
+) -> None:
+    keys = ["K", "C", "rejected", "skipped"]
+    keys += ["m_K", "m_C"] if group["alpha1"] != 0 else []
+    keys += ["momentum_buffer"] if group["momentum"] != 0 else []
+    for key in keys:
+        if key in own and key not in saved:
+            raise ValueError(f"parameter '{name}': the saved state has no '{key}'")
+    for key in ("K", "C"):
+        if key in saved and key not in own:
             raise ValueError(
-                f"parameter '{name}': '{key}' is in only one of the saved state and the optimizer's"
+                f"parameter '{name}': the saved state has a '{key}', the optimizer none"
             )
     for key, value in saved.items():
         if key in own and isinstance(value, Tensor) and value.shape != own[key].shape:
@@ -88,11 +113,11 @@ def _check_entries(name: str, own: dict[str, Any], saved: dict[str, Any]) -> Non
 
 def _parameters(
     optimizer: SINGD, saved_groups: list[dict[str, Any]]
-) -> list[tuple[str, Tensor, Any]]:
-    """(name, parameter, its key in the saved state) of every parameter."""
+) -> list[tuple[str, Tensor, Any, dict[str, Any]]]:
+    """(name, parameter, its key in the saved state, its saved group) of every parameter."""
     names = {id(p): name for name, p in optimizer._model.named_parameters()}
     return [
-        (names.get(id(parameter), "?"), parameter, key)
+        (names.get(id(parameter), "?"), parameter, key, saved)
         for own, saved in zip(optimizer.param_groups, saved_groups, strict=True)
         for parameter, key in zip(own["params"], saved["params"], strict=True)
     ]

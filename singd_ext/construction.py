@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from . import _C
-from .layers import Layer, supported_modules
+from ._warnings import warn_user
+from .layers import Layer, own_parameters, supported_modules
 
 
 def default_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -18,7 +18,7 @@ def default_parameters(model: nn.Module) -> list[nn.Parameter]:
     unique = {
         id(p): p
         for _, module, _ in supported_modules(model)
-        for p in module.parameters(recurse=False)
+        for p in own_parameters(module).values()
         if p.requires_grad
     }
     return list(unique.values())
@@ -63,11 +63,10 @@ def check_layers(
 def warn_untrained(names: Sequence[str]) -> None:
     """Name parameters that stay as they are."""
     if names:
-        warnings.warn(
+        warn_user(
             f"SINGD does not train the parameters {list(names)}: they are not the trainable weight "
             "or bias of a supported layer. Train them with another optimizer; "
-            "warn_unsupported=False silences this for `params=None`",
-            stacklevel=4,
+            "warn_unsupported=False silences this for `params=None`"
         )
 
 
@@ -78,10 +77,11 @@ def refuse_data_parallel(model: nn.Module) -> None:
         TypeError: For a DataParallel or DistributedDataParallel wrapper.
         RuntimeError: In a process group of several processes.
     """
-    if isinstance(model, (DataParallel, DistributedDataParallel)):
-        raise TypeError(
-            f"{type(model).__name__} is not supported: construct SINGD with the wrapped model"
-        )
+    for module in model.modules():
+        if isinstance(module, (DataParallel, DistributedDataParallel)):
+            raise TypeError(
+                f"{type(module).__name__} is not supported: construct SINGD with the wrapped model"
+            )
     distributed = torch.distributed
     several = distributed.is_available() and distributed.is_initialized()
     if several and distributed.get_world_size() > 1:

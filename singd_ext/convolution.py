@@ -31,12 +31,12 @@ def padding_of(conv: Conv) -> list[tuple[int, int]]:
     return [(int(p), int(p)) for p in conv.padding]
 
 
-def averaged_patches(conv: Conv, x: Tensor) -> Tensor:
+def averaged_patches(conv: Conv, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the patches averaged over output positions, [batch, features] (KFAC-reduce)."""
-    x = average_groups(conv, x)
+    x = average_groups(conv, x, dtype).to(dtype)
     counts, positions = _read_counts(conv, x)
-    sums = _contract(_at_least_float32(x).flatten(0, 1), counts)
-    return sums.reshape(x.shape[0], -1) / positions
+    sums = _contract(x.flatten(0, 1), counts)
+    return sums.reshape(x.shape[0], x.shape[1] * prod(sums.shape[1:])) / positions
 
 
 def summed_patch_energies(conv: Conv, energies: Tensor) -> tuple[Tensor, int]:
@@ -50,16 +50,16 @@ def summed_patch_energies(conv: Conv, energies: Tensor) -> tuple[Tensor, int]:
     return _contract(energies, counts).flatten(), positions
 
 
-def average_groups(conv: Conv, x: Tensor) -> Tensor:
-    """Return the input [batch, channels, *spatial] averaged over channel groups."""
+def average_groups(conv: Conv, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the input [batch, channels, *spatial], averaged in `dtype` if there are groups."""
     if conv.groups == 1:
         return x
-    return _at_least_float32(x).unflatten(1, (conv.groups, -1)).mean(1)
+    return x.unflatten(1, (conv.groups, -1)).mean(1, dtype=dtype)
 
 
-def patch_chunks(conv: Conv, x: Tensor) -> Iterator[Tensor]:
+def patch_chunks(conv: Conv, x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield patches [samples, positions, features] of a few samples at a time (KFAC-expand)."""
-    x = average_groups(conv, x)
+    x = average_groups(conv, x, dtype)
     pads = padding_of(conv)
     if any(left or right for left, right in pads):
         flat = [p for left_right in reversed(pads) for p in left_right]
@@ -77,10 +77,6 @@ def patch_chunks(conv: Conv, x: Tensor) -> Iterator[Tensor]:
     samples = max(1, _PATCH_ELEMENTS // max(1, positions * features))
     for chunk in x.permute(order).split(samples):
         yield chunk.reshape(chunk.shape[0], positions, features)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
 def _contract(x: Tensor, counts: list[Tensor]) -> Tensor:

@@ -46,6 +46,11 @@ class OutputHook:
         optimizer, layer = self._optimizer(), self._layer
         if optimizer is None or layer is None or not torch.is_grad_enabled():
             return
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"layer '{layer.name}' returns {type(output).__name__}; SINGD needs layers that "
+                "return a tensor: exclude this one with `params`"
+            )
         if output.requires_grad and optimizer.factors_due(layer.group):
             x = args[0] if args else kwargs["input"]
             output.register_hook(partial(_accumulate, weakref.ref(optimizer), layer, x.detach()))
@@ -61,6 +66,7 @@ def _accumulate(
     options = optimizer.options(layer.group)
     reduce = options.kfac_approx == "reduce"
     state = optimizer.state[layer.parameters[0]]
+    _begin_pass(layer, state)
     with torch.no_grad():
         for factor in ("K", "C"):
             if f"statistic_{factor}" not in state:
@@ -75,8 +81,22 @@ def _accumulate(
             options.structures,
             reduce,
         )
-    state["rows"] = state.get("rows", 0) + batch * (1 if reduce else shared)
+    state["rows"] = state.get("rows", 0) + batch * (min(1, shared) if reduce else shared)
     _count_loss_terms(layer, state, options.loss_average, batch, shared)
+
+
+def _begin_pass(layer: Layer, state: dict[str, Any]) -> None:
+    """Note the current backward pass, and forget earlier ones whose gradients were discarded.
+
+    Where a pass has left no gradient, it was cleared (by `model.zero_grad()`, say) or never meant
+    for the parameters (`autograd.grad`), and its statistics go the same way.
+    """
+    current = torch._C._current_graph_task_id()
+    if current == layer.last_pass:
+        return
+    if all(p.grad is None for p in layer.parameters):
+        drop_statistics(state)
+    layer.last_pass, layer.counted_terms = current, 0
 
 
 def _count_loss_terms(
@@ -91,10 +111,9 @@ def _count_loss_terms(
         state["loss_terms"] = 1
         return
     terms = batch * shared if loss_average == "batch+sequence" else batch
-    task = torch._C._current_graph_task_id()
-    counted = layer.counted_terms[1] if layer.counted_terms[0] == task else 0
-    state["loss_terms"] = state.get("loss_terms", 0) + max(0, terms - counted)
-    layer.counted_terms = (task, max(terms, counted))
+    more = max(0, terms - layer.counted_terms)
+    state["loss_terms"] = state.get("loss_terms", 0) + more
+    layer.counted_terms += more
 
 
 def install_hook(optimizer: SINGD, layer: Layer) -> torch.utils.hooks.RemovableHandle:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._warnings import warn_user
 from .structured import DTYPES, canonical_spec
 
 KFAC_APPROXIMATIONS = ("expand", "reduce")
 LOSS_AVERAGES = (None, "batch", "batch+sequence")
+
+# Options that say what the state looks like, and so are fixed once it exists.
+FIXED_OPTIONS = ("structures", "preconditioner_dtype")
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,15 @@ class Hyperparameters:
     seed: int  # of stochastic rounding
 
     def __post_init__(self) -> None:
-        _check_number("lr", self.lr, tensor=True)
-        _check_number("momentum", self.momentum, below=1)
-        _check_number("damping", self.damping)
-        _check_number("alpha1", self.alpha1, below=1)
-        _check_number("weight_decay", self.weight_decay)
+        check_number("lr", self.lr, tensor=True)
+        check_number("momentum", self.momentum, below=1)
+        check_number("damping", self.damping)
+        check_number("alpha1", self.alpha1, below=1)
+        check_number("weight_decay", self.weight_decay)
         _check_integer("T", self.T, at_least=1)
         _check_choice("loss_average", self.loss_average, LOSS_AVERAGES)
         if not callable(self.lr_cov) or isinstance(self.lr_cov, Tensor):
-            _check_number("lr_cov", self.lr_cov, tensor=True)
+            check_number("lr_cov", self.lr_cov, tensor=True)
         _check_pair("structures", self.structures)
         for spec in self.structures:
             _check_structure(spec)
@@ -61,11 +65,16 @@ class Hyperparameters:
         for dtype in self.preconditioner_dtype:
             _check_choice("preconditioner_dtype", dtype, (None, *DTYPES))
         for name in ("kfac_like", "normalize_lr_cov", "stochastic_rounding"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
-        _check_choice("expm_order", self.expm_order, (1, 2))
-        _check_number("step_cap", self.step_cap, allow_infinity=True, positive=True)
+            check_flag(name, getattr(self, name))
+        _check_integer("expm_order", self.expm_order, at_least=1, at_most=2)
+        check_number("step_cap", self.step_cap, allow_infinity=True, positive=True)
         _check_integer("seed", self.seed, at_least=0)
+
+    def check_tensors(self) -> None:
+        """Validate again what can change in place: step sizes in tensors."""
+        for name in ("lr", "lr_cov"):
+            if isinstance(getattr(self, name), Tensor):
+                check_number(name, getattr(self, name), tensor=True)
 
     def lr_cov_at(self, step: int) -> float:
         """β₁ at this step of the group.
@@ -73,17 +82,31 @@ class Hyperparameters:
         Raises:
             ValueError: If a scheduled value is not a number >= 0.
         """
-        value = self.lr_cov(step) if callable(self.lr_cov) else self.lr_cov
-        _check_number(f"lr_cov({step})" if callable(self.lr_cov) else "lr_cov", value, tensor=True)
+        if not callable(self.lr_cov):
+            return float(self.lr_cov)
+        value = self.lr_cov(step)
+        check_number(f"lr_cov({step})", value, tensor=True)
         return float(value)
 
     @classmethod
-    def of_group(cls, group: Mapping[str, Any]) -> Hyperparameters:
-        """Validate the options in a parameter group."""
+    def of_group(cls, group: dict[str, Any]) -> Hyperparameters:
+        """Validate the options in a parameter group.
+
+        Pairs become tuples there, and IKFAC's Riemannian momentum 0, with a warning.
+        """
+        options = cls(**{field.name: group[field.name] for field in fields(cls)})
+        for name in FIXED_OPTIONS:
+            group[name] = tuple(group[name])
+        if options.kfac_like and options.alpha1 != 0:
+            warn_user(
+                f"kfac_like=True (IKFAC) has no Riemannian momentum: alpha1={options.alpha1} is "
+                "set to 0"
+            )
+            group["alpha1"] = 0.0
         return cls(**{field.name: group[field.name] for field in fields(cls)})
 
 
-def _check_number(
+def check_number(
     name: str,
     value: Any,
     *,
@@ -92,6 +115,7 @@ def _check_number(
     allow_infinity: bool = False,
     tensor: bool = False,
 ) -> None:
+    """Raise ValueError unless value is a finite real number in the given range."""
     allowed = "a number > 0" if positive else "a number >= 0"
     allowed += f" and < {below}" if below < math.inf else ""
     if tensor and isinstance(value, Tensor):
@@ -111,13 +135,22 @@ def _check_number(
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
 
 
-def _check_integer(name: str, value: Any, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < at_least:
-        raise ValueError(f"{name} is {value!r}; it must be an integer >= {at_least}")
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be True or False")
+
+
+def _check_integer(name: str, value: Any, *, at_least: int, at_most: float = math.inf) -> None:
+    allowed = f"an integer >= {at_least}" + (f" and <= {at_most}" if at_most < math.inf else "")
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or not at_least <= int(value) <= at_most:
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if isinstance(value, bool) or not any(value is a or value == a for a in allowed):
+    # The types are compared first: `==` of an array is no truth value.
+    if not any(isinstance(value, type(choice)) and value == choice for choice in allowed):
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
 
 

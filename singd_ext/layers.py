@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter, UninitializedParameter
 
@@ -96,17 +97,23 @@ class ConvKind(LayerKind):
         reduce: bool,
     ) -> None:
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        x = self._batched(module, x)
+        x, dtype = self._batched(module, x), statistic.dtype
         if structure == "diagonal" and not reduce:
-            pixels = average_groups(module, x)
-            energies = ops.project_gram(pixels.flatten(1), "diagonal")
+            pixels = average_groups(module, x, dtype)
+            energies = torch.zeros(prod(pixels.shape[1:]), dtype=dtype, device=x.device)
+            ops.accumulate_statistic_(
+                energies, pixels.flatten(1).unsqueeze(0), energies, energies.numel(), structure
+            )
             sums, positions = summed_patch_energies(module, energies.view(pixels.shape[1:]))
             statistic[: sums.numel()] += sums
             if ones_column:
                 statistic[-1] += positions * x.shape[0]
             return
-        chunks = [averaged_patches(module, x).unsqueeze(1)] if reduce else patch_chunks(module, x)
-        for rows in chunks:
+        for rows in (
+            [averaged_patches(module, x, dtype).unsqueeze(1)]
+            if reduce
+            else patch_chunks(module, x, dtype)
+        ):
             ops.accumulate_statistic_(
                 statistic, rows, factor, dim, structure, ones_column=ones_column
             )
@@ -136,7 +143,8 @@ class Layer:
     weight: Parameter | None
     bias: Parameter | None
     group: int  # index of the parameter group
-    counted_terms: tuple[int, int] = (-1, 0)  # (backward pass, loss terms counted in it)
+    last_pass: int = -1  # the backward pass that last added to the statistics
+    counted_terms: int = 0  # loss terms counted in it
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -200,6 +208,12 @@ def supported_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerK
             yield name, module, kind
 
 
+def own_parameters(module: nn.Module) -> dict[str, Parameter]:
+    """Return the module's "weight" and "bias" where they are parameters of its own."""
+    named = dict(module.named_parameters(recurse=False))
+    return {key: named[key] for key in ("weight", "bias") if key in named}
+
+
 def find_layers(model: nn.Module, params: Iterable[Any], group: int) -> list[Layer]:
     """Return the layers of `model` that train any of the given parameters.
 
@@ -211,7 +225,7 @@ def find_layers(model: nn.Module, params: Iterable[Any], group: int) -> list[Lay
     owner: dict[int, str] = {}
     layers = []
     for name, module, kind in supported_modules(model):
-        own = {key: p for key, p in module.named_parameters(recurse=False) if id(p) in trained}
+        own = {key: p for key, p in own_parameters(module).items() if id(p) in trained}
         if not own:
             continue
         for key, parameter in own.items():

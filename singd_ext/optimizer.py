@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import FIXED_OPTIONS, checked_state, restore_state
+from ._warnings import warn_user
+from .checkpoint import checked_state, restore_state, saved_group
 from .construction import (
     check_layers,
     default_parameters,
@@ -19,7 +19,7 @@ from .construction import (
     warn_untrained,
 )
 from .curvature import drop_statistics, install_hook
-from .hyperparameters import Hyperparameters
+from .hyperparameters import FIXED_OPTIONS, Hyperparameters, check_flag, check_number
 from .layers import Layer, find_layers
 from .structured import StructuredMatrix
 from .update import Scales, update_factors, update_parameters
@@ -97,8 +97,8 @@ class SINGD(torch.optim.Optimizer):
             RuntimeError: In a process group of several processes.
         """
         refuse_data_parallel(model)
-        if isinstance(init_grad_scale, bool) or not 0 < init_grad_scale < float("inf"):
-            raise ValueError(f"init_grad_scale is {init_grad_scale!r}; it must be a number > 0")
+        check_flag("warn_unsupported", warn_unsupported)
+        check_number("init_grad_scale", init_grad_scale, positive=True)
         given = locals()
         defaults = {field.name: given[field.name] for field in fields(Hyperparameters)}
         self._model = model
@@ -122,16 +122,11 @@ class SINGD(torch.optim.Optimizer):
             ValueError: For a bad option, or if a layer's parameters are in different groups.
         """
         group = {**self.defaults, **param_group}
-        if group["kfac_like"] is True and group["alpha1"] != 0:
-            warnings.warn(
-                f"kfac_like=True (IKFAC) has no Riemannian momentum: alpha1={group['alpha1']} is "
-                "set to 0",
-                stacklevel=2,
-            )
-            group["alpha1"] = 0.0
         options = Hyperparameters.of_group(group)
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
+        if isinstance(group["params"], set):
+            raise TypeError("params is a set, whose order is not defined; use a list")
         group["params"] = list(group["params"])
         tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
         layers = find_layers(self._model, tensors, len(self.param_groups))
@@ -140,10 +135,11 @@ class SINGD(torch.optim.Optimizer):
         self._checked.append(options)
         for layer in layers:
             self._layers.append(layer)
-            self._initialize_state(layer, options)
+            self._complete_state(layer, options)
             self._handles.append(install_hook(self, layer))
 
-    def _initialize_state(self, layer: Layer, options: Hyperparameters) -> None:
+    def _complete_state(self, layer: Layer, options: Hyperparameters) -> None:
+        """Create what these options need and the layer's state does not have yet."""
         parameter = layer.parameters[0]
         state = self.state[parameter]
         for factor, dim, spec, dtype in zip(
@@ -153,14 +149,16 @@ class SINGD(torch.optim.Optimizer):
             options.preconditioner_dtype,
             strict=True,
         ):
-            dtype = parameter.dtype if dtype is None else dtype
-            state[factor] = StructuredMatrix.eye(spec, dim, dtype, parameter.device).data
-            if options.alpha1 != 0:
+            if factor not in state:
+                dtype = parameter.dtype if dtype is None else dtype
+                state[factor] = StructuredMatrix.eye(spec, dim, dtype, parameter.device).data
+            if options.alpha1 != 0 and f"m_{factor}" not in state:
                 state[f"m_{factor}"] = torch.zeros_like(state[factor])
         for counter in ("rejected", "skipped"):
-            state[counter] = torch.zeros((), dtype=torch.int64, device=parameter.device)
-        if options.momentum != 0:
-            for p in layer.parameters:
+            if counter not in state:
+                state[counter] = torch.zeros((), dtype=torch.int64, device=parameter.device)
+        for p in layer.parameters:
+            if options.momentum != 0 and "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     # ---------------------------------------------------------------- what users read
@@ -190,14 +188,14 @@ class SINGD(torch.optim.Optimizer):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for layer in self._layers:
-            drop_statistics(self.state[layer.parameters[0]])
+        self._drop_statistics()
 
     def set_current_grad_scale(self, grad_scale: float) -> None:
         """Say by what this step's loss was scaled, if `GradScaler.unscale_` was called before step.
 
         The gradients are unscaled then, but the curvature statistics are not.
         """
+        check_number("grad_scale", grad_scale, positive=True)
         self._curvature_scale = float(grad_scale)
 
     def options(self, group: int) -> Hyperparameters:
@@ -207,20 +205,22 @@ class SINGD(torch.optim.Optimizer):
             ValueError: Naming the option, its value and what is allowed.
         """
         current, checked = self.param_groups[group], self._checked[group]
-        changed = [
-            f.name for f in fields(checked) if current[f.name] is not getattr(checked, f.name)
-        ]
-        if changed:
-            options = Hyperparameters.of_group(current)
-            for name in FIXED_OPTIONS:
-                if tuple(getattr(options, name)) != tuple(getattr(checked, name)):
-                    raise ValueError(
-                        f"{name} of parameter group {group} was changed from "
-                        f"{getattr(checked, name)!r} to {getattr(options, name)!r}; it is fixed "
-                        "at construction"
-                    )
-            self._checked[group] = options
-        return self._checked[group]
+        if all(current[f.name] is getattr(checked, f.name) for f in fields(checked)):
+            checked.check_tensors()
+            return checked
+        options = Hyperparameters.of_group(current)
+        for name in FIXED_OPTIONS:
+            if getattr(options, name) != getattr(checked, name):
+                raise ValueError(
+                    f"{name} of parameter group {group} was changed from "
+                    f"{getattr(checked, name)!r} to {getattr(options, name)!r}; it is fixed at "
+                    "construction"
+                )
+        self._checked[group] = options
+        for layer in self._layers:
+            if layer.group == group:
+                self._complete_state(layer, options)
+        return options
 
     def factors_due(self, group: int) -> bool:
         """Whether the next step of this group updates the factors."""
@@ -246,24 +246,35 @@ class SINGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = [(self.options(i), self._ready_layers(i)) for i in range(len(self.param_groups))]
+        plans = [self._plan(group) for group in range(len(self.param_groups))]
         scales = self._scales()
-        for index, (options, layers) in enumerate(groups):
-            step = self.param_groups[index]["steps"]
-            if self.factors_due(index):
-                self._update_factors(layers, options, step, scales)
+        self._curvature_scale = None
+        if _is_set_on_host(scales.found_inf):  # the whole step is void, and comes again
+            self._drop_statistics()
+            return loss
+        for layers, options, step, lr_cov in plans:
+            if lr_cov is not None:
+                self._update_factors(layers, options, step, lr_cov, scales)
             outcome = update_parameters(layers, self.state, options, step, scales)
             self._report(outcome, layers, "the gradient was not finite: the layer was not updated")
         for group in self.param_groups:
             group["steps"] += 1
-        self._curvature_scale = None
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them the statistics of the same backward passes."""
         super().zero_grad(set_to_none)
+        self._drop_statistics()
+
+    def _drop_statistics(self) -> None:
         for layer in self._layers:
             drop_statistics(self.state[layer.parameters[0]])
+
+    def _plan(self, group: int) -> tuple[list[Layer], Hyperparameters, int, float | None]:
+        """Check everything about a group's step: layers, options, step and β₁, None if not due."""
+        options, step = self.options(group), self.param_groups[group]["steps"]
+        lr_cov = options.lr_cov_at(step) if self.factors_due(group) else None
+        return self._ready_layers(group), options, step, lr_cov
 
     def _ready_layers(self, group: int) -> list[Layer]:
         """Return the group's layers that have a gradient in this step."""
@@ -296,17 +307,24 @@ class SINGD(torch.optim.Optimizer):
         return Scales(found_inf, gradient, gradient)
 
     def _update_factors(
-        self, layers: list[Layer], options: Hyperparameters, step: int, scales: Scales
+        self,
+        layers: list[Layer],
+        options: Hyperparameters,
+        step: int,
+        lr_cov: float,
+        scales: Scales,
     ) -> None:
         states = {layer: self.state[layer.parameters[0]] for layer in layers}
         observed = [layer for layer, state in states.items() if state.get("rows", 0) > 0]
-        unseen = [layer.name for layer in layers if layer not in observed]
+        unseen = [layer.name for layer, state in states.items() if "rows" not in state]
         if unseen and self._handles:
             self._warn_once(
                 f"layers {unseen} have gradients, but their modules were not called: their factors "
                 "stay as they are"
             )
-        outcome = update_factors(observed, [states[la] for la in observed], options, step, scales)
+        outcome = update_factors(
+            observed, [states[layer] for layer in observed], options, step, lr_cov, scales
+        )
         self._report(
             outcome,
             observed,
@@ -330,16 +348,16 @@ class SINGD(torch.optim.Optimizer):
     def _warn_once(self, message: str, key: str | None = None) -> None:
         if (key or message) not in self._warned:
             self._warned.add(key or message)
-            warnings.warn(f"{message} (further warnings of this kind are not shown)", stacklevel=4)
+            warn_user(f"{message} (further warnings of this kind are not shown)")
 
     # ---------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and builtins; an `lr_cov` function is not saved."""
+        for group in range(len(self.param_groups)):
+            self.options(group)
         state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            if callable(group["lr_cov"]):
-                group["lr_cov"] = None
+        state_dict["param_groups"] = [saved_group(group) for group in state_dict["param_groups"]]
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -349,5 +367,11 @@ class SINGD(torch.optim.Optimizer):
             ValueError: If it does not fit, naming the difference; nothing is changed.
         """
         checked = checked_state(self, state_dict)
+        lr_cov = [group["lr_cov"] for group in self.param_groups]
         super().load_state_dict(checked)
-        restore_state(self, checked)
+        restore_state(self, checked, lr_cov)
+
+
+def _is_set_on_host(flag: Tensor | None) -> bool:
+    """Whether a flag is known to be set without waiting for a device."""
+    return flag is not None and flag.device.type == "cpu" and flag.item() != 0

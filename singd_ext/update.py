@@ -34,13 +34,11 @@ def update_factors(
     states: Sequence[State],
     options: Hyperparameters,
     step: int,
+    lr_cov: float,
     scales: Scales,
 ) -> Tensor:
     """Update K, C, m_K and m_C from the layers' statistics; see `ops.update_factors_`."""
     momenta = states if options.alpha1 != 0 else []
-    for state in momenta:  # alpha1 may have been 0 so far
-        for factor in ("K", "C"):
-            state.setdefault(f"m_{factor}", torch.zeros_like(state[factor]))
     return ops.update_factors_(
         [s["K"] for s in states],
         [s["C"] for s in states],
@@ -54,13 +52,13 @@ def update_factors(
         [layer.dim_K for layer in layers],
         [layer.dim_C for layer in layers],
         *options.structures,
-        lr_cov=torch.tensor(options.lr_cov_at(step), dtype=torch.float64),
-        damping=options.damping,
-        alpha1=options.alpha1,
+        lr_cov=torch.tensor(lr_cov, dtype=torch.float64),
+        damping=float(options.damping),
+        alpha1=float(options.alpha1),
         kfac_like=options.kfac_like,
         normalize_lr_cov=options.normalize_lr_cov,
-        expm_order=options.expm_order,
-        step_cap=options.step_cap,
+        expm_order=int(options.expm_order),
+        step_cap=float(options.step_cap),
         grad_scale=scales.statistic,
         found_inf=scales.found_inf,
         rounding_key=_rounding_key(options, step),
@@ -93,8 +91,8 @@ def update_parameters(
         [s["C"] for s in states],
         *options.structures,
         lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
+        momentum=float(options.momentum),
+        weight_decay=float(options.weight_decay),
         grad_scale=scales.gradient,
         found_inf=scales.found_inf,
         rounding_key=_rounding_key(options, step),
@@ -109,12 +107,8 @@ def _gradient(parameter: Tensor) -> Tensor:
 
 
 def _momentum_buffer(parameter: Tensor, state: dict[Tensor, State]) -> Tensor:
-    if parameter is _NO_BIAS:
-        return _NO_BIAS
-    if "momentum_buffer" not in state[parameter]:  # momentum may have been 0 so far
-        state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return state[parameter]["momentum_buffer"]
+    return _NO_BIAS if parameter is _NO_BIAS else state[parameter]["momentum_buffer"]
 
 
 def _rounding_key(options: Hyperparameters, step: int) -> list[int] | None:
-    return [options.seed, step] if options.stochastic_rounding else None
+    return [int(options.seed), step] if options.stochastic_rounding else None

@@ -21,8 +21,10 @@ class Rows {
       : rows_(std::move(rows)), ones_column_(ones_column), shared_(shared) {}
 
   int64_t dim() const { return rows_.size(2) + (ones_column_ ? 1 : 0); }
+  // Without a shared position there is nothing to reduce, and no row.
   int64_t count() const {
-    return shared_ == Shared::kExpand ? rows_.size(0) * rows_.size(1) : rows_.size(0);
+    const int64_t positions = rows_.size(0) * rows_.size(1);
+    return shared_ == Shared::kExpand || positions == 0 ? positions : rows_.size(0);
   }
 
   // f(chunk, m) with the chunk's m rows as a contiguous m x dim() array.

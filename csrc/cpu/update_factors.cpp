@@ -122,20 +122,16 @@ double step_size(const FamilyT& family, const std::vector<T>& m, const Options& 
   return capped ? o.step_cap / bound : beta;
 }
 
-// Expm(-beta m), truncated.
+// Expm(-beta m) - I, truncated. Without the identity, whose rounding would be that of K itself.
 template <class T, class FamilyT>
-std::vector<T> truncated_exponential(const FamilyT& family, std::vector<T> m, double beta,
-                                     int64_t order) {
-  std::vector<T> e(m.size());
+std::vector<T> truncated_exponential_minus_one(const FamilyT& family, std::vector<T> m, double beta,
+                                               int64_t order) {
   for (T& value : m) value = static_cast<T>(-beta * value);
-  if (order == 2) {
-    family.template product<AtenMath, T>(m.data(), m.data(), e.data());
-    for (size_t i = 0; i < m.size(); ++i) e[i] = m[i] + e[i] / 2;
-  } else {
-    e = m;
-  }
-  family.add_to_diagonal(e.data(), T(1));
-  return e;
+  if (order == 1) return m;
+  std::vector<T> square(m.size());
+  family.template product<AtenMath, T>(m.data(), m.data(), square.data());
+  for (size_t i = 0; i < m.size(); ++i) m[i] += square[i] / 2;
+  return m;
 }
 
 Candidate candidate(const Factor& f, const Factor& partner, const Options& o,
@@ -146,9 +142,11 @@ Candidate candidate(const Factor& f, const Factor& partner, const Options& o,
     visit(f.layout, [&](const auto& family) {
       const std::vector<T> m = new_momentum<T>(family, f, partner, o);
       const double beta = step_size(family, m, o, result.capped);
-      const std::vector<T> e = truncated_exponential(family, m, beta, o.expm_order);
+      const std::vector<T> e = truncated_exponential_minus_one(family, m, beta, o.expm_order);
+      const T* old = f.k.template const_data_ptr<T>();
       std::vector<T> k(m.size());
-      family.template product<AtenMath, T>(f.k.template const_data_ptr<T>(), e.data(), k.data());
+      family.template product<AtenMath, T>(old, e.data(), k.data());
+      for (size_t i = 0; i < k.size(); ++i) k[i] += old[i];
       bool k_finite = false, m_finite = false;
       std::tie(result.k, k_finite) = stored_like(f.state, k.data(), key.stream(0));
       std::tie(result.momentum, m_finite) = stored_like(

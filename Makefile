@@ -1,0 +1,65 @@
+# Two commands do the work: `make demo` and `make test`. `make help` lists the others.
+PYTHON ?= python3
+TORCH ?= 2.13.0
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+CPP := $(shell find csrc -type f -name '*.cpp' -o -name '*.h')
+# What the environment is made for: another Python, another torch or a moved folder make it stale.
+WANTED := $(PYTHON), torch $(TORCH), in $(CURDIR)
+CREATED := $(VENV)/.created
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+
+.PHONY: help demo test lint ctest clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo    set up .venv, compile, train the example (DEMO_ARGS: its options)'
+	@echo 'make test    set up .venv, compile, lint, C++ tests, pytest (PYTEST_ARGS: its options)'
+	@echo 'make lint    ruff, mypy and clang-format, nothing changed'
+	@echo 'make ctest   the C++ tests alone'
+	@echo 'make clean   remove .venv and everything that was built'
+	@echo 'PYTHON=$(PYTHON) makes .venv, with torch TORCH=$(TORCH)'
+
+demo: $(BUILT)
+	python examples/mnist_cnn.py $(DEMO_ARGS)
+
+test: lint ctest
+	python -m pytest $(PYTEST_ARGS)
+
+lint: $(BUILT)
+	ruff check .
+	ruff format --check .
+	mypy singd_ext
+	clang-format --dry-run -Werror $(CPP)
+
+ctest: $(BUILT)
+	cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release
+	cmake --build build/cmake
+	ctest --test-dir build/cmake --output-on-failure
+
+clean:
+	rm -rf $(VENV) build *.egg-info singd_ext/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+ifneq ($(shell cat $(CREATED) 2>/dev/null),$(WANTED))
+.PHONY: $(CREATED)
+endif
+$(CREATED):
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet 'setuptools>=77' wheel ninja 'torch==$(TORCH)'
+	echo '$(WANTED)' > $@
+
+$(INSTALLED): setup.py pyproject.toml $(CREATED)
+	python -m pip install --quiet --no-build-isolation -e '.[test,demo]'
+	touch $@
+
+# pip has just compiled when $@ is missing; later, only what changed is compiled.
+$(BUILT): $(CPP) csrc/sources.txt $(INSTALLED)
+	if [ -e $@ ]; then python setup.py build_ext --inplace; fi
+	touch $@

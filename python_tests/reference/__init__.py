@@ -1,0 +1,1 @@
+"""The oracle: SINGD in dense float64 with explicit masks, independent of singd_ext."""

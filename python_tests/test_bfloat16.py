@@ -1,0 +1,74 @@
+"""SINGD and IKFAC train the network of `make demo` in pure bfloat16: parameters, state, factors."""
+
+import runpy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from singd_ext import SINGD
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "mnist_cnn.py"
+
+
+@cache
+def example() -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLE))
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    return example()["load_digits"](torch.bfloat16)
+
+
+STRUCTURES = ["dense", "triu", "diagonal", "block_diagonal:16", "rank_triu:1", "rank_tril:1",
+              "hierarchical:8,8", "triu_toeplitz"]  # fmt: skip
+CASES = [(structure, "reduce") for structure in STRUCTURES]
+CASES += [("dense", "expand"), ("hierarchical:8,8", "expand")]
+
+
+# Learning rates at which the same runs in float32 are stable: (kfac_like, kfac_approx) -> lr.
+LEARNING_RATES = {
+    (False, "reduce"): 2e-3,
+    (True, "reduce"): 5e-4,
+    (False, "expand"): 5e-3,
+    (True, "expand"): 5e-3,
+}
+
+
+@pytest.mark.parametrize("kfac_like", [False, True], ids=["SINGD", "IKFAC"])
+@pytest.mark.parametrize(("structure", "kfac_approx"), CASES)
+@pytest.mark.filterwarnings("ignore:.*shortened to step_cap")  # the first steps are large
+def test_pure_bfloat16_is_stable(structure: str, kfac_like: bool, kfac_approx: str) -> None:
+    """The loss falls in 80 steps with 80 factor updates, none of which is rejected."""
+    images, labels = digits()
+    torch.manual_seed(0)
+    network = example()["make_network"]().to(torch.bfloat16)
+    optimizer = SINGD(
+        network,
+        lr=LEARNING_RATES[kfac_like, kfac_approx],
+        lr_cov=0.05,
+        damping=0.03,
+        alpha1=0.0 if kfac_like else 0.5,
+        T=1,
+        structures=(structure, structure),
+        kfac_like=kfac_like,
+        kfac_approx=kfac_approx,
+        normalize_lr_cov=True,
+    )
+    losses = []
+    for batch in torch.arange(4000).split(50):
+        optimizer.zero_grad()
+        loss = cross_entropy(network(images[batch]).float(), labels[batch])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    tensors = [t for state in optimizer.state.values() for t in state.values()]
+    assert all(t.dtype in (torch.bfloat16, torch.int64) for t in tensors)
+    assert all(t.isfinite().all() for t in [*tensors, *network.parameters()])
+    assert set(optimizer.rejections().values()) == {(0, 0)}
+    assert sum(losses[-10:]) / 10 < 0.5 * losses[0]
