@@ -36,6 +36,14 @@ def test_setup_refuses_a_torch_that_is_not_supported(
         run_setup()
 
 
+# An editable install would find the missing library in the original package.
+IMPORT = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+import singd_ext
+"""
+
+
 def import_copy(folder: Path, edit_library: bytes | None) -> str:
     """Import a copy of the package, its library replaced by these bytes or removed."""
     ignore = shutil.ignore_patterns("__pycache__", "_C*.so", "_C*.pyd")
@@ -43,7 +51,7 @@ def import_copy(folder: Path, edit_library: bytes | None) -> str:
     if edit_library is not None:
         (folder / "singd_ext" / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(edit_library)
     run = subprocess.run(
-        [sys.executable, "-c", "import singd_ext"],
+        [sys.executable, "-c", IMPORT],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,
