@@ -198,7 +198,13 @@ def plot(results: dict[str, list[Run]], path: str) -> None:
             axis.plot(range(1, len(means) + 1), means, label=name, linewidth=width)
     axes[0].set(xlabel="epoch", ylabel="test error, %", yscale="log")
     axes[1].set(xlabel="epoch", ylabel="training loss", yscale="log")
+    for axis in axes:
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(which="minor", labelsize="small")
     axes[0].legend()
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("{x:g}")
     figure.savefig(path, dpi=120)
 
 
