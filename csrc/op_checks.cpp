@@ -56,6 +56,12 @@ double checked_scalar(const char* op, const char* name, const at::Tensor& scalar
   return scalar.item().toDouble();
 }
 
+Scaler checked_scaler(const char* op, const std::optional<at::Tensor>& grad_scale,
+                      const std::optional<at::Tensor>& found_inf) {
+  return {grad_scale.has_value() ? 1.0 / checked_scalar(op, "grad_scale", *grad_scale) : 1.0,
+          found_inf.has_value() && checked_scalar(op, "found_inf", *found_inf) != 0};
+}
+
 Side checked_side(const char* op, const std::string& side) {
   TORCH_CHECK_VALUE(side == "left" || side == "right", "singd_ext::", op, ": side is '", side,
                     "'; allowed are 'left' and 'right'");

@@ -33,6 +33,15 @@ void check_length(const char* op, const char* name, size_t length, size_t expect
 // A 0-dimensional float tensor that holds a scalar.
 double checked_scalar(const char* op, const char* name, const at::Tensor& scalar);
 
+// What a gradient scaler hands to an operator: the factor that undoes its scale, and whether it
+// found an infinity, so that nothing may be done.
+struct Scaler {
+  double unscale;
+  bool found_inf;
+};
+Scaler checked_scaler(const char* op, const std::optional<at::Tensor>& grad_scale,
+                      const std::optional<at::Tensor>& found_inf);
+
 Side checked_side(const char* op, const std::string& side);
 
 // What becomes of the shared dimension of rows [batch, shared, features].

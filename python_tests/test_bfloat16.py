@@ -72,3 +72,28 @@ def test_pure_bfloat16_is_stable(structure: str, kfac_like: bool, kfac_approx: s
     assert all(t.isfinite().all() for t in [*tensors, *network.parameters()])
     assert set(optimizer.rejections().values()) == {(0, 0)}
     assert sum(losses[-10:]) / 10 < 0.5 * losses[0]
+
+
+def small_run(**options: Any) -> Tensor:
+    torch.manual_seed(0)
+    network = torch.nn.Linear(20, 10).to(torch.bfloat16)
+    optimizer = SINGD(network, T=1, structures=("diagonal", "diagonal"), **options)
+    for _ in range(20):
+        optimizer.zero_grad()
+        x = torch.randn(8, 20, dtype=torch.bfloat16)
+        network(x).square().mean().backward()
+        optimizer.step()
+    K, C = optimizer.factors()[""]
+    return torch.cat([network.weight.detach().flatten(), K.data, C.data])
+
+
+def test_stochastic_rounding_lets_small_steps_of_the_factors_through_and_repeats() -> None:
+    """A step of the factors below half of a rounding: to nearest, a bfloat16 factor stays at 1."""
+    options = {"lr": 1e-4, "lr_cov": 1e-3, "alpha1": 0.0}
+    nearest = small_run(**options)
+    first, second = (small_run(**options, stochastic_rounding=True, seed=1) for _ in range(2))
+    other = small_run(**options, stochastic_rounding=True, seed=2)
+    assert (nearest[200:] == 1).all()
+    assert not (first[200:] == 1).all()
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)

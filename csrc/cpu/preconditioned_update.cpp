@@ -200,9 +200,7 @@ at::Tensor preconditioned_update_(at::TensorList weight, at::TensorList bias,
   check_length(kOp, "K", K.size(), layers);
   check_length(kOp, "C", C.size(), layers);
   const Options options{checked_scalar(kOp, "lr", lr), momentum, weight_decay};
-  const double unscale =
-      grad_scale.has_value() ? 1.0 / checked_scalar(kOp, "grad_scale", *grad_scale) : 1.0;
-  const bool skip = found_inf.has_value() && checked_scalar(kOp, "found_inf", *found_inf) != 0;
+  const Scaler scaler = checked_scaler(kOp, grad_scale, found_inf);
   const RoundingKey key = rounding_key(kOp, rounding);
 
   std::vector<Layer> checked;
@@ -219,8 +217,8 @@ at::Tensor preconditioned_update_(at::TensorList weight, at::TensorList bias,
   }
 
   at::Tensor outcomes = at::zeros({static_cast<int64_t>(layers)}, at::kLong);
-  for (size_t i = 0; i < layers && !skip; ++i) {
-    if (!update_layer(checked[i], unscale, options, key.stream(i))) {
+  for (size_t i = 0; i < layers && !scaler.found_inf; ++i) {
+    if (!update_layer(checked[i], scaler.unscale, options, key.stream(i))) {
       skipped[i].add_(1);
       outcomes.mutable_data_ptr<int64_t>()[i] = 1;
     }

@@ -22,19 +22,37 @@ Layout checked_square(const char* op, const char* name, const at::Tensor& matrix
   return checked_layout(op, structure, matrix.size(0));
 }
 
-at::Tensor project(const at::Tensor& symmetric, const std::string& structure) {
+// The storage that fill(family, matrix, storage) makes of a square matrix, in the matrix's dtype.
+template <class Fill>
+at::Tensor from_dense(const char* op, const char* name, const at::Tensor& matrix,
+                      const std::string& structure, Fill fill) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const Layout layout = checked_square("project", "symmetric", symmetric, structure);
-  const auto dtype = compute_type(symmetric.scalar_type());
-  const at::Tensor dense = symmetric.to(dtype).contiguous();
-  at::Tensor out = at::zeros({storage_size(layout)}, dense.options());
+  const Layout layout = checked_square(op, name, matrix, structure);
+  const auto dtype = compute_type(matrix.scalar_type());
+  const at::Tensor source = matrix.to(dtype).contiguous();
+  at::Tensor out = at::zeros({storage_size(layout)}, source.options());
   dispatch_compute(dtype, [&](auto zero) {
     using T = decltype(zero);
     visit(layout, [&](const auto& family) {
-      family.project(dense.const_data_ptr<T>(), out.mutable_data_ptr<T>());
+      fill(family, source.const_data_ptr<T>(), out.mutable_data_ptr<T>());
     });
   });
-  return out.to(symmetric.scalar_type());
+  return out.to(matrix.scalar_type());
+}
+
+at::Tensor project(const at::Tensor& symmetric, const std::string& structure) {
+  return from_dense(
+      "project", "symmetric", symmetric, structure,
+      [](const auto& family, const auto* from, auto* to) { family.project(from, to); });
+}
+
+at::Tensor extract(const at::Tensor& dense, const std::string& structure) {
+  return from_dense("extract", "dense", dense, structure,
+                    [](const auto& family, const auto* from, auto* to) {
+                      family.for_each_entry([&](int64_t slot, int64_t i, int64_t j, int) {
+                        to[slot] = from[i * family.layout.dim + j];
+                      });
+                    });
 }
 
 at::Tensor project_gram(const at::Tensor& rows, const std::string& structure) {
@@ -60,24 +78,6 @@ at::Tensor project_gram(const at::Tensor& rows, const std::string& structure) {
     });
   });
   return out;
-}
-
-at::Tensor extract(const at::Tensor& dense, const std::string& structure) {
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  const Layout layout = checked_square("extract", "dense", dense, structure);
-  const auto dtype = compute_type(dense.scalar_type());
-  const at::Tensor source = dense.to(dtype).contiguous();
-  at::Tensor out = at::zeros({storage_size(layout)}, source.options());
-  dispatch_compute(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const T* from = source.const_data_ptr<T>();
-    T* to = out.mutable_data_ptr<T>();
-    visit(layout, [&](const auto& family) {
-      family.for_each_entry(
-          [&](int64_t slot, int64_t i, int64_t j, int) { to[slot] = from[i * layout.dim + j]; });
-    });
-  });
-  return out.to(dense.scalar_type());
 }
 
 at::Tensor to_dense(const at::Tensor& factor, int64_t dim, const std::string& structure) {

@@ -209,9 +209,7 @@ at::Tensor update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_
                         normalize_lr_cov,
                         expm_order};
   check_options(options);
-  const double unscale =
-      grad_scale.has_value() ? 1.0 / checked_scalar(kOp, "grad_scale", *grad_scale) : 1.0;
-  const bool skip = found_inf.has_value() && checked_scalar(kOp, "found_inf", *found_inf) != 0;
+  const Scaler scaler = checked_scaler(kOp, grad_scale, found_inf);
   const RoundingKey key = rounding_key(kOp, rounding);
 
   const auto momentum_of = [&](at::TensorList list, size_t i) {
@@ -223,11 +221,12 @@ at::Tensor update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_
   }
 
   at::Tensor outcomes = at::zeros({static_cast<int64_t>(layers)}, at::kLong);
-  for (size_t i = 0; i < layers && !skip; ++i) {
+  for (size_t i = 0; i < layers && !scaler.found_inf; ++i) {
     const Factor k =
         make_factor(K[i], momentum_of(m_K, i), statistic_K[i], scale_K[i], dim_K[i], structure_K);
-    const Factor c = make_factor(C[i], momentum_of(m_C, i), statistic_C[i],
-                                 scale_C[i] * unscale * unscale, dim_C[i], structure_C);
+    const Factor c =
+        make_factor(C[i], momentum_of(m_C, i), statistic_C[i],
+                    scale_C[i] * scaler.unscale * scaler.unscale, dim_C[i], structure_C);
     const RoundingKey layer_key = key.stream(i);
     const Candidate new_k = candidate(k, c, options, layer_key.stream(0));
     const Candidate new_c = candidate(c, k, options, layer_key.stream(1));
