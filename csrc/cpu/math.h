@@ -14,6 +14,7 @@
 #include <ATen/ops/view_as_real.h>
 
 #include <algorithm>
+#include <array>
 
 #include "../structures/layout.h"
 #include "../structures/matrix_view.h"
@@ -91,7 +92,10 @@ struct AtenMath {
   static void add_autocorrelation(const T* y, int64_t m, int64_t d, T* out) {
     const int64_t n = fft_length(d);
     const at::Tensor spectrum = at::fft_rfft(tensor(MatrixView<const T>{y, d}, m, d, 1), n, 1);
-    const at::Tensor power = at::square(at::view_as_real(spectrum)).sum({0, 2}, false, at::kDouble);
+    // Rows, and real and imaginary parts; a braced {0, 2} does not compile with torch 2.11.
+    const std::array<int64_t, 2> summed = {0, 2};
+    const at::Tensor power =
+        at::square(at::view_as_real(spectrum)).sum(at::IntArrayRef(summed), false, at::kDouble);
     const at::Tensor sums = at::fft_irfft(power.to(at::kComplexDouble), n, 0).narrow(0, 0, d);
     tensor(MatrixView<T>{out, d}, 1, d, 1).add_(sums);
   }
