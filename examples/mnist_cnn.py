@@ -198,7 +198,6 @@ def main() -> None:
     parser.add_argument("--output", default="mnist_cnn.png")
     args = parser.parse_args()
 
-    torch.set_num_threads(1)  # a small network, and no contention with other programs
     console = Console()
     results = compare(args, console)
     print_table(results, console)

@@ -1,7 +1,18 @@
 """Set-up of all tests."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 # For tensors as small as those of the tests, waking a second thread costs more than it saves.
-# test_threads.py runs the operators on several.
+# Tests that are about threads take the fixture below.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Lets a test set the number of threads, and puts it back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

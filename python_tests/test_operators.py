@@ -12,8 +12,8 @@ from torch import Tensor
 from singd_ext import StructuredMatrix, ops
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# Around the sizes of blocks and borders, the chunks of rows, and the switch to FFTs at 64.
-DIMS = [1, 2, 3, 4, 5, 6, 7, 31, 33, 64, 65, 129]
+# Around the sizes of blocks and borders, the chunks of rows, and the switch to FFTs at 256.
+DIMS = [1, 2, 3, 4, 5, 6, 7, 31, 33, 64, 65, 129, 256, 257]
 
 
 def dtype_id(dtype: torch.dtype) -> str:
@@ -113,7 +113,7 @@ def test_accumulated_statistic_gives_the_projected_curvature(
     spec: str, dtype: torch.dtype, ones_column: bool, shared: str
 ) -> None:
     """Two micro-batches of different length, then m = ½ (Π(KᵀUK) − I) from a factor update."""
-    for dim in (1, 2, 5, 7, 33, 65, 129):
+    for dim in (1, 2, 5, 7, 33, 65, 129, 257):
         features = dim - ones_column
         factor = random_member(spec, dim, dtype)
         batches = [random(3, 5, features, dtype=dtype), random(70, 4, features, dtype=dtype)]

@@ -1,20 +1,11 @@
 """The operators on several threads give what they give on one, and repeat bit for bit."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from reference import masks
 from torch import Tensor, nn
 
 from singd_ext import SINGD
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def train(spec: str, threads: int) -> Tensor:

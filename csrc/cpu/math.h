@@ -39,7 +39,9 @@ decltype(auto) dispatch_compute(at::ScalarType dtype, Function&& f) {
 
 struct AtenMath {
   // Dimension up to which Toeplitz products go through a dense d x d copy instead of the FFT.
-  static constexpr int64_t kDirectToeplitz = 64;
+  // Measured on one AVX-512 core in float32: the statistic is as fast either way at d = 512, K X at
+  // 384 and X K at about 200; at 256 all of them together are faster through the copy.
+  static constexpr int64_t kDirectToeplitz = 256;
   // Elements of elementwise work below which a further thread costs more than it saves.
   static constexpr int64_t kGrain = 32768;
 
