@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--structure", default="hierarchical:8,8", help="of both factors")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=0, help="the first one")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--seeds", type=int, default=6, help="how many")
     parser.add_argument("--output", default="mnist_cnn.png")
     args = parser.parse_args()
 
