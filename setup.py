@@ -1,5 +1,17 @@
-"""Builds the extension `singd_ext._C`; the project's metadata is in pyproject.toml."""
+"""Builds the extension `singd_ext._C`; the project's metadata is in pyproject.toml.
 
+The environment decides what is built:
+
+    SINGD_CUDA=auto|1|0     CUDA kernels: where nvcc is found (default), always, never; whether a
+                            GPU is visible plays no part. FORCE_CUDA=1 means 1.
+    CUDA_HOME               the CUDA toolkit, 12.1 or later
+    TORCH_CUDA_ARCH_LIST    architectures, as torch reads them: "8.0;9.0+PTX"
+    MAX_JOBS                compilers at a time
+    SINGD_EMULATION=1       also `singd_ext._emulation`, which runs the CUDA kernels on a CPU
+                            (for tests); SINGD_SANITIZE=1 compiles it with sanitizers
+"""
+
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +27,9 @@ except ModuleNotFoundError:
     )
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "cmake"))
+import cuda_build  # noqa: E402
+
 OLDEST, BEYOND = (2, 11), (2, 15)
 
 
@@ -29,29 +44,83 @@ def torch_release() -> tuple[int, int]:
     return major, minor
 
 
-def sources() -> list[str]:
-    """Every file that csrc/sources.txt lists, relative to this folder."""
+def sources(*kinds: str) -> list[str]:
+    """The files of these kinds in csrc/sources.txt, relative to this folder."""
     lines = (ROOT / "csrc" / "sources.txt").read_text().splitlines()
-    return [f"csrc/{line.split()[1]}" for line in lines if line and not line.startswith("#")]
+    listed = [line.split() for line in lines if line and not line.startswith("#")]
+    return [f"csrc/{name}" for kind, name in listed if kind in kinds]
 
 
 def headers() -> list[str]:
-    return [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")]
+    return [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")]
 
 
+def extension(toolkit: cuda_build.Toolkit | None) -> CppExtension:
+    """`singd_ext._C`, with CUDA kernels where there is a toolkit."""
+    ext = CppExtension(
+        "singd_ext._C",
+        sources("plain", "torch", "python"),
+        depends=headers(),
+        define_macros=[("SINGD_TORCH_VERSION", torch.__version__)],
+        extra_compile_args=COMPILE_ARGS,
+    )
+    if toolkit is not None:
+        ext.sources += sources("launcher")
+        ext.define_macros.append(("SINGD_CUDA", toolkit.description()))
+        ext.library_dirs.append(str(toolkit.libraries))
+        # Linked in, so that the library also loads beside a torch without CUDA.
+        ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
+    return ext
+
+
+def emulation(toolkit: cuda_build.Toolkit | None) -> CppExtension:
+    """`singd_ext._emulation`: launchers and kernels as C++ for the CPU."""
+    if toolkit is None:
+        sys.exit("SINGD_EMULATION=1 needs the headers of the CUDA toolkit: set CUDA_HOME")
+    folder = Path("build") / "emulation"
+    sanitized = os.environ.get("SINGD_SANITIZE") == "1"
+    flags = ["-O1", "-g", *SANITIZERS, "-fno-omit-frame-pointer"] if sanitized else COMPILE_ARGS
+    return CppExtension(
+        "singd_ext._emulation",
+        [
+            *sources("plain", "launcher", "emulation"),
+            "csrc/schemas.cpp",
+            "csrc/op_checks.cpp",
+            *cuda_build.wrappers(sources("kernel"), folder),
+        ],
+        depends=headers() + sources("kernel"),
+        include_dirs=[str(toolkit.home / "include")],
+        define_macros=[("SINGD_EMULATION", None)],
+        extra_compile_args=[*flags, "-Wno-unknown-pragmas"],
+        extra_link_args=SANITIZERS if sanitized else [],
+    )
+
+
+class Build(BuildExtension):
+    """torch's build, after nvcc has compiled the kernels of `singd_ext._C`."""
+
+    def build_extensions(self) -> None:
+        if TOOLKIT is not None:
+            for ext in self.extensions:
+                if ext.name == "singd_ext._C":
+                    ext.extra_objects += TOOLKIT.compile(
+                        sources("kernel"), headers(), Path(self.build_temp) / "cuda"
+                    )
+        super().build_extensions()
+
+
+COMPILE_ARGS = ["/O2"] if sys.platform == "win32" else ["-O3", "-fno-math-errno", "-Wall"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 major, minor = torch_release()
-compile_args = ["/O2"] if sys.platform == "win32" else ["-O3", "-fno-math-errno", "-Wall"]
+TOOLKIT = cuda_build.requested_toolkit(torch.version.cuda)
+extensions = [extension(TOOLKIT)]
+if os.environ.get("SINGD_EMULATION") == "1":
+    extensions.append(emulation(cuda_build.find_toolkit()))
+if os.environ.get("SINGD_SANITIZE") == "1":  # the sanitized library alone, into --build-lib
+    extensions = extensions[1:]
 setup(
     # The binary works with the torch minor release that it was compiled against, and no other.
     install_requires=[f"torch~={major}.{minor}.0"],
-    ext_modules=[
-        CppExtension(
-            "singd_ext._C",
-            sources(),
-            depends=headers(),
-            define_macros=[("SINGD_TORCH_VERSION", torch.__version__)],
-            extra_compile_args=compile_args,
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
+    ext_modules=extensions,
+    cmdclass={"build_ext": Build},
 )

@@ -7,8 +7,8 @@
 #error "SINGD_TORCH_VERSION is not defined: build with setup.py"
 #endif
 
-#define SINGD_STRING_(x) #x
-#define SINGD_STRING(x) SINGD_STRING_(x)
+#define SINGD_STRING_(...) #__VA_ARGS__
+#define SINGD_STRING(...) SINGD_STRING_(__VA_ARGS__)
 
 namespace singd {
 
@@ -28,7 +28,12 @@ std::map<std::string, std::string> build_info() {
       {"compiler", "msvc " SINGD_STRING(_MSC_VER)},
 #endif
       {"c++", std::to_string(__cplusplus)},
+#if defined(SINGD_CUDA)  // the toolkit's version and the architectures, separated by commas
+      {"devices", "cpu cuda"},
+      {"cuda", SINGD_STRING(SINGD_CUDA)},
+#else
       {"devices", "cpu"},
+#endif
   };
 }
 

@@ -50,6 +50,25 @@ void check_length(const char* op, const char* name, size_t length, size_t expect
                     " entries, expected ", expected);
 }
 
+void check_cached_product(const char* op, const char* name, const at::Tensor& product,
+                          const Layout& layout) {
+  check_dtype(op, name, product);
+  TORCH_CHECK_VALUE(layout.family == Family::kDense, "singd_ext::", op, ": P_", name,
+                    " is only kept for dense and triangular factors");
+  TORCH_CHECK_VALUE(product.dim() == 2 && product.size(0) == layout.dim &&
+                        product.size(1) == layout.dim && product.is_contiguous(),
+                    "singd_ext::", op, ": P_", name, " has shape ", product.sizes(),
+                    ", expected a contiguous [", layout.dim, ", ", layout.dim, "]");
+}
+
+void check_outcomes(const char* op, const at::Tensor& outcomes, size_t layers) {
+  TORCH_CHECK_VALUE(outcomes.scalar_type() == at::kLong && outcomes.is_contiguous() &&
+                        outcomes.dim() == 1 && outcomes.numel() == static_cast<int64_t>(layers),
+                    "singd_ext::", op, ": outcomes must be a contiguous int64 tensor of shape [",
+                    layers, "], but has dtype ", outcomes.scalar_type(), " and shape ",
+                    outcomes.sizes());
+}
+
 double checked_scalar(const char* op, const char* name, const at::Tensor& scalar) {
   TORCH_CHECK_VALUE(scalar.numel() == 1, "singd_ext::", op, ": ", name,
                     " must hold one number, but has shape ", scalar.sizes());

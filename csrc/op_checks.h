@@ -30,6 +30,13 @@ void check_same_device(const char* op, const at::Tensor& a, const at::Tensor& b)
 // Lists of the same length.
 void check_length(const char* op, const char* name, size_t length, size_t expected);
 
+// `product` is a cached F F^T of a dense-family factor F of this layout.
+void check_cached_product(const char* op, const char* name, const at::Tensor& product,
+                          const Layout& layout);
+
+// `outcomes` takes an int64 code for every layer.
+void check_outcomes(const char* op, const at::Tensor& outcomes, size_t layers);
+
 // A 0-dimensional float tensor that holds a scalar.
 double checked_scalar(const char* op, const char* name, const at::Tensor& scalar);
 

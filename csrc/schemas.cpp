@@ -3,7 +3,9 @@
 // dimension. singd_ext/ops.py documents every operator.
 #include <torch/library.h>
 
-TORCH_LIBRARY(singd_ext, m) {
+#include "cuda/runtime.h"
+
+TORCH_LIBRARY(SINGD_LIBRARY, m) {
   // Building blocks.
   m.def("project(Tensor symmetric, str structure) -> Tensor");
   m.def("project_gram(Tensor rows, str structure) -> Tensor");
@@ -24,12 +26,13 @@ TORCH_LIBRARY(singd_ext, m) {
       "Tensor(e!)[] rejected, Tensor[] statistic_K, Tensor[] statistic_C, float[] scale_K, "
       "float[] scale_C, int[] dim_K, int[] dim_C, str structure_K, str structure_C, *, "
       "Tensor lr_cov, float damping, float alpha1, bool kfac_like, bool normalize_lr_cov, "
-      "int expm_order, float step_cap, Tensor? grad_scale=None, Tensor? found_inf=None, "
-      "int[]? rounding_key=None) -> Tensor");
+      "int expm_order, float step_cap, Tensor(f!) outcomes, Tensor(g!) workspace, "
+      "Tensor? grad_scale=None, Tensor? found_inf=None, int[]? rounding_key=None) -> ()");
   m.def(
       "preconditioned_update_(Tensor(a!)[] weight, Tensor(b!)[] bias, "
       "Tensor(c!)[] momentum_weight, Tensor(d!)[] momentum_bias, Tensor(e!)[] skipped, "
-      "Tensor[] grad_weight, Tensor[] grad_bias, Tensor[] K, Tensor[] C, str structure_K, "
-      "str structure_C, *, Tensor lr, float momentum, float weight_decay, "
-      "Tensor? grad_scale=None, Tensor? found_inf=None, int[]? rounding_key=None) -> Tensor");
+      "Tensor[] grad_weight, Tensor[] grad_bias, Tensor[] K, Tensor[] C, Tensor[] P_K, "
+      "Tensor[] P_C, str structure_K, str structure_C, *, Tensor lr, float momentum, "
+      "float weight_decay, Tensor(f!) outcomes, Tensor(g!) workspace, Tensor? grad_scale=None, "
+      "Tensor? found_inf=None, int[]? rounding_key=None) -> ()");
 }

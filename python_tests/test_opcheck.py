@@ -38,6 +38,13 @@ def samples(spec: str, dtype: torch.dtype) -> dict[str, tuple[tuple[Any, ...], d
     }
 
 
+def call_memory() -> dict[str, Tensor]:
+    return {
+        "outcomes": torch.zeros(2, dtype=torch.int64),
+        "workspace": torch.zeros(1 << 20, dtype=torch.uint8),
+    }
+
+
 def factor_update(
     spec: str, dtype: torch.dtype, wide: torch.dtype
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -48,7 +55,7 @@ def factor_update(
     statistics = [identities(dim, wide) for dim in (D_I, D_O)]
     counters = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
     scales = [[1.0, 2.0], [3.0, 4.0], [D_I, D_I], [D_O, D_O]]
-    options = {
+    options = call_memory() | {
         "lr_cov": torch.tensor(0.1), "damping": 0.1, "alpha1": 0.5, "kfac_like": False,
         "normalize_lr_cov": True, "expm_order": 2, "step_cap": 0.5,
         "grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0), "rounding_key": [1, 2],
@@ -63,8 +70,11 @@ def parameter_update(spec: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], di
 
     counters = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
     factors = [[StructuredMatrix.eye(spec, d, dtype).data for _ in range(2)] for d in (D_I, D_O)]
-    options = {"lr": torch.tensor(0.1), "momentum": 0.9, "weight_decay": 0.1}
-    return (*parameters(), *parameters(), counters, *parameters(), *factors, spec, spec), options
+    options = call_memory() | {"lr": torch.tensor(0.1), "momentum": 0.9, "weight_decay": 0.1}
+    return (
+        (*parameters(), *parameters(), counters, *parameters(), *factors, [], [], spec, spec),
+        options,
+    )
 
 
 @pytest.mark.parametrize("spec", masks.SPECS)

@@ -35,7 +35,7 @@ def collect() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "CUDA of torch": cuda,
         "CUDA device": _cuda_device(),
-        "CUDA architectures": build.get("cuda_architectures", "none: built without CUDA kernels"),
+        "CUDA kernels": _cuda_kernels(build.get("cuda")),
     }
     for device in build["devices"].split():
         facts[f"kernels for {device}"] = ", ".join(kernels(device))
@@ -47,6 +47,14 @@ def kernels(device: str) -> list[str]:
     key = device.upper()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return [name for name in OPERATORS if has_kernel(f"singd_ext::{name}", key)]
+
+
+def _cuda_kernels(build: str | None) -> str:
+    """Say what "13.0,8.0,9.0+PTX" means."""
+    if build is None:
+        return "none: built without CUDA kernels"
+    toolkit, *architectures = build.split(",")
+    return f"built with CUDA {toolkit} for {', '.join(architectures)}"
 
 
 def _cuda_device() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn.parameter import Parameter, UninitializedParameter
 
 from . import ops
 from .convolution import average_groups, averaged_patches, patch_chunks, summed_patch_energies
+from .memory import FactorProduct
 
 
 class LayerKind(ABC):
@@ -145,6 +146,8 @@ class Layer:
     group: int  # index of the parameter group
     last_pass: int = -1  # the backward pass that last added to the statistics
     counted_terms: int = 0  # loss terms counted in it
+    product_K: FactorProduct = field(default_factory=FactorProduct)
+    product_C: FactorProduct = field(default_factory=FactorProduct)
 
     @property
     def parameters(self) -> list[Parameter]:

@@ -128,6 +128,8 @@ def update_factors_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     rounding_key: Sequence[int] | None = None,
+    outcomes: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     """Update the Riemannian momenta and Kronecker factors of a list of layers (Figure 4), in place.
 
@@ -151,11 +153,15 @@ def update_factors_(
         grad_scale: Loss scale of the backward passes; G is divided by its square.
         found_inf: If non-zero, nothing is done.
         rounding_key: [seed, step]: round bfloat16 stores stochastically.
+        outcomes: int64 [layers], overwritten; without it a new tensor.
+        workspace: uint8 memory of the call, enlarged where too small; kept from call to call, it
+            saves allocations.
 
     Returns:
-        int64 [layers]: 0 committed, 1 rejected, 2 committed with a step shortened by the cap.
+        `outcomes`: 0 committed, 1 rejected, 2 committed with a step shortened by the cap.
     """
-    return _ops.update_factors_(
+    outcomes, workspace = _call_memory(statistic_K, outcomes, workspace)
+    _ops.update_factors_(
         K,
         C,
         m_K,
@@ -176,10 +182,13 @@ def update_factors_(
         normalize_lr_cov=normalize_lr_cov,
         expm_order=expm_order,
         step_cap=step_cap,
+        outcomes=outcomes,
+        workspace=workspace,
         grad_scale=grad_scale,
         found_inf=found_inf,
         rounding_key=rounding_key,
     )
+    return outcomes
 
 
 def preconditioned_update_(
@@ -198,9 +207,13 @@ def preconditioned_update_(
     lr: Tensor,
     momentum: float,
     weight_decay: float,
+    P_K: Sequence[Tensor] = (),
+    P_C: Sequence[Tensor] = (),
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     rounding_key: Sequence[int] | None = None,
+    outcomes: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     """Update the parameters of a list of layers, in place (Figure 4, steps 2 and 3).
 
@@ -219,14 +232,21 @@ def preconditioned_update_(
         lr: β₂, a 0-dimensional tensor.
         momentum: α₂.
         weight_decay: γ.
+        P_K, P_C: K Kᵀ and C Cᵀ [d, d] of dense and triangular factors, where they are kept from
+            step to step: one product a side instead of two. One tensor a layer, empty where there
+            is none, or no tensors at all.
         grad_scale: The gradients are divided by it.
         found_inf: If non-zero, nothing is done.
         rounding_key: [seed, step]: round bfloat16 stores stochastically.
+        outcomes: int64 [layers], overwritten; without it a new tensor.
+        workspace: uint8 memory of the call, enlarged where too small; kept from call to call, it
+            saves allocations.
 
     Returns:
-        int64 [layers]: 0 updated, 1 skipped.
+        `outcomes`: 0 updated, 1 skipped.
     """
-    return _ops.preconditioned_update_(
+    outcomes, workspace = _call_memory(weight, outcomes, workspace)
+    _ops.preconditioned_update_(
         weight,
         bias,
         momentum_weight,
@@ -236,15 +256,31 @@ def preconditioned_update_(
         grad_bias,
         K,
         C,
+        P_K,
+        P_C,
         structure_K,
         structure_C,
         lr=lr,
         momentum=momentum,
         weight_decay=weight_decay,
+        outcomes=outcomes,
+        workspace=workspace,
         grad_scale=grad_scale,
         found_inf=found_inf,
         rounding_key=rounding_key,
     )
+    return outcomes
+
+
+def _call_memory(
+    layers: Sequence[Tensor], outcomes: Tensor | None, workspace: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    device = layers[0].device if layers else None
+    if outcomes is None:
+        outcomes = torch.empty(len(layers), dtype=torch.int64, device=device)
+    if workspace is None:
+        workspace = torch.empty(0, dtype=torch.uint8, device=device)
+    return outcomes, workspace
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -310,10 +346,6 @@ def _(
 
 
 @torch.library.register_fake("singd_ext::update_factors_")
-def _(K: Sequence[Tensor], *args: object, lr_cov: Tensor, **kwargs: object) -> Tensor:
-    return lr_cov.new_empty(len(K), dtype=torch.int64)
-
-
 @torch.library.register_fake("singd_ext::preconditioned_update_")
-def _(weight: Sequence[Tensor], *args: object, lr: Tensor, **kwargs: object) -> Tensor:
-    return lr.new_empty(len(weight), dtype=torch.int64)
+def _(*args: object, **kwargs: object) -> None:
+    return None

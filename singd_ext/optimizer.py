@@ -21,6 +21,7 @@ from .construction import (
 from .curvature import drop_statistics, install_hook
 from .hyperparameters import FIXED_OPTIONS, Hyperparameters, check_flag, check_number
 from .layers import Layer, find_layers
+from .memory import CallMemory
 from .structured import StructuredMatrix
 from .update import Scales, update_factors, update_parameters
 
@@ -105,6 +106,7 @@ class SINGD(torch.optim.Optimizer):
         self._layers: list[Layer] = []
         self._handles: list[Any] = []
         self._checked: list[Hyperparameters] = []
+        self._memory: list[tuple[CallMemory, CallMemory]] = []  # of the two operators, per group
         self._curvature_scale: float | None = None
         self._warned: set[str] = set()
         if params is None:
@@ -133,6 +135,7 @@ class SINGD(torch.optim.Optimizer):
         check_layers(self._model, layers, self._layers, tensors)
         super().add_param_group({**group, "steps": 0})
         self._checked.append(options)
+        self._memory.append((CallMemory(), CallMemory()))
         for layer in layers:
             self._layers.append(layer)
             self._complete_state(layer, options)
@@ -252,10 +255,10 @@ class SINGD(torch.optim.Optimizer):
         if _is_set_on_host(scales.found_inf):  # the whole step is void, and comes again
             self._drop_statistics()
             return loss
-        for layers, options, step, lr_cov in plans:
+        for (layers, options, step, lr_cov), memory in zip(plans, self._memory, strict=True):
             if lr_cov is not None:
-                self._update_factors(layers, options, step, lr_cov, scales)
-            outcome = update_parameters(layers, self.state, options, step, scales)
+                self._update_factors(layers, options, step, lr_cov, scales, memory[0])
+            outcome = update_parameters(layers, self.state, options, step, scales, memory[1])
             self._report(outcome, layers, "the gradient was not finite: the layer was not updated")
         for group in self.param_groups:
             group["steps"] += 1
@@ -313,6 +316,7 @@ class SINGD(torch.optim.Optimizer):
         step: int,
         lr_cov: float,
         scales: Scales,
+        memory: CallMemory,
     ) -> None:
         states = {layer: self.state[layer.parameters[0]] for layer in layers}
         observed = [layer for layer, state in states.items() if state.get("rows", 0) > 0]
@@ -323,7 +327,7 @@ class SINGD(torch.optim.Optimizer):
                 "stay as they are"
             )
         outcome = update_factors(
-            observed, [states[layer] for layer in observed], options, step, lr_cov, scales
+            observed, [states[layer] for layer in observed], options, step, lr_cov, scales, memory
         )
         self._report(
             outcome,

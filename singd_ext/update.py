@@ -14,6 +14,7 @@ from torch import Tensor
 from . import ops
 from .hyperparameters import Hyperparameters
 from .layers import Layer
+from .memory import CallMemory
 
 State = dict[str, Any]
 
@@ -36,9 +37,14 @@ def update_factors(
     step: int,
     lr_cov: float,
     scales: Scales,
+    memory: CallMemory,
 ) -> Tensor:
     """Update K, C, m_K and m_C from the layers' statistics; see `ops.update_factors_`."""
     momenta = states if options.alpha1 != 0 else []
+    for layer in layers:
+        layer.product_K.drop()
+        layer.product_C.drop()
+    outcomes, workspace = memory.of([s["K"] for s in states])
     return ops.update_factors_(
         [s["K"] for s in states],
         [s["C"] for s in states],
@@ -62,6 +68,8 @@ def update_factors(
         grad_scale=scales.statistic,
         found_inf=scales.found_inf,
         rounding_key=_rounding_key(options, step),
+        outcomes=outcomes,
+        workspace=workspace,
     )
 
 
@@ -71,6 +79,7 @@ def update_parameters(
     options: Hyperparameters,
     step: int,
     scales: Scales,
+    memory: CallMemory,
 ) -> Tensor:
     """Update weights, biases and their momenta; see `ops.preconditioned_update_`."""
     # W = [weight, bias]; of a layer of one parameter, that one takes the weight's place.
@@ -79,6 +88,7 @@ def update_parameters(
     states = [state[p] for p in weights]
     has_momentum = options.momentum != 0
     lr = options.lr
+    outcomes, workspace = memory.of(weights)
     return ops.preconditioned_update_(
         weights,
         biases,
@@ -93,9 +103,19 @@ def update_parameters(
         lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
         momentum=float(options.momentum),
         weight_decay=float(options.weight_decay),
+        P_K=[
+            layer.product_K.of(s["K"], layer.dim_K, options.structures[0])
+            for layer, s in zip(layers, states, strict=True)
+        ],
+        P_C=[
+            layer.product_C.of(s["C"], layer.dim_C, options.structures[1])
+            for layer, s in zip(layers, states, strict=True)
+        ],
         grad_scale=scales.gradient,
         found_inf=scales.found_inf,
         rounding_key=_rounding_key(options, step),
+        outcomes=outcomes,
+        workspace=workspace,
     )
 
 

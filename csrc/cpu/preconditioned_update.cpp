@@ -10,7 +10,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -120,11 +119,31 @@ void write_part(const Part& part, int64_t rows, int64_t columns, const T* p, con
   if (momentum.defined() && !momentum.is_same(part.momentum)) part.momentum.copy_(momentum);
 }
 
-// P <- op(F) op(F)^T P on the left or P op(F) op(F)^T on the right: F F^T is applied.
+// One factor of a layer and, where the caller keeps it, the dense product F F^T.
+struct Factor {
+  Layout layout;
+  at::Tensor storage, cached_product;
+};
+
+// P <- F F^T P on the left or P F F^T on the right. The result is in p; scratch is as large.
 template <class T>
-void precondition(const Layout& layout, const at::Tensor& factor, Side side, int64_t other, T* p,
-                  T* scratch) {
-  const T* f = factor.const_data_ptr<T>();
+void precondition(const Factor& factor, at::ScalarType dtype, Side side, int64_t other, T*& p,
+                  T*& scratch) {
+  const Layout& layout = factor.layout;
+  if (factor.cached_product.defined()) {
+    const at::Tensor product = factor.cached_product.to(dtype);
+    const MatrixView<const T> square{product.const_data_ptr<T>(), layout.dim};
+    const int64_t d = layout.dim;
+    if (side == Side::kLeft) {
+      AtenMath::multiply(d, other, d, square, MatrixView<const T>{p, other},
+                         MatrixView<T>{scratch, other});
+    } else {
+      AtenMath::multiply(other, d, d, MatrixView<const T>{p, d}, square, MatrixView<T>{scratch, d});
+    }
+    return std::swap(p, scratch);
+  }
+  const at::Tensor storage = factor.storage.to(dtype);
+  const T* f = storage.const_data_ptr<T>();
   const bool first_transposed = side == Side::kLeft;  // C (C^T P), (P K) K^T
   visit(layout, [&](const auto& family) {
     family.template multiply<AtenMath, T>(f, side, first_transposed, p, scratch, other);
@@ -134,43 +153,50 @@ void precondition(const Layout& layout, const at::Tensor& factor, Side side, int
 
 struct Layer {
   std::vector<Part> parts;
-  Layout layout_K, layout_C;
-  at::Tensor K, C;
+  Factor K, C;
 };
 
+Factor checked_factor(const char* name, const at::Tensor& storage, const at::Tensor& product,
+                      int64_t dim, const std::string& structure, const at::Tensor& weight) {
+  Factor factor{checked_layout(kOp, structure, dim), storage, {}};
+  check_factor(kOp, name, storage, structure, factor.layout);
+  check_same_device(kOp, weight, storage);
+  if (!product.defined() || product.numel() == 0) return factor;
+  check_cached_product(kOp, name, product, factor.layout);
+  factor.cached_product = product;
+  return factor;
+}
+
 Layer checked_layer(std::vector<Part> parts, const at::Tensor& K, const at::Tensor& C,
-                    const std::string& structure_K, const std::string& structure_C) {
+                    const at::Tensor& P_K, const at::Tensor& P_C, const std::string& structure_K,
+                    const std::string& structure_C) {
   const int64_t rows = parts.front().parameter.size(0);
   check_part("weight", parts.front(), rows);
   if (parts.size() > 1) check_part("bias", parts.back(), rows);
   const int64_t columns = parts.back().begin + parts.back().width;
-  const Layout layout_K = checked_layout(kOp, structure_K, columns);
-  const Layout layout_C = checked_layout(kOp, structure_C, rows);
-  check_factor(kOp, "K", K, structure_K, layout_K);
-  check_factor(kOp, "C", C, structure_C, layout_C);
-  check_same_device(kOp, parts.front().parameter, K);
-  check_same_device(kOp, parts.front().parameter, C);
-  return {std::move(parts), layout_K, layout_C, K, C};
+  const at::Tensor& weight = parts.front().parameter;
+  Factor k = checked_factor("K", K, P_K, columns, structure_K, weight);
+  Factor c = checked_factor("C", C, P_C, rows, structure_C, weight);
+  return {std::move(parts), std::move(k), std::move(c)};
 }
 
 // False if the layer was left as it was because its preconditioned gradient is not finite.
 bool update_layer(const Layer& layer, double unscale, const Options& options,
                   const RoundingKey& key) {
-  const int64_t rows = layer.layout_C.dim, columns = layer.layout_K.dim;
-  auto dtype = c10::promoteTypes(layer.K.scalar_type(), layer.C.scalar_type());
+  const int64_t rows = layer.C.layout.dim, columns = layer.K.layout.dim;
+  auto dtype = c10::promoteTypes(layer.K.storage.scalar_type(), layer.C.storage.scalar_type());
   for (const Part& part : layer.parts) {
     dtype = c10::promoteTypes(dtype, part.parameter.scalar_type());
   }
   dtype = compute_type(dtype);
-  const at::Tensor k = layer.K.to(dtype), c = layer.C.to(dtype);
   return dispatch_compute(dtype, [&](auto zero) {
     using T = decltype(zero);
-    at::Tensor gradient = at::empty({rows, columns}, k.options());
+    at::Tensor gradient = at::empty({rows, columns}, layer.K.storage.options().dtype(dtype));
     at::Tensor scratch = at::empty_like(gradient);
     T *p = gradient.mutable_data_ptr<T>(), *tmp = scratch.mutable_data_ptr<T>();
     for (const Part& part : layer.parts) load_gradient(part, rows, columns, unscale, p);
-    precondition(layer.layout_C, c, Side::kLeft, columns, p, tmp);
-    precondition(layer.layout_K, k, Side::kRight, rows, p, tmp);
+    precondition(layer.C, dtype, Side::kLeft, columns, p, tmp);
+    precondition(layer.K, dtype, Side::kRight, rows, p, tmp);
     if (!all_finite(p, rows * columns)) return false;
     for (size_t i = 0; i < layer.parts.size(); ++i) {
       write_part(layer.parts[i], rows, columns, p, options, key.stream(i));
@@ -179,15 +205,16 @@ bool update_layer(const Layer& layer, double unscale, const Options& options,
   });
 }
 
-at::Tensor preconditioned_update_(at::TensorList weight, at::TensorList bias,
-                                  at::TensorList momentum_weight, at::TensorList momentum_bias,
-                                  at::TensorList skipped, at::TensorList grad_weight,
-                                  at::TensorList grad_bias, at::TensorList K, at::TensorList C,
-                                  const std::string& structure_K, const std::string& structure_C,
-                                  const at::Tensor& lr, double momentum, double weight_decay,
-                                  const std::optional<at::Tensor>& grad_scale,
-                                  const std::optional<at::Tensor>& found_inf,
-                                  std::optional<at::IntArrayRef> rounding) {
+void preconditioned_update_(at::TensorList weight, at::TensorList bias,
+                            at::TensorList momentum_weight, at::TensorList momentum_bias,
+                            at::TensorList skipped, at::TensorList grad_weight,
+                            at::TensorList grad_bias, at::TensorList K, at::TensorList C,
+                            at::TensorList P_K, at::TensorList P_C, const std::string& structure_K,
+                            const std::string& structure_C, const at::Tensor& lr, double momentum,
+                            double weight_decay, at::Tensor& outcomes, at::Tensor& /*workspace*/,
+                            const std::optional<at::Tensor>& grad_scale,
+                            const std::optional<at::Tensor>& found_inf,
+                            std::optional<at::IntArrayRef> rounding) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const size_t layers = weight.size();
   const size_t momenta = momentum != 0 ? layers : 0;
@@ -199,6 +226,9 @@ at::Tensor preconditioned_update_(at::TensorList weight, at::TensorList bias,
   check_length(kOp, "grad_bias", grad_bias.size(), layers);
   check_length(kOp, "K", K.size(), layers);
   check_length(kOp, "C", C.size(), layers);
+  check_length(kOp, "P_K", P_K.size(), P_K.empty() ? 0 : layers);
+  check_length(kOp, "P_C", P_C.size(), P_C.empty() ? 0 : layers);
+  check_outcomes(kOp, outcomes, layers);
   const Options options{checked_scalar(kOp, "lr", lr), momentum, weight_decay};
   const Scaler scaler = checked_scaler(kOp, grad_scale, found_inf);
   const RoundingKey key = rounding_key(kOp, rounding);
@@ -207,23 +237,25 @@ at::Tensor preconditioned_update_(at::TensorList weight, at::TensorList bias,
   for (size_t i = 0; i < layers; ++i) {
     TORCH_CHECK_VALUE(weight[i].dim() >= 1 && weight[i].numel() > 0, "singd_ext::", kOp,
                       ": weight of shape ", weight[i].sizes(), " is empty");
-    std::vector<Part> parts = {{weight[i], momenta ? momentum_weight[i] : at::Tensor(),
-                                grad_weight[i], 0, weight[i].numel() / weight[i].size(0)}};
+    const int64_t width = weight[i].numel() / weight[i].size(0);
+    std::vector<Part> parts;
+    parts.push_back({weight[i], momenta ? momentum_weight[i] : at::Tensor(), grad_weight[i], 0, width});
     if (bias[i].numel() > 0) {  // a layer without bias holds its place with an empty tensor
       parts.push_back(
-          {bias[i], momenta ? momentum_bias[i] : at::Tensor(), grad_bias[i], parts[0].width, 1});
+          {bias[i], momenta ? momentum_bias[i] : at::Tensor(), grad_bias[i], width, 1});
     }
-    checked.push_back(checked_layer(std::move(parts), K[i], C[i], structure_K, structure_C));
+    checked.push_back(checked_layer(std::move(parts), K[i], C[i],
+                                    P_K.empty() ? at::Tensor() : P_K[i],
+                                    P_C.empty() ? at::Tensor() : P_C[i], structure_K, structure_C));
   }
 
-  at::Tensor outcomes = at::zeros({static_cast<int64_t>(layers)}, at::kLong);
+  outcomes.zero_();
   for (size_t i = 0; i < layers && !scaler.found_inf; ++i) {
     if (!update_layer(checked[i], scaler.unscale, options, key.stream(i))) {
       skipped[i].add_(1);
       outcomes.mutable_data_ptr<int64_t>()[i] = 1;
     }
   }
-  return outcomes;
 }
 
 }  // namespace

@@ -10,7 +10,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -178,16 +177,17 @@ void check_options(const Options& o) {
                     "; it must be positive (infinity switches it off)");
 }
 
-at::Tensor update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_K,
-                           at::TensorList m_C, at::TensorList rejected, at::TensorList statistic_K,
-                           at::TensorList statistic_C, at::ArrayRef<double> scale_K,
-                           at::ArrayRef<double> scale_C, at::IntArrayRef dim_K,
-                           at::IntArrayRef dim_C, const std::string& structure_K,
-                           const std::string& structure_C, const at::Tensor& lr_cov, double damping,
-                           double alpha1, bool kfac_like, bool normalize_lr_cov, int64_t expm_order,
-                           double step_cap, const std::optional<at::Tensor>& grad_scale,
-                           const std::optional<at::Tensor>& found_inf,
-                           std::optional<at::IntArrayRef> rounding) {
+void update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_K, at::TensorList m_C,
+                     at::TensorList rejected, at::TensorList statistic_K,
+                     at::TensorList statistic_C, at::ArrayRef<double> scale_K,
+                     at::ArrayRef<double> scale_C, at::IntArrayRef dim_K, at::IntArrayRef dim_C,
+                     const std::string& structure_K, const std::string& structure_C,
+                     const at::Tensor& lr_cov, double damping, double alpha1, bool kfac_like,
+                     bool normalize_lr_cov, int64_t expm_order, double step_cap,
+                     at::Tensor& outcomes, at::Tensor& /*workspace*/,
+                     const std::optional<at::Tensor>& grad_scale,
+                     const std::optional<at::Tensor>& found_inf,
+                     std::optional<at::IntArrayRef> rounding) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const size_t layers = K.size();
   const size_t momenta = alpha1 != 0 ? layers : 0;
@@ -201,6 +201,7 @@ at::Tensor update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_
   check_length(kOp, "scale_C", scale_C.size(), layers);
   check_length(kOp, "dim_K", dim_K.size(), layers);
   check_length(kOp, "dim_C", dim_C.size(), layers);
+  check_outcomes(kOp, outcomes, layers);
   const Options options{checked_scalar(kOp, "lr_cov", lr_cov),
                         damping,
                         alpha1,
@@ -220,7 +221,7 @@ at::Tensor update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_
     check_arguments("C", C[i], momentum_of(m_C, i), statistic_C[i], dim_C[i], structure_C);
   }
 
-  at::Tensor outcomes = at::zeros({static_cast<int64_t>(layers)}, at::kLong);
+  outcomes.zero_();
   for (size_t i = 0; i < layers && !scaler.found_inf; ++i) {
     const Factor k =
         make_factor(K[i], momentum_of(m_K, i), statistic_K[i], scale_K[i], dim_K[i], structure_K);
@@ -232,7 +233,6 @@ at::Tensor update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_
     const Candidate new_c = candidate(c, k, options, layer_key.stream(1));
     outcomes.mutable_data_ptr<int64_t>()[i] = commit(k, c, new_k, new_c, rejected[i]);
   }
-  return outcomes;
 }
 
 }  // namespace

@@ -1,0 +1,139 @@
+// The vocabulary of the kernels: global memory, shared memory and ordering between blocks. nvcc and
+// the emulator (csrc/emulation) give every name a meaning of their own; the emulator counts what
+// goes through load and store, so kernels touch global memory by no other way.
+//
+//   load(p), store(p, v)              one access of 1 to 16 bytes at an address aligned to its
+//   size;
+//                                     Cache::kStreaming marks data that is not needed again
+//   shared_load(p), shared_store(p, v)  the same for shared memory
+//   dynamic_shared<T>()               the dynamic shared memory of the block
+//   add_release(p, v)                 atomic add on an int; writes before it are visible to ...
+//   wait_for(p, v)                    ... blocks that have waited until *p >= v. Only for values
+//   that
+//                                     blocks with an earlier ticket provide, which never wait for
+//                                     later ones (the emulator runs one block at a time)
+#pragma once
+
+#include <cstdint>
+
+#include "../structures/layout.h"
+
+#if defined(SINGD_EMULATION)
+#include "../emulation/cuda.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <mma.h>
+#endif
+
+namespace singd::cuda {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+constexpr int kWarp = 32;
+
+// N values that move in one access.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vec {
+  static constexpr int kSize = N;
+  T values[N];
+  __device__ T& operator[](int i) { return values[i]; }
+  __device__ const T& operator[](int i) const { return values[i]; }
+};
+
+// The most elements of T that one access moves: 16 bytes.
+template <class T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+enum class Cache { kNormal, kStreaming };
+
+#if !defined(SINGD_EMULATION)
+
+namespace detail {
+
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned int;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+}  // namespace detail
+
+template <Cache kCache = Cache::kNormal, class T>
+__device__ __forceinline__ T load(const T* p) {
+  using Word = typename detail::Word<sizeof(T)>::type;
+  const Word* from = reinterpret_cast<const Word*>(p);
+  Word word;
+  if constexpr (kCache == Cache::kStreaming) {
+    word = __ldcs(from);
+  } else {
+    word = *from;
+  }
+  T value;
+  memcpy(&value, &word, sizeof(T));
+  return value;
+}
+
+template <Cache kCache = Cache::kNormal, class T>
+__device__ __forceinline__ void store(T* p, const T& value) {
+  using Word = typename detail::Word<sizeof(T)>::type;
+  Word word;
+  memcpy(&word, &value, sizeof(T));
+  if constexpr (kCache == Cache::kStreaming) {
+    __stcs(reinterpret_cast<Word*>(p), word);
+  } else {
+    *reinterpret_cast<Word*>(p) = word;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T shared_load(const T* p) {
+  using Word = typename detail::Word<sizeof(T)>::type;
+  const Word word = *reinterpret_cast<const Word*>(p);
+  T value;
+  memcpy(&value, &word, sizeof(T));
+  return value;
+}
+
+template <class T>
+__device__ __forceinline__ void shared_store(T* p, const T& value) {
+  using Word = typename detail::Word<sizeof(T)>::type;
+  Word word;
+  memcpy(&word, &value, sizeof(T));
+  *reinterpret_cast<Word*>(p) = word;
+}
+
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char singd_dynamic_shared[];
+  return reinterpret_cast<T*>(singd_dynamic_shared);
+}
+
+__device__ __forceinline__ int add_release(int* p, int value) {
+  __threadfence();
+  return atomicAdd(p, value);
+}
+
+__device__ __forceinline__ void wait_for(const int* p, int value) {
+  while (*reinterpret_cast<const volatile int*>(p) < value) __nanosleep(64);
+  __threadfence();
+}
+
+#endif  // !SINGD_EMULATION
+
+}  // namespace singd::cuda

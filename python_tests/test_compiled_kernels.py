@@ -1,0 +1,192 @@
+"""What nvcc makes of the kernels in csrc/cuda: no spills, wide accesses, tensor cores.
+
+Compiling needs nvcc. Looking into the result needs cuobjdump and nvdisasm, which the PyPI packages
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm bring. Nothing here needs a GPU.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[1] / "csrc"
+SOURCES = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
+
+# Registers and threads of one multiprocessor, from compute capability 8.0 to 10.0.
+REGISTERS = 65536
+# So many threads of a kernel fit on one: enough warps to hide the latency of memory.
+RESIDENT_THREADS = 512
+
+HALF, BFLOAT16, FLOAT, DOUBLE = "6__half", "13__nv_bfloat16", "f", "d"
+
+# Opcodes as disassembled; modifiers such as the cache policy come between.
+LOAD_16 = r"LDG\.E\.(\w+\.)*128"
+STORE_16 = r"STG\.E\.(\w+\.)*128"
+TENSOR_CORE = r"HMMA\.16816\.F32"
+LOCAL_MEMORY = r"(LDL|STL)\b"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Kernels by name and leading template arguments (as mangled), and what they consist of."""
+
+    kernel: str
+    arguments: str
+    opcodes: tuple[str, ...]
+
+    def matches(self, symbol: str) -> bool:
+        arguments = f"I{self.arguments}" if self.arguments else ""
+        return f"{len(self.kernel)}{self.kernel}{arguments}" in symbol
+
+
+EXPECTED = [
+    *(Expected("scatter_entries", t, (STORE_16,)) for t in (HALF, BFLOAT16, FLOAT, DOUBLE)),
+]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    source: str
+    symbol: str
+    registers: int
+    threads: int | None  # of a block, if the kernel declares them
+    opcodes: list[str]
+
+    def has(self, opcode: str) -> bool:
+        return any(re.match(opcode, name) for name in self.opcodes)
+
+
+def toolkits() -> list[Path]:
+    """Where the CUDA toolkit may be, the user's choice first."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return [Path(path) for path in candidates if path]
+
+
+def tool(name: str, package: str = "") -> str:
+    """The path of a CUDA tool: in a PyPI package, in a toolkit, or on PATH; skips without it."""
+    site = Path(sysconfig.get_path("purelib"))
+    folders = [*site.glob("nvidia/*/bin"), *(home / "bin" for home in toolkits())]
+    found = shutil.which(name, path=os.pathsep.join(map(str, folders))) or shutil.which(name)
+    if found is None:
+        hint = f" (pip install {package})" if package else ""
+        pytest.skip(f"{name} was not found{hint}")
+    return found
+
+
+def run(*command: str | Path) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@dataclass(frozen=True)
+class Compilation:
+    cubin: Path
+    messages: str
+    succeeded: bool
+
+
+@pytest.fixture(scope="session")
+def compilations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compilation]:
+    """Every kernel file, compiled for sm_90; spills and all warnings are errors."""
+    nvcc, folder = tool("nvcc"), tmp_path_factory.mktemp("cubins")
+    strict = ["-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage"]
+
+    def compile_one(source: Path) -> Compilation:
+        cubin = folder / f"{source.stem}.cubin"
+        command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-o", str(cubin)]
+        result = subprocess.run([*command, *strict, str(source)], capture_output=True, text=True)
+        return Compilation(cubin, result.stdout + result.stderr, result.returncode == 0)
+
+    trial = folder / "trial.cu"
+    trial.write_text("__global__ void kernel() {}\n")
+    if not (outcome := compile_one(trial)).succeeded:
+        pytest.skip(f"{nvcc} does not compile for sm_90: {outcome.messages}")
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        outcomes = pool.map(compile_one, [CSRC / "cuda" / name for name in SOURCES])
+        return dict(zip(SOURCES, outcomes, strict=True))
+
+
+@pytest.fixture(scope="session")
+def kernels(compilations: dict[str, Compilation]) -> list[Kernel]:
+    cuobjdump = tool("cuobjdump", "nvidia-cuda-cuobjdump")
+    nvdisasm = tool("nvdisasm", "nvidia-cuda-nvdisasm")
+    found: list[Kernel] = []
+    for source, compilation in compilations.items():
+        if not compilation.succeeded:
+            continue  # test_compiles reports it
+        usage = run(cuobjdump, "-res-usage", compilation.cubin)
+        registers = dict(re.findall(r"Function (\w+):\s+REG:(\d+)", usage))
+        threads = declared_threads(run(cuobjdump, "-elf", compilation.cubin))
+        for symbol, opcodes in disassembled(run(nvdisasm, "-c", compilation.cubin)).items():
+            count = int(registers[symbol])
+            found.append(Kernel(source, symbol, count, threads.get(symbol), opcodes))
+    return found
+
+
+def declared_threads(elf: str) -> dict[str, int]:
+    """The block size that each kernel declares with __launch_bounds__."""
+    threads = {}
+    for section in re.split(r"^\.nv\.info\.", elf, flags=re.MULTILINE)[1:]:
+        bound = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+0x(\w+)", section)
+        if bound:
+            threads[section.split(None, 1)[0]] = int(bound[1], 16)
+    return threads
+
+
+def disassembled(text: str) -> dict[str, list[str]]:
+    """The opcodes of each kernel, in order."""
+    functions = re.split(r"^\.text\.(\w+):$", text, flags=re.MULTILINE)
+    instruction = re.compile(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+    return {
+        symbol: instruction.findall(body)
+        for symbol, body in zip(functions[1::2], functions[2::2], strict=True)
+    }
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_compiles_without_warnings_and_spills(
+    source: str, compilations: dict[str, Compilation]
+) -> None:
+    assert compilations[source].succeeded, compilations[source].messages
+
+
+def offenders(kernels: list[Kernel], is_bad: Callable[[Kernel], bool]) -> list[str]:
+    assert kernels
+    return [f"{kernel.source}: {kernel.symbol}" for kernel in kernels if is_bad(kernel)]
+
+
+def test_no_kernel_uses_local_memory(kernels: list[Kernel]) -> None:
+    assert not offenders(kernels, lambda kernel: kernel.has(LOCAL_MEMORY))
+
+
+def test_every_kernel_declares_its_block_and_leaves_registers_for_others(
+    kernels: list[Kernel],
+) -> None:
+    """Registers are allotted in steps of 8 a thread."""
+
+    def is_bad(kernel: Kernel) -> bool:
+        if kernel.threads is None:
+            return True
+        allotted = (kernel.registers + 7) // 8 * 8 * kernel.threads
+        return REGISTERS // allotted * kernel.threads < RESIDENT_THREADS
+
+    assert not offenders(kernels, is_bad)
+
+
+@pytest.mark.parametrize("expected", EXPECTED, ids=lambda e: f"{e.kernel}<{e.arguments}>")
+def test_kernels_use_wide_accesses_and_tensor_cores(
+    expected: Expected, kernels: list[Kernel]
+) -> None:
+    chosen = [kernel for kernel in kernels if expected.matches(kernel.symbol)]
+    assert chosen, f"no kernel is called {expected.kernel}<{expected.arguments}, ...>"
+    for opcode in expected.opcodes:
+        lacking = [kernel.symbol for kernel in chosen if not kernel.has(opcode)]
+        assert not lacking, f"no {opcode} in {lacking}"

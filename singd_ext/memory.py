@@ -1,0 +1,52 @@
+"""Memory that is kept from step to step, so that a steady step allocates nothing.
+
+None of it is state: it can be recomputed, and is not saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+
+class CallMemory:
+    """Outcomes and workspace of the calls of one operator for one parameter group."""
+
+    def __init__(self) -> None:
+        self._outcomes = torch.empty(0, dtype=torch.int64)
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return (outcomes, workspace) for a call over layers of these tensors."""
+        device = tensors[0].device if tensors else self._outcomes.device
+        if self._outcomes.device != device:
+            self._workspace = self._workspace.new_empty(0, device=device)
+        if self._outcomes.device != device or len(self._outcomes) != len(tensors):
+            self._outcomes = self._outcomes.new_empty(len(tensors), device=device)
+        return self._outcomes, self._workspace
+
+
+class FactorProduct:
+    """K Kᵀ of a dense or triangular factor: it changes every T steps, and is needed in each."""
+
+    def __init__(self) -> None:
+        self._product = torch.empty(0)
+        self._of: tuple[Tensor, int] | None = None  # the factor and its version
+
+    def of(self, factor: Tensor, dim: int, structure: str) -> Tensor:
+        """Return K Kᵀ [dim, dim] in K's dtype; an empty tensor for sparse structures."""
+        if _C.storage_sections(structure, dim)[0][0] != "dense":
+            return self._product
+        if self._of is None or self._of[0] is not factor or self._of[1] != factor._version:
+            square = factor.view(dim, dim)
+            self._product = square @ square.T
+            self._of = (factor, factor._version)
+        return self._product
+
+    def drop(self) -> None:
+        """Forget the product, since the factor was updated."""
+        self._of = None
