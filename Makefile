@@ -7,14 +7,18 @@ PYTEST_ARGS ?=
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-CPP := $(shell find csrc -type f -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc -type f -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# 1 where the headers of a CUDA toolkit are found: the emulator of the CUDA kernels needs them.
+EMULATION := $(shell $(PYTHON) cmake/cuda_build.py)
 # What the environment is made for: another Python, another torch or a moved folder make it stale.
 WANTED := $(PYTHON), torch $(TORCH), in $(CURDIR)
 CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
+EMULATED := $(VENV)/.emulated
+SANITIZED := build/sanitized
 
-.PHONY: help demo test lint ctest clean
+.PHONY: help demo test lint ctest sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,13 +26,14 @@ help:
 	@echo 'make test    set up .venv, compile, lint, C++ tests, pytest (PYTEST_ARGS: its options)'
 	@echo 'make lint    ruff, mypy and clang-format, nothing changed'
 	@echo 'make ctest   the C++ tests alone'
+	@echo 'make sanitize  a short list of emulated CUDA kernels under AddressSanitizer and UBSan'
 	@echo 'make clean   remove .venv and everything that was built'
 	@echo 'PYTHON=$(PYTHON) makes .venv, with torch TORCH=$(TORCH)'
 
 demo: $(BUILT)
 	python examples/mnist_cnn.py $(DEMO_ARGS)
 
-test: lint ctest
+test: lint ctest $(EMULATED)
 	python -m pytest $(PYTEST_ARGS)
 
 lint: $(BUILT)
@@ -41,6 +46,12 @@ ctest: $(BUILT)
 	cmake -S . -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release
 	cmake --build build/cmake
 	ctest --test-dir build/cmake --output-on-failure
+
+sanitize: $(BUILT)
+	SINGD_EMULATION=1 SINGD_SANITIZE=1 python setup.py build_ext \
+	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  SINGD_EMULATION_FOLDER=$(SANITIZED) python -m pytest python_tests/test_emulation.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info singd_ext/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -62,4 +73,12 @@ $(INSTALLED): setup.py pyproject.toml $(CREATED)
 # pip has just compiled when $@ is missing; later, only what changed is compiled.
 $(BUILT): $(CPP) csrc/sources.txt $(INSTALLED)
 	if [ -e $@ ]; then python setup.py build_ext --inplace; fi
+	touch $@
+
+$(EMULATED): $(BUILT)
+ifeq ($(EMULATION),1)
+	SINGD_EMULATION=1 python setup.py build_ext --inplace
+else
+	@echo 'No CUDA toolkit found: the tests of the emulated CUDA kernels will be skipped.'
+endif
 	touch $@

@@ -108,6 +108,13 @@ class Build(BuildExtension):
                     )
         super().build_extensions()
 
+    def build_extension(self, ext: CppExtension) -> None:
+        # The two libraries compile some files differently, so their objects lie apart.
+        temp = self.build_temp
+        self.build_temp = str(Path(temp) / ext.name)
+        super().build_extension(ext)
+        self.build_temp = temp
+
 
 COMPILE_ARGS = ["/O2"] if sys.platform == "win32" else ["-O3", "-fno-math-errno", "-Wall"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

@@ -31,11 +31,16 @@ class Case:
         """A random input with correlated features, and a random target."""
         generator = torch.Generator().manual_seed(seed)
         batch_shape = () if self.samples is None else (samples or self.samples,)
-        x = torch.randn(*batch_shape, *self.features, generator=generator, dtype=torch.float64)
+
+        def random(*shape: int) -> Tensor:
+            numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+            return numbers.to(torch.get_default_device())
+
+        x = random(*batch_shape, *self.features)
         x = self.input_scale * (x + 0.5 * x.roll(1, -1) + 0.3)
         with torch.no_grad():
             shape = self.model()(x).shape
-        return x, torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x, random(*shape)
 
     def steps(self, count: int, sizes: Sequence[int | None] = (None,)) -> list[MicroBatches]:
         """Micro-batches of the given sizes for every step."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import backends
 import pytest
 import torch
 
@@ -16,3 +17,13 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=backends.BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test on every backend of the operators; those that are not here are skipped."""
+    reason = backends.missing(request.param)
+    if reason:
+        pytest.skip(f"backend {request.param}: {reason}")
+    with backends.use(request.param):
+        yield request.param

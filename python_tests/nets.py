@@ -30,8 +30,8 @@ def inputs(
 ) -> Tensor:
     """Reproducible normal numbers of the given shape (default 6 samples of 5 features)."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*(shape or (6, 5)), generator=generator, dtype=torch.float64)
-    return x.to(dtype).requires_grad_(requires_grad)
+    x = torch.randn(*(shape or (6, 5)), generator=generator, dtype=torch.float64, device="cpu")
+    return x.to(torch.get_default_device(), dtype).requires_grad_(requires_grad)
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:

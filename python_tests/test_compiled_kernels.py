@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,11 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parents[1] / "csrc"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "cmake"))
+import cuda_build  # noqa: E402
+
+CSRC = ROOT / "csrc"
 SOURCES = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
 
 # Registers and threads of one multiprocessor, from compute capability 8.0 to 10.0.
@@ -63,20 +68,15 @@ class Kernel:
         return any(re.match(opcode, name) for name in self.opcodes)
 
 
-def toolkits() -> list[Path]:
-    """Where the CUDA toolkit may be, the user's choice first."""
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    return [Path(path) for path in candidates if path]
-
-
-def tool(name: str, package: str = "") -> str:
-    """The path of a CUDA tool: in a PyPI package, in a toolkit, or on PATH; skips without it."""
-    site = Path(sysconfig.get_path("purelib"))
-    folders = [*site.glob("nvidia/*/bin"), *(home / "bin" for home in toolkits())]
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit, from its PyPI package, a toolkit or PATH; skips without it."""
+    toolkit = cuda_build.find_toolkit()
+    folders = [*Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
+    if toolkit is not None:
+        folders.append(toolkit.home / "bin")
     found = shutil.which(name, path=os.pathsep.join(map(str, folders))) or shutil.which(name)
     if found is None:
-        hint = f" (pip install {package})" if package else ""
-        pytest.skip(f"{name} was not found{hint}")
+        pytest.skip(f"{name} was not found: pip install nvidia-cuda-{name}")
     return found
 
 
@@ -95,29 +95,29 @@ class Compilation:
 
 @pytest.fixture(scope="session")
 def compilations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compilation]:
-    """Every kernel file, compiled for sm_90; spills and all warnings are errors."""
-    nvcc, folder = tool("nvcc"), tmp_path_factory.mktemp("cubins")
-    strict = ["-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage"]
+    """Every kernel file, compiled as setup.py does, but for sm_90 only and warnings are errors."""
+    toolkit, folder = cuda_build.find_toolkit(), tmp_path_factory.mktemp("cubins")
+    if toolkit is None:
+        pytest.skip("no CUDA toolkit with nvcc and headers was found")
+    flags = [*cuda_build.FLAGS, *cuda_build.gencode(["9.0"]), "-cubin", "-Werror", "all-warnings"]
 
-    def compile_one(source: Path) -> Compilation:
-        cubin = folder / f"{source.stem}.cubin"
-        command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-o", str(cubin)]
-        result = subprocess.run([*command, *strict, str(source)], capture_output=True, text=True)
+    def compile_one(source: str) -> Compilation:
+        cubin = folder / f"{Path(source).stem}.cubin"
+        result = subprocess.run(
+            [str(toolkit.nvcc), *flags, "-o", str(cubin), str(CSRC / "cuda" / source)],
+            capture_output=True,
+            text=True,
+        )
         return Compilation(cubin, result.stdout + result.stderr, result.returncode == 0)
 
-    trial = folder / "trial.cu"
-    trial.write_text("__global__ void kernel() {}\n")
-    if not (outcome := compile_one(trial)).succeeded:
-        pytest.skip(f"{nvcc} does not compile for sm_90: {outcome.messages}")
     with ThreadPoolExecutor(max_workers=2) as pool:
-        outcomes = pool.map(compile_one, [CSRC / "cuda" / name for name in SOURCES])
-        return dict(zip(SOURCES, outcomes, strict=True))
+        return dict(zip(SOURCES, pool.map(compile_one, SOURCES), strict=True))
 
 
 @pytest.fixture(scope="session")
 def kernels(compilations: dict[str, Compilation]) -> list[Kernel]:
-    cuobjdump = tool("cuobjdump", "nvidia-cuda-cuobjdump")
-    nvdisasm = tool("nvdisasm", "nvidia-cuda-nvdisasm")
+    cuobjdump = tool("cuobjdump")
+    nvdisasm = tool("nvdisasm")
     found: list[Kernel] = []
     for source, compilation in compilations.items():
         if not compilation.succeeded:

@@ -1,4 +1,4 @@
-"""What is kept from step to step: the working memory of the operators, and K Kᵀ of dense factors."""
+"""What is kept from step to step: the operators' working memory, and K Kᵀ of dense factors."""
 
 import pytest
 import torch

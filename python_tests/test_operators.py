@@ -11,6 +11,8 @@ from torch import Tensor
 
 from singd_ext import StructuredMatrix, ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # Around the sizes of blocks and borders, the chunks of rows, and the switch to FFTs at 256.
 DIMS = [1, 2, 3, 4, 5, 6, 7, 31, 33, 64, 65, 129, 256, 257]
@@ -23,7 +25,8 @@ def dtype_id(dtype: torch.dtype) -> str:
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     """Standard normal numbers that the dtype represents exactly."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return numbers.to(torch.get_default_device(), dtype)
 
 
 def random_member(spec: str, dim: int, dtype: torch.dtype, seed: int = 1) -> StructuredMatrix:

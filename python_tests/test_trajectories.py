@@ -20,6 +20,7 @@ from singd_ext import SINGD
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"),
+    pytest.mark.usefixtures("backend"),
 ]
 
 PAIRS = [

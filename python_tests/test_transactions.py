@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from singd_ext import SINGD
 
-pytestmark = [pytest.mark.filterwarnings("error")]
+pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.usefixtures("backend")]
 
 STRUCTURES = [
     "dense",

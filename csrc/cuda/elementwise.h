@@ -21,7 +21,8 @@ void project(const Layout& layout, Dtype dtype, const DenseMatrix& symmetric, vo
 void extract(const Layout& layout, Dtype dtype, const DenseMatrix& matrix, void* storage,
              Stream stream);
 
-// The contiguous dim x dim matrix that the storage stands for, zeros included.
+// The contiguous dim x dim matrix that the storage stands for, zeros included; it starts at a
+// multiple of 16 bytes.
 void to_dense(const Layout& layout, Dtype dtype, const void* storage, void* matrix, Stream stream);
 
 }  // namespace singd::cuda

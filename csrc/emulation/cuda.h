@@ -16,10 +16,6 @@
 #include "counters.h"
 #include "emulator.h"
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"  // #pragma unroll
-#endif
-
 #undef __shared__
 #undef __launch_bounds__
 #undef __grid_constant__
@@ -68,7 +64,7 @@ T shuffle(Operation operation, unsigned mask, T value, int argument, int width, 
   uint64_t bits = 0;
   memcpy(&bits, &value, sizeof value);
   bits = exchange(operation, mask, bits, argument, width, site);
-  memcpy(&value, &bits, sizeof value);
+  memcpy(static_cast<void*>(&value), &bits, sizeof value);
   return value;
 }
 
@@ -171,12 +167,12 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
   }
 }
 
-#define SINGD_REINTERPRET(name, To, From)            \
-  inline To name(From x) {                           \
+#define SINGD_REINTERPRET(name, To, From)             \
+  inline To name(From x) {                            \
     static_assert(sizeof(To) == sizeof(From), #name); \
-    To y;                                            \
-    memcpy(&y, &x, sizeof y);                        \
-    return y;                                        \
+    To y;                                             \
+    memcpy(&y, &x, sizeof y);                         \
+    return y;                                         \
   }
 SINGD_REINTERPRET(__float_as_int, int, float)
 SINGD_REINTERPRET(__float_as_uint, unsigned, float)
@@ -194,8 +190,8 @@ namespace singd::cuda {
 enum class Cache;  // defined there; 0 is kNormal
 
 template <class T>
-constexpr bool kIsAccess = std::is_trivially_copyable_v<T> && (sizeof(T) == 2 || sizeof(T) == 4 ||
-                                                               sizeof(T) == 8 || sizeof(T) == 16);
+constexpr bool kIsAccess = std::is_trivially_copyable_v<T> &&
+                           (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
 
 template <Cache kCache = Cache{}, class T>
 __forceinline__ T load(const T* p) {
@@ -203,7 +199,7 @@ __forceinline__ T load(const T* p) {
   emulation::check_alignment("load", p, sizeof(T));
   if (emulation::counting) emulation::count_load(p, sizeof(T));
   T value;
-  memcpy(&value, p, sizeof value);
+  memcpy(static_cast<void*>(&value), p, sizeof value);
   return value;
 }
 
@@ -212,7 +208,7 @@ __forceinline__ void store(T* p, const T& value) {
   static_assert(kIsAccess<T>);
   emulation::check_alignment("store", p, sizeof(T));
   if (emulation::counting) emulation::count_store(p, sizeof(T));
-  memcpy(p, &value, sizeof value);
+  memcpy(static_cast<void*>(p), &value, sizeof value);
 }
 
 template <class T>
@@ -222,7 +218,7 @@ __forceinline__ T shared_load(const T* p) {
   emulation::check_shared("shared_load", p, sizeof(T));
   if (emulation::counting) emulation::count_shared(p, sizeof(T));
   T value;
-  memcpy(&value, p, sizeof value);
+  memcpy(static_cast<void*>(&value), p, sizeof value);
   return value;
 }
 
@@ -232,7 +228,7 @@ __forceinline__ void shared_store(T* p, const T& value) {
   emulation::check_alignment("shared_store", p, sizeof(T));
   emulation::check_shared("shared_store", p, sizeof(T));
   if (emulation::counting) emulation::count_shared(p, sizeof(T));
-  memcpy(p, &value, sizeof value);
+  memcpy(static_cast<void*>(p), &value, sizeof value);
 }
 
 template <class T>
@@ -243,6 +239,7 @@ T* dynamic_shared() {
 __forceinline__ int add_release(int* p, int value) { return atomicAdd(p, value); }
 
 inline void wait_for(const int* p, int value) {
+  if (emulation::counting) emulation::count_load(p, sizeof *p);
   if (*p >= value) return;
   emulation::fail("it would wait for ever: an int is " + std::to_string(*p) + " and not yet " +
                   std::to_string(value));

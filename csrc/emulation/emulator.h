@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "shared_memory.h"
+
 namespace singd::emulation {
 
 class Error : public std::runtime_error {
@@ -93,6 +95,18 @@ bool matrix_call(const void* p, Site site);
 // fail_alignment for an access of `bytes` at p that is not aligned to its size.
 inline void check_alignment(const char* what, const void* p, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail_alignment(what, p, bytes);
+}
+
+// Whether all of the bytes at p are shared memory of the running block.
+inline bool in_shared(const void* p, size_t bytes) {
+  const char* q = static_cast<const char*>(p);
+  const Running& r = running;
+  if (q >= r.shared && q + bytes <= r.shared + r.shared_bytes) return true;
+  return in_static_shared(p, bytes);
+}
+
+inline void check_shared(const char* what, const void* p, size_t bytes) {
+  if (!in_shared(p, bytes)) fail(std::string(what) + " outside of the block's shared memory");
 }
 
 }  // namespace singd::emulation

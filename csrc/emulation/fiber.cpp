@@ -98,22 +98,21 @@ size_t page_bytes() {
 }
 
 // Registers as singd_emulation_switch pops them, the last of which is the address to go on at.
-void* first_frame(char* top, void (*entry)()) {
 #if defined(__x86_64__)
+void* first_frame(char* top, void (*entry)()) {
   void** sp = reinterpret_cast<void**>(top) - 8;  // rsp % 16 == 8 at entry, as after a call
   std::memset(sp, 0, 8 * sizeof(void*));
   sp[6] = reinterpret_cast<void*>(entry);
   return sp;
+}
 #elif defined(__aarch64__)
+void* first_frame(char* top, void (*entry)()) {
   void** sp = reinterpret_cast<void**>(top) - 20;
   std::memset(sp, 0, 20 * sizeof(void*));
   sp[11] = reinterpret_cast<void*>(entry);
   return sp;
-#else
-  (void)entry;
-  return top;
-#endif
 }
+#endif
 
 }  // namespace
 

@@ -80,8 +80,7 @@ namespace nvcuda::wmma {
 using singd::emulation::Site;
 
 template <class T>
-void fill_fragment(fragment<accumulator, 16, 16, 16, T>& f, float value,
-                   Site site = Site::here()) {
+void fill_fragment(fragment<accumulator, 16, 16, 16, T>& f, float value, Site site = Site::here()) {
   if (!singd::emulation::matrix_call(nullptr, site)) return;
   for (auto& row : f.matrix) {
     for (float& element : row) element = value;

@@ -1,0 +1,336 @@
+// Gram products of row tiles. A block of 8 warps stages rows of X in shared memory, as tiles of 16
+// consecutive columns, and multiplies a list of pairs of tiles: per pair a 16 x 16 sum
+//
+//   C[i, j] = sum over rows r of X[r, 16 a + i] X[r, 16 b + j].
+//
+// The warps are row groups x pair groups: a warp owns up to 5 pairs, and every `row_groups`-th
+// slice of the staged rows. While a stage is multiplied, the 16-byte vectors of the next one are on
+// their way to registers. bfloat16 and float16 go through the tensor cores (wmma, float sums);
+// float32, float64 and mixed types are converted to the compute type and multiplied there.
+//
+// Tile: 64 rows of 2-byte elements, 32 of float, 16 of double, by 8 tiles (128 columns), beside 4
+// border tiles where there is a border. Rows in shared memory are padded by 16 bytes: reads of 8
+// rows x 16 bytes meet no bank twice.
+#pragma once
+
+#include "rows.cuh"
+
+namespace singd::cuda {
+
+constexpr int kGramThreads = 256;
+constexpr int kGramWarps = kGramThreads / kWarp;
+constexpr int kTile = 16;
+constexpr int kPairsPerWarp = 5;
+constexpr int kMaxPairs = kGramWarps * kPairsPerWarp;
+constexpr int kPanelTiles = 8;
+constexpr int kBorderTiles = 4;
+constexpr int kExchangeStride = 20;  // of the rows of a 16 x 16 sum: 16-byte steps, few conflicts
+
+SINGD_HOST_DEVICE constexpr int pack_pair(int a, int b) { return a | b << 8; }
+SINGD_HOST_DEVICE constexpr int first_of_pair(int pair) { return pair & 255; }
+SINGD_HOST_DEVICE constexpr int second_of_pair(int pair) { return pair >> 8; }
+
+constexpr int64_t kBeyond = INT64_MAX / 4;  // a column that no matrix has
+
+// The columns of X that are staged: two runs of tiles, each of consecutive columns.
+struct TileRuns {
+  int64_t first[2];
+  int count[2];
+
+  SINGD_HOST_DEVICE int tiles() const { return count[0] + count[1]; }
+  __device__ int64_t column(int staged) const {
+    const int split = count[0] * kTile;
+    if (staged < split) return first[0] + staged;
+    return staged < tiles() * kTile ? first[1] + staged - split : kBeyond;
+  }
+};
+
+template <class Stage, class T>
+__device__ __forceinline__ Stage staged(T value) {
+  if constexpr (std::is_same_v<T, Stage>) {
+    return value;
+  } else {
+    return widen<Stage>(value);
+  }
+}
+
+// Brings rows first ... first + kRows - 1 of kTiles tiles to shared memory, zero from row `end` on.
+// fetch() loads 16-byte vectors to registers and put() moves them on, so that there is time between
+// the two; misaligned or strided rows are moved by put() alone, element by element.
+template <class T, class Stage, int kRows, int kTiles, RowAccess kAccess>
+struct Stager {
+  static constexpr int kColumns = kTiles * kTile;
+
+  __device__ void fetch(const Rows&, const TileRuns&, int64_t, int64_t) {}
+
+  __device__ __forceinline__ void put(const Rows& x, const TileRuns& runs, int64_t first,
+                                      int64_t end, Stage* stage, int stride) const {
+#pragma unroll 4
+    for (int n = threadIdx.x; n < kRows * kColumns; n += kGramThreads) {
+      const int row = kAccess == RowAccess::kRows ? n % kRows : n / kColumns;
+      const int column = kAccess == RowAccess::kRows ? n / kRows : n % kColumns;
+      T value = narrow<T>(compute_t<T>(0));
+      if (first + row < end) value = element<T>(x, x.offset(first + row), runs.column(column));
+      shared_store(stage + row * stride + column, staged<Stage>(value));
+    }
+  }
+};
+
+template <class T, class Stage, int kRows, int kTiles>
+struct Stager<T, Stage, kRows, kTiles, RowAccess::kVectors> {
+  static constexpr int kSize = kVector<T>;
+  static constexpr int kPerRow = kTiles * kTile / kSize;
+  static constexpr int kPieces = kRows * kPerRow / kGramThreads;
+  static_assert(kPieces * kGramThreads == kRows * kPerRow, "threads share evenly");
+  Vec<T, kSize> pieces[kPieces];
+
+  static __device__ __forceinline__ int row(int q) {
+    return (q * kGramThreads + threadIdx.x) / kPerRow;
+  }
+  static __device__ __forceinline__ int column(int q) {
+    return (q * kGramThreads + threadIdx.x) % kPerRow * kSize;
+  }
+
+  __device__ __forceinline__ void fetch(const Rows& x, const TileRuns& runs, int64_t first,
+                                        int64_t end) {
+#pragma unroll
+    for (int q = 0; q < kPieces; ++q) {
+      const int64_t r = first + row(q);
+      const bool exists = r < end;  // where not, a column beyond all others makes zeros
+      pieces[q] = vector<T>(x, exists ? x.offset(r) : 0, exists ? runs.column(column(q)) : kBeyond);
+    }
+  }
+
+  __device__ __forceinline__ void put(const Rows&, const TileRuns&, int64_t, int64_t, Stage* stage,
+                                      int stride) const {
+    constexpr int kPart = kVector<Stage> < kSize ? kVector<Stage> : kSize;
+#pragma unroll
+    for (int q = 0; q < kPieces; ++q) {
+#pragma unroll
+      for (int e = 0; e < kSize; e += kPart) {
+        Vec<Stage, kPart> part;
+#pragma unroll
+        for (int k = 0; k < kPart; ++k) part[k] = staged<Stage>(pieces[q][e + k]);
+        Stage* to = stage + row(q) * stride + column(q) + e;
+        shared_store(reinterpret_cast<Vec<Stage, kPart>*>(to), part);
+      }
+    }
+  }
+};
+
+// The sums of one warp, through the tensor cores.
+template <class T>
+struct MmaSums {
+  using A = nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, T, nvcuda::wmma::col_major>;
+  using B = nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, T, nvcuda::wmma::row_major>;
+  using C = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float>;
+  C sums[kPairsPerWarp];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int q = 0; q < kPairsPerWarp; ++q) nvcuda::wmma::fill_fragment(sums[q], 0.0f);
+  }
+
+  // Rows 16 group, 16 (group + groups), ... of the stage.
+  template <int kRows>
+  __device__ __forceinline__ void multiply(const T* stage, int stride,
+                                           const int (&pairs)[kPairsPerWarp], int count, int group,
+                                           int groups) {
+    for (int r = group * kTile; r < kRows; r += groups * kTile) {
+      A a;
+      B b;
+#pragma unroll
+      for (int q = 0; q < kPairsPerWarp; ++q) {
+        if (q >= count) continue;
+        const int first = first_of_pair(pairs[q]);
+        if (q == 0 || first != first_of_pair(pairs[q - 1])) {
+          nvcuda::wmma::load_matrix_sync(a, stage + r * stride + first * kTile, stride);
+        }
+        nvcuda::wmma::load_matrix_sync(b, stage + r * stride + second_of_pair(pairs[q]) * kTile,
+                                       stride);
+        nvcuda::wmma::mma_sync(sums[q], a, b, sums[q]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write(int q, int /*pair*/, float* to) const {
+#pragma unroll
+    for (int n = 0; n < kPairsPerWarp; ++n) {
+      if (n != q) continue;
+      nvcuda::wmma::store_matrix_sync(to, sums[n], kExchangeStride, nvcuda::wmma::mem_row_major);
+    }
+  }
+};
+
+// The sums of one warp, by multiply-add: a lane owns 4 x 2 entries. Of a pair of equal panel tiles
+// beside a border (kSquares) only the diagonal is needed: lane l owns entry (l % 16, l % 16).
+template <class T, bool kSquares>
+struct FmaSums {
+  T sums[kPairsPerWarp][8];
+
+  static __device__ __forceinline__ bool is_square(int pair) {
+    return kSquares && first_of_pair(pair) == second_of_pair(pair);
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int q = 0; q < kPairsPerWarp; ++q) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sums[q][e] = T(0);
+    }
+  }
+
+  // Rows group, group + groups, ... of the stage.
+  template <int kRows>
+  __device__ __forceinline__ void multiply(const T* stage, int stride,
+                                           const int (&pairs)[kPairsPerWarp], int count, int group,
+                                           int groups) {
+    const int lane = threadIdx.x % kWarp;
+    for (int r = group; r < kRows; r += groups) {
+      const T* row = stage + r * stride;
+#pragma unroll
+      for (int q = 0; q < kPairsPerWarp; ++q) {
+        if (q >= count) continue;
+        const T* second = row + second_of_pair(pairs[q]) * kTile;
+        if (is_square(pairs[q])) {
+          const T x = shared_load(second + lane % kTile);
+          sums[q][0] += x * x;
+          continue;
+        }
+        const T* first = row + first_of_pair(pairs[q]) * kTile + lane / 8 * 4;
+        using Part = Vec<T, 2>;
+        const Part a[2] = {shared_load(reinterpret_cast<const Part*>(first)),
+                           shared_load(reinterpret_cast<const Part*>(first + 2))};
+        const Part b = shared_load(reinterpret_cast<const Part*>(second + lane % 8 * 2));
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sums[q][e] += a[e / 4][e / 2 % 2] * b[e % 2];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void write(int q, int pair, T* to) const {
+    const int lane = threadIdx.x % kWarp;
+#pragma unroll
+    for (int n = 0; n < kPairsPerWarp; ++n) {
+      if (n != q) continue;
+      if (is_square(pair)) {
+        if (lane < kTile) shared_store(to + lane * kExchangeStride + lane, sums[n][0]);
+        continue;
+      }
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const int i = lane / 8 * 4 + e / 2, j = lane % 8 * 2 + e % 2;
+        shared_store(to + i * kExchangeStride + j, sums[n][e]);
+      }
+    }
+  }
+};
+
+// One kernel's types and sizes. T: rows of X; B: rows of the border; tiles 0 ... kBorderTiles - 1
+// of the stage are the border's, the panel's follow.
+template <class T, class B, bool kBordered, RowAccess kAccess>
+struct GramTiles {
+  using A = compute_t<T>;
+  static constexpr bool kMma = sizeof(T) == 2 && std::is_same_v<T, B>;
+  using Stage = std::conditional_t<kMma, T, A>;
+  using Sums = std::conditional_t<kMma, MmaSums<T>, FmaSums<A, kBordered>>;
+  static constexpr int kRows = 128 / static_cast<int>(sizeof(Stage));
+  static constexpr int kPanelStart = kBordered ? kBorderTiles : 0;
+  static constexpr int kStride = (kPanelStart + kPanelTiles) * kTile + kVector<Stage>;
+  static constexpr int kExchange = kTile * kExchangeStride;  // of one warp
+  static constexpr int kStageBytes = kRows * kStride * static_cast<int>(sizeof(Stage));
+  static constexpr int kExchangeBytes = kGramWarps * kExchange * static_cast<int>(sizeof(A));
+  static constexpr int kSharedBytes = kStageBytes > kExchangeBytes ? kStageBytes : kExchangeBytes;
+
+  struct Input {
+    Rows x, border;
+    TileRuns panel_runs, border_runs;
+    int64_t begin, end;  // rows
+    const int* pairs;    // in shared memory
+    int pair_count;
+    int row_groups;  // 1, 2 or 4, so that every warp has up to 5 pairs
+  };
+
+  // write(a, b, i, j, sum) for every entry of every pair, by neighbouring threads for neighbouring
+  // j; pairs of different tiles also come mirrored, (b, a, j, i), where kMirror.
+  template <bool kMirror, class Write>
+  static __device__ __forceinline__ void run(const Input& in, Write write) {
+    unsigned char* memory = dynamic_shared<unsigned char>();
+    const int warp = threadIdx.x / kWarp;
+    const int pair_groups = kGramWarps / in.row_groups;
+    const int per_warp = (in.pair_count + pair_groups - 1) / pair_groups;
+    const int first_pair = warp % pair_groups * per_warp;
+    const int left = in.pair_count - first_pair;
+    const int count = left < 0 ? 0 : left < per_warp ? left : per_warp;
+    int pairs[kPairsPerWarp];
+#pragma unroll
+    for (int q = 0; q < kPairsPerWarp; ++q) {
+      pairs[q] = q < count ? shared_load(in.pairs + first_pair + q) : 0;
+    }
+
+    Sums sums;
+    sums.clear();
+    Stage* stage = reinterpret_cast<Stage*>(memory);
+    Stager<T, Stage, kRows, kPanelTiles, kAccess> panel;
+    Stager<B, Stage, kRows, kBorderTiles, kAccess> border;
+    const auto fetch = [&](int64_t row) {
+      if constexpr (kBordered) border.fetch(in.border, in.border_runs, row, in.end);
+      panel.fetch(in.x, in.panel_runs, row, in.end);
+    };
+    fetch(in.begin);
+    for (int64_t row = in.begin; row < in.end; row += kRows) {
+      if constexpr (kBordered) {
+        border.put(in.border, in.border_runs, row, in.end, stage, kStride);
+      }
+      panel.put(in.x, in.panel_runs, row, in.end, stage + kPanelStart * kTile, kStride);
+      __syncthreads();
+      if (row + kRows < in.end) fetch(row + kRows);
+      sums.template multiply<kRows>(stage, kStride, pairs, count, warp / pair_groups,
+                                    in.row_groups);
+      __syncthreads();
+    }
+
+    A* exchange = reinterpret_cast<A*>(memory);
+    for (int q = 0; q < per_warp; ++q) {
+      if (q < count) sums.write(q, pairs_at(pairs, q), exchange + warp * kExchange);
+      __syncthreads();
+      for (int n = threadIdx.x; n < pair_groups * kTile * kTile; n += kGramThreads) {
+        const int group = n / (kTile * kTile), i = n / kTile % kTile, j = n % kTile;
+        if (group * per_warp + q >= in.pair_count || q >= per_warp) continue;
+        const int pair = shared_load(in.pairs + group * per_warp + q);
+        const int a = first_of_pair(pair), b = second_of_pair(pair);
+        const A* from = exchange + group * kExchange;
+        const int step = pair_groups * kExchange;
+        write(a, b, i, j, total(from + i * kExchangeStride + j, step, in.row_groups));
+        if (kMirror && a != b) {
+          write(b, a, i, j, total(from + j * kExchangeStride + i, step, in.row_groups));
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ int pairs_at(const int (&pairs)[kPairsPerWarp], int q) {
+    int pair = 0;
+#pragma unroll
+    for (int n = 0; n < kPairsPerWarp; ++n) pair = n == q ? pairs[n] : pair;
+    return pair;
+  }
+
+  // The sum over row groups, in order.
+  static __device__ __forceinline__ A total(const A* from, int step, int row_groups) {
+    A sum = A(0);
+    for (int g = 0; g < row_groups; ++g) sum += shared_load(from + g * step);
+    return sum;
+  }
+};
+
+// The number of row groups that leaves every warp at most 5 pairs.
+__device__ inline int row_groups_for(int pair_count, int max_groups) {
+  int groups = max_groups;
+  while (groups > 1 && pair_count * groups > kMaxPairs) groups /= 2;
+  return groups;
+}
+
+}  // namespace singd::cuda

@@ -1,0 +1,382 @@
+// What the kernels of preconditioned_update_ share: elements of a layer by position in
+// W = [weight, bias], magnitudes as integers, tiles, and the write of M and W.
+#pragma once
+
+#include "launch.cuh"
+#include "numeric.cuh"
+#include "preconditioned_update.h"
+#include "table.cuh"
+
+namespace singd::cuda {
+
+constexpr int kStepThreads = 256;
+
+// An element type that is known only at run time.
+struct AnyElement {};
+
+// Computes in T; W is stored as Stored, kCount elements of which move at a time.
+template <class T, class Stored_>
+struct Elements {
+  using Compute = T;
+  using Stored = Stored_;
+  static constexpr int kCount = kVector<Stored_>;
+};
+template <class T>
+struct Elements<T, AnyElement> {
+  using Compute = T;
+  using Stored = AnyElement;
+  static constexpr int kCount = 1;
+};
+
+// Host: f(Elements<...>) for the kind of a launch.
+template <class Function>
+void dispatch(const StepKind& kind, Function&& f) {
+  if (!kind.in_vectors) {
+    return kind.compute == Dtype::kFloat64 ? f(Elements<double, AnyElement>{})
+                                           : f(Elements<float, AnyElement>{});
+  }
+  switch (kind.element) {
+    case Dtype::kFloat64:
+      return f(Elements<double, double>{});
+    case Dtype::kFloat32:
+      return f(Elements<float, float>{});
+    case Dtype::kBFloat16:
+      return f(Elements<float, bfloat16>{});
+    default:
+      return f(Elements<float, float16>{});
+  }
+}
+
+// Host: the items as a kernel's argument, after first_block of each is set from blocks(item).
+// Returns the number of blocks.
+template <class Item, int kCapacity, class Blocks>
+int64_t fill(Table<Item, kCapacity>& table, Item* items, int count, Blocks&& blocks) {
+  int64_t total = 0;
+  table.count = count;
+  for (int n = 0; n < count; ++n) {
+    items[n].first_block = total;
+    total += blocks(items[n]);
+    table.items[n] = items[n];
+  }
+  return total;
+}
+
+// |value| as an int: ordered like the numbers, infinities beyond all of them, then NaN.
+__device__ __forceinline__ int magnitude(float value) {
+  int bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits & 0x7fffffff;
+}
+__device__ __forceinline__ int magnitude(double value) {
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return static_cast<int>(bits >> 32) & 0x7fffffff;
+}
+
+// The largest number of this magnitude.
+template <class T>
+__device__ __forceinline__ T from_magnitude(int key) {
+  T value;
+  if constexpr (sizeof(T) == 8) {
+    const uint64_t rest = key < 0x7ff00000 ? 0xffffffffULL : 0;
+    const uint64_t bits = static_cast<uint64_t>(key) << 32 | rest;
+    memcpy(&value, &bits, sizeof value);
+  } else {
+    memcpy(&value, &key, sizeof value);
+  }
+  return value;
+}
+
+// *counter = max(*counter, key of any lane). All lanes of the warp take part.
+__device__ __forceinline__ void raise(int* counter, int key) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const int other = __shfl_xor_sync(0xffffffffU, key, offset);
+    key = other > key ? other : key;
+  }
+  if (threadIdx.x % kWarp == 0) atomicMax(counter, key);
+}
+
+__device__ __forceinline__ int* counters_of(const StepArguments& a, const StepLayer& l) {
+  return a.counters + static_cast<int64_t>(kCounters) * l.slot;
+}
+
+// Element `index` of an array of the launch's element type, or of the given one.
+template <class E, Cache kCache = Cache::kNormal>
+__device__ __forceinline__ typename E::Compute load_element(const void* p, int8_t dtype,
+                                                            int64_t index) {
+  using T = typename E::Compute;
+  if constexpr (std::is_same_v<typename E::Stored, AnyElement>) {
+    return load_as<T>(p, static_cast<Dtype>(dtype), index);
+  } else {
+    return widen<T>(load<kCache>(static_cast<const typename E::Stored*>(p) + index));
+  }
+}
+
+template <class E>
+__device__ __forceinline__ void store_element(void* p, int8_t dtype, int64_t index,
+                                              typename E::Compute value, const RoundingKey& key) {
+  if constexpr (std::is_same_v<typename E::Stored, AnyElement>) {
+    store_as(p, static_cast<Dtype>(dtype), index, value, key);
+  } else {
+    using Stored = typename E::Stored;
+    store(static_cast<Stored*>(p) + index, narrow<Stored>(value, key, index));
+  }
+}
+
+// G[i, j] of the gradient of W = [weight, bias].
+template <class E>
+__device__ __forceinline__ typename E::Compute load_gradient(const StepLayer& l, int64_t i, int j) {
+  if (j < l.weight_columns()) {
+    return load_element<E>(l.gradient, l.gradient_dtype[0], i * l.gradient_pitch + j);
+  }
+  return load_element<E>(l.gradient_bias, l.gradient_dtype[1], i * l.gradient_bias_pitch);
+}
+
+// The columns [begin, end) of the vector of E::kCount columns that starts at column j.
+struct Columns {
+  int j, begin, end;
+};
+
+template <class E>
+__device__ __forceinline__ bool is_vector(const StepLayer& l, const Columns& c) {
+  return E::kCount > 1 && c.begin == 0 && c.end == E::kCount &&
+         c.j + E::kCount <= l.weight_columns();
+}
+
+// G[i, columns]; 0 in the other columns of the vector.
+template <class E, Cache kCache>
+__device__ __forceinline__ void load_gradient(const StepLayer& l, int64_t i, const Columns& c,
+                                              typename E::Compute (&g)[E::kCount]) {
+  using T = typename E::Compute;
+  if constexpr (E::kCount > 1) {
+    if (l.gradient_in_vectors && is_vector<E>(l, c)) {
+      using Vector = Vec<typename E::Stored, E::kCount>;
+      const auto* row = static_cast<const typename E::Stored*>(l.gradient) + i * l.gradient_pitch;
+      const Vector v = load<kCache>(reinterpret_cast<const Vector*>(row + c.j));
+#pragma unroll
+      for (int e = 0; e < E::kCount; ++e) g[e] = widen<T>(v[e]);
+      return;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < E::kCount; ++e) {
+    g[e] = e >= c.begin && e < c.end ? load_gradient<E>(l, i, c.j + e) : T(0);
+  }
+}
+
+// A rectangle of W. `base` is its first column, rounded down to a vector.
+struct Tile {
+  int row, rows, column, columns, base;
+};
+
+template <class E>
+__device__ __forceinline__ Tile tile_of(const StepLayer& l, int64_t number) {
+  const int across = l.column_tiles();
+  Tile t;
+  t.row = static_cast<int>(number / across) * l.tile_rows;
+  t.column = static_cast<int>(number % across) * l.tile_columns;
+  t.rows = min(static_cast<int>(l.tile_rows), l.rows - t.row);
+  t.columns = min(static_cast<int>(l.tile_columns), l.columns - t.column);
+  t.base = t.column / E::kCount * E::kCount;
+  return t;
+}
+
+// f(row in the tile, columns) for the vectors of a tile, shared by the threads of the block.
+// Neighbouring threads have neighbouring vectors.
+template <class E, class Function>
+__device__ __forceinline__ void for_each_vector(const Tile& t, Function&& f) {
+  const int end = t.column + t.columns;
+  const int vectors = (end - t.base + E::kCount - 1) / E::kCount;
+  for (int n = threadIdx.x; n < vectors * t.rows; n += kStepThreads) {
+    const int row = n / vectors, j = t.base + (n - row * vectors) * E::kCount;
+    f(row, Columns{j, max(0, t.column - j), min(E::kCount, end - j)});
+  }
+}
+
+// The numbers of the update, in registers.
+template <class T>
+struct Update {
+  T unscale, lr, momentum, weight_decay;
+  RoundingKey key;  // of the layer
+
+  __device__ Update(const StepArguments& a, const StepLayer& l)
+      : unscale(static_cast<T>(1.0 / read(a.grad_scale))),
+        lr(static_cast<T>(read(a.lr))),
+        momentum(static_cast<T>(a.momentum)),
+        weight_decay(static_cast<T>(a.weight_decay)),
+        key(a.key.stream(static_cast<uint64_t>(l.index))) {}
+
+  // M <- momentum M + p + weight_decay W for the unscaled gradient p, and the step of W.
+  __device__ T new_momentum(T p, T weight, T old_momentum) const {
+    return unscale * p + weight_decay * weight + momentum * old_momentum;
+  }
+  __device__ T new_weight(T weight, T step) const { return weight - lr * step; }
+};
+
+// Part 0 is the weight, part 1 the bias; element `at` of it.
+template <class E>
+__device__ __forceinline__ void update_element(const StepLayer& l,
+                                               const Update<typename E::Compute>& u, int part,
+                                               int64_t at, typename E::Compute p) {
+  using T = typename E::Compute;
+  void* const parameter = part == 0 ? l.weight : l.bias;
+  void* const momentum = part == 0 ? l.momentum_weight : l.momentum_bias;
+  const RoundingKey key = u.key.stream(part);
+  const T weight = load_element<E>(parameter, l.parameter_dtype[part], at);
+  T step = 0;
+  if (momentum != nullptr) {
+    step = u.new_momentum(p, weight, load_element<E>(momentum, l.momentum_dtype[part], at));
+    store_element<E>(momentum, l.momentum_dtype[part], at, step, key.stream(0));
+  } else {
+    step = u.new_momentum(p, weight, T(0));
+  }
+  store_element<E>(parameter, l.parameter_dtype[part], at, u.new_weight(weight, step),
+                   key.stream(1));
+}
+
+// M and W in row i and these columns, from the preconditioned gradient p.
+template <class E>
+__device__ __forceinline__ void update_vector(const StepLayer& l,
+                                              const Update<typename E::Compute>& u, int64_t i,
+                                              const Columns& c,
+                                              const typename E::Compute (&p)[E::kCount]) {
+  using T = typename E::Compute;
+  const int width = l.weight_columns();
+  if constexpr (E::kCount > 1) {
+    if (is_vector<E>(l, c)) {
+      using Stored = typename E::Stored;
+      using Vector = Vec<Stored, E::kCount>;
+      const int64_t at = i * width + c.j;
+      auto* const w_at = reinterpret_cast<Vector*>(static_cast<Stored*>(l.weight) + at);
+      auto* const m_at = reinterpret_cast<Vector*>(static_cast<Stored*>(l.momentum_weight) + at);
+      const bool has_momentum = l.momentum_weight != nullptr;
+      const RoundingKey key = u.key.stream(0);
+      Vector w = load<Cache::kStreaming>(w_at), m = w;
+      if (has_momentum) m = load<Cache::kStreaming>(m_at);
+#pragma unroll
+      for (int e = 0; e < E::kCount; ++e) {
+        const T weight = widen<T>(w[e]);
+        const T step = u.new_momentum(p[e], weight, has_momentum ? widen<T>(m[e]) : T(0));
+        m[e] = narrow<Stored>(step, key.stream(0), at + e);
+        w[e] = narrow<Stored>(u.new_weight(weight, step), key.stream(1), at + e);
+      }
+      store<Cache::kStreaming>(w_at, w);
+      if (has_momentum) store<Cache::kStreaming>(m_at, m);
+      return;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < E::kCount; ++e) {
+    if (e < c.begin || e >= c.end) continue;
+    const int j = c.j + e;
+    if (j < width) {
+      update_element<E>(l, u, 0, i * width + j, p[e]);
+    } else {
+      update_element<E>(l, u, 1, i, p[e]);
+    }
+  }
+}
+
+// The pieces of work of an update launch, in the order in which blocks take them: the first tiles
+// of layer 0, those of layer 1, the updates of layer 0, the first tiles of layer 2, ... So a
+// layer's first tiles are in good time before its updates, which wait for them.
+struct Work {
+  const StepLayer* layer;
+  bool first;    // a first tile, or an update
+  int64_t tile;  // in the order of memory: updates run backwards, from what is still in the cache
+};
+
+// Number `n` of the items of segment s of the order above: layer s's first tiles, then the updates
+// of the layer before it. The table ends with an item without tiles of its own.
+using StepTable = Table<StepLayer, kMaxStepLayers + 1>;
+
+__device__ __forceinline__ Work work_of(const StepTable& table, int64_t n) {
+  const StepLayer* const segment = &table.find(n);
+  const int64_t inside = n - segment->first_block;
+  if (inside < segment->first_tiles) return {segment, true, inside};
+  const StepLayer* const before = segment - 1;
+  return {before, false, before->tiles() - 1 - (inside - segment->first_tiles)};
+}
+
+// Host: the table of an update launch, and its number of blocks.
+inline int64_t fill_work(StepTable& table, StepLayer* layers, int count) {
+  int64_t before = 0;
+  const int64_t total = fill(table, layers, count, [&](const StepLayer& l) {
+    const int64_t blocks = l.first_tiles + before;
+    before = l.tiles();
+    return blocks;
+  });
+  table.items[count] = StepLayer{};
+  table.items[count].first_block = total;
+  table.count = count + 1;
+  return total + before;
+}
+
+// The next piece of work, for all threads of the block.
+__device__ __forceinline__ Work take_work(const StepTable& table, int* ticket) {
+  __shared__ int number;
+  if (threadIdx.x == 0) shared_store(&number, add_release(ticket, 1));
+  __syncthreads();
+  return work_of(table, shared_load(&number));
+}
+
+// After a first tile: its results are visible to the layer's updates.
+__device__ __forceinline__ void finish_first_tile(const StepArguments& a, const StepLayer& l) {
+  __syncthreads();
+  if (threadIdx.x == 0) add_release(counters_of(a, l) + kFirstTilesFinished, 1);
+}
+
+// Whether the preconditioned gradient of a layer is finite, and all that leads to it: no entry of a
+// product with A = K K^T is larger than the largest one before, times the largest row sum and the
+// largest column sum of |K|. Sums below 1 count as 1, since they do not bound every intermediate;
+// rounding is what the last factor is for.
+template <class T>
+__device__ __forceinline__ bool is_bounded(const int* counters, double unscale) {
+  const auto at_least_1 = [](T x) { return x < T(1) ? T(1) : x; };  // keeps NaN
+  T bound = from_magnitude<T>(load(counters + kGradientMagnitude)) *
+            at_least_1(static_cast<T>(unscale < 0 ? -unscale : unscale));
+#pragma unroll
+  for (int sum = kRightRowSum; sum <= kLeftColumnSum; ++sum) {
+    bound *= at_least_1(from_magnitude<T>(load(counters + sum)));
+  }
+  return is_finite(bound * T(16));
+}
+
+// Before an update: waits for the layer's first tiles; false if the layer is to stay as it is. One
+// block of the layer writes what became of it.
+template <class T>
+__device__ __forceinline__ bool begin_update(const StepArguments& a, const Work& work) {
+  __shared__ int proceeds;
+  const StepLayer& l = *work.layer;
+  if (threadIdx.x == 0) {
+    const int* const counters = counters_of(a, l);
+    wait_for(counters + kFirstTilesFinished, l.first_tiles);
+    const bool stopped = read(a.found_inf) != 0;
+    const bool bounded = is_bounded<T>(counters, 1.0 / read(a.grad_scale));
+    if (work.tile == 0) {
+      const bool skipped = !stopped && !bounded;
+      store(a.outcomes + l.index, static_cast<int64_t>(skipped));
+      if (skipped) store(l.skipped, load(l.skipped) + 1);
+    }
+    shared_store(&proceeds, static_cast<int>(!stopped && bounded));
+  }
+  __syncthreads();
+  return shared_load(&proceeds) != 0;
+}
+
+// The first tile of a layer without borders: max |G|.
+template <class E>
+__device__ __forceinline__ void inspect(const StepArguments& a, const StepLayer& l,
+                                        const Tile& tile) {
+  int key = 0;
+  for_each_vector<E>(tile, [&](int row, const Columns& c) {
+    typename E::Compute g[E::kCount];
+    load_gradient<E, Cache::kNormal>(l, tile.row + row, c, g);
+#pragma unroll
+    for (int e = 0; e < E::kCount; ++e) key = max(key, magnitude(g[e]));
+  });
+  raise(counters_of(a, l) + kGradientMagnitude, key);
+}
+
+}  // namespace singd::cuda

@@ -1,0 +1,70 @@
+// The fused step of layers with two diagonal sides, C C^T = diag(delta_C), K K^T = diag(delta_K):
+//
+//   M <- alpha2 M + delta_C[i] G[i, j] delta_K[j] + gamma W      W <- W - lr M
+//
+// G, M, W: rows x columns. Bytes: G, M, W read once and M, W written once from and to DRAM (5
+// passes); G is read twice, the second time from L2. A tile of about 8192 elements a block, for the
+// inspection of G and for the update alike; no shared memory beyond a few numbers.
+#include "step.cuh"
+
+namespace singd::cuda {
+namespace {
+
+constexpr int kTileColumns = 256;
+constexpr int kTileElements = 8192;
+
+template <class E>
+__global__ void __launch_bounds__(kStepThreads, 4)
+    stream_update_kernel(const __grid_constant__ StepTable table, const StepArguments a,
+                         int* ticket) {
+  using T = typename E::Compute;
+  const Work work = take_work(table, ticket);
+  const StepLayer& l = *work.layer;
+  const Tile tile = tile_of<E>(l, work.tile);
+  if (work.first) {
+    inspect<E>(a, l, tile);
+    return finish_first_tile(a, l);
+  }
+  if (!begin_update<T>(a, work)) return;
+  const Update<T> update(a, l);
+  const StepOffsets offsets(l);
+  const T* const right = static_cast<const T*>(l.workspace) + offsets.right_delta;
+  const T* const left = static_cast<const T*>(l.workspace) + offsets.left_delta;
+  for_each_vector<E>(tile, [&](int row, const Columns& c) {
+    constexpr int kPart = E::kCount < kVector<T> ? E::kCount : kVector<T>;
+    const int64_t i = tile.row + row;
+    T p[E::kCount];
+    load_gradient<E, Cache::kStreaming>(l, i, c, p);
+    const T scale = load(left + i);
+#pragma unroll
+    for (int part = 0; part < E::kCount / kPart; ++part) {
+      using Part = Vec<T, kPart>;
+      const Part delta = load(reinterpret_cast<const Part*>(right + c.j) + part);
+#pragma unroll
+      for (int e = 0; e < kPart; ++e) p[part * kPart + e] *= scale * delta[e];
+    }
+    update_vector<E>(l, update, i, c, p);
+  });
+}
+
+}  // namespace
+
+void plan_stream_update(StepLayer& layer) {
+  const int64_t across = (layer.columns + kTileColumns - 1) / kTileColumns;
+  layer.tile_columns = static_cast<int16_t>(padded((layer.columns + across - 1) / across));
+  layer.tile_rows = static_cast<int16_t>(
+      std::min<int64_t>(std::max(1, kTileElements / layer.tile_columns), layer.rows));
+  layer.first_tiles = static_cast<int32_t>(layer.tiles());
+}
+
+void stream_update(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
+                   int* ticket, Stream stream) {
+  StepTable table;
+  const int64_t blocks = fill_work(table, layers, count);
+  dispatch(kind, [&](auto elements) {
+    launch({"stream_update", blocks, kStepThreads, stream},
+           stream_update_kernel<decltype(elements)>, table, a, ticket);
+  });
+}
+
+}  // namespace singd::cuda

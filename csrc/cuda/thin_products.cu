@@ -1,0 +1,340 @@
+// The thin products of layers with a bordered side (preconditioned_update.h), N of width b <= 64:
+//
+//   thin_products       S = G N_K^T (rows x b), X = N_C G (b x columns), the border rows of G for a
+//                       row-bordered C, and max |G|
+//   thin_row_products   the same S for the thin rows X and G_B
+//
+// Bytes: G once from DRAM and, where both sides are bordered, once more from L2 (the strips of a
+// layer follow each other), and the thin matrices. A block owns a strip of 64 rows or 64 columns of
+// G and walks along it in chunks of 64, the next one loaded into registers while the current one,
+// in shared memory, is multiplied. Its 8 warps share the chunk's depth and the border in groups of
+// 16; a lane owns 2 x 16 sums. Partial sums are added in a fixed order.
+#include "step.cuh"
+
+namespace singd::cuda {
+namespace {
+
+constexpr int kStrip = 64;
+constexpr int kDepth = 64;
+constexpr int kPitch = kStrip + 1;
+constexpr int kGroup = 16;  // border indices of a warp
+constexpr int kWarps = kStepThreads / kWarp;
+constexpr int kChunkElements = kStrip * kDepth / kStepThreads;  // of a thread
+
+// Warps are groups x splits: groups of border indices, parts of the depth.
+SINGD_HOST_DEVICE inline int groups_of(int width) { return width <= 16 ? 1 : width <= 32 ? 2 : 4; }
+template <class T>
+SINGD_HOST_DEVICE constexpr int border_pitch(int groups) {
+  return groups * kGroup + 16 / static_cast<int>(sizeof(T));
+}
+template <class T>
+int64_t shared_elements(int width) {
+  const int64_t operands = kDepth * kPitch + kDepth * border_pitch<T>(groups_of(width));
+  return std::max<int64_t>(operands, kWarps * kGroup * kPitch);
+}
+
+// The gradient of a layer as rows.
+template <class E_>
+struct GradientRows {
+  using E = E_;
+  const StepLayer& l;
+
+  __device__ int64_t rows() const { return l.rows; }
+  __device__ void load_vector(int64_t i, const Columns& c,
+                              typename E::Compute (&g)[E::kCount]) const {
+    load_gradient<E, Cache::kNormal>(l, i, c, g);
+  }
+};
+
+// X and G_B.
+template <class T>
+struct ThinRows {
+  using E = Elements<T, T>;
+  const T* data;
+  int64_t count, pitch;
+
+  __device__ int64_t rows() const { return count; }
+  __device__ void load_vector(int64_t i, const Columns& c, T (&g)[E::kCount]) const {
+    using Vector = Vec<T, E::kCount>;  // rows are padded to whole vectors
+    const Vector v = load(reinterpret_cast<const Vector*>(data + i * pitch + c.j));
+#pragma unroll
+    for (int e = 0; e < E::kCount; ++e) g[e] = e < c.end ? v[e] : T(0);
+  }
+};
+
+// A chunk of 64 x 64 elements on its way from global to shared memory: vectors by way of registers,
+// single elements directly.
+template <class Source>
+struct Chunk {
+  using E = typename Source::E;
+  using T = typename E::Compute;
+  static constexpr bool kAhead = E::kCount > 1;
+  static constexpr int kVectors = kChunkElements / E::kCount;
+  static constexpr int kAcross = 64 / E::kCount;
+  const Source& source;
+  const int64_t columns;
+  const bool strip_of_rows;
+  int largest = 0;      // magnitude
+  int64_t row, column;  // where the chunk begins
+  T values[kAhead ? kVectors : 1][E::kCount];
+
+  __device__ Chunk(const Source& s, int64_t column_count, bool rows)
+      : source(s), columns(column_count), strip_of_rows(rows) {}
+
+  __device__ __forceinline__ void load_vector(int index, T (&vector)[E::kCount]) {
+    const int64_t i = row + index / kAcross;
+    const int64_t j = column + index % kAcross * E::kCount;
+    const int64_t rest = columns - j;
+#pragma unroll
+    for (int e = 0; e < E::kCount; ++e) vector[e] = T(0);
+    if (i >= source.rows() || rest <= 0) return;
+    const int end = rest < E::kCount ? static_cast<int>(rest) : E::kCount;
+    source.load_vector(i, Columns{static_cast<int>(j), 0, end}, vector);
+  }
+
+  // To [depth][strip]: the strip's positions are rows or columns.
+  __device__ __forceinline__ void store_vector(int index, const T (&vector)[E::kCount], T* shared) {
+    const int i = index / kAcross, j = index % kAcross * E::kCount;
+#pragma unroll
+    for (int e = 0; e < E::kCount; ++e) {
+      const int at = strip_of_rows ? (j + e) * kPitch + i : i * kPitch + j + e;
+      shared_store(shared + at, vector[e]);
+      largest = max(largest, magnitude(vector[e]));
+    }
+  }
+
+  __device__ __forceinline__ void fetch(int64_t i, int64_t j) {
+    row = i;
+    column = j;
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int n = 0; n < kVectors; ++n) load_vector(n * kStepThreads + threadIdx.x, values[n]);
+    }
+  }
+
+  __device__ __forceinline__ void commit(T* shared) {
+    if constexpr (kAhead) {
+#pragma unroll
+      for (int n = 0; n < kVectors; ++n) {
+        store_vector(n * kStepThreads + threadIdx.x, values[n], shared);
+      }
+    } else {
+#pragma unroll 4
+      for (int n = 0; n < kVectors; ++n) {
+        load_vector(n * kStepThreads + threadIdx.x, values[0]);
+        store_vector(n * kStepThreads + threadIdx.x, values[0], shared);
+      }
+    }
+  }
+};
+
+// One operand of a strip's product: N [width, depth] with rows of length `pitch`.
+template <class T>
+struct Border {
+  const T* n;
+  int width;
+  int64_t depth, pitch;
+
+  // N[:, depth_begin ...] to [depth][border index], 0 beyond.
+  __device__ __forceinline__ void stage(int64_t begin, int groups, T* shared) const {
+    for (int at = threadIdx.x; at < groups * kGroup * kDepth; at += kStepThreads) {
+      const int r = at / kDepth, k = at % kDepth;
+      const bool inside = r < width && begin + k < depth;
+      shared_store(shared + k * border_pitch<T>(groups) + r,
+                   inside ? load(n + r * pitch + begin + k) : T(0));
+    }
+  }
+};
+
+template <class T>
+struct Sums {
+  T values[2][kGroup];
+};
+
+// The part of a warp in the product of a staged chunk.
+template <class T>
+__device__ __forceinline__ void multiply_chunk(const T* strip, const T* border, int groups,
+                                               Sums<T>& sums) {
+  using Vector = Vec<T, kVector<T>>;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int depth = kDepth / (kWarps / groups), begin = warp / groups * depth;
+  const int first = warp % groups * kGroup;
+  for (int k = begin; k < begin + depth; ++k) {
+    const T x0 = shared_load(strip + k * kPitch + lane);
+    const T x1 = shared_load(strip + k * kPitch + kWarp + lane);
+    const auto* row = reinterpret_cast<const Vector*>(border + k * border_pitch<T>(groups) + first);
+#pragma unroll
+    for (int q = 0; q < kGroup / kVector<T>; ++q) {
+      const Vector n = shared_load(row + q);
+#pragma unroll
+      for (int e = 0; e < kVector<T>; ++e) {
+        sums.values[0][q * kVector<T> + e] += x0 * n[e];
+        sums.values[1][q * kVector<T> + e] += x1 * n[e];
+      }
+    }
+  }
+}
+
+// The sums of all warps; out(position in the strip, border index, sum).
+template <class T, class Out>
+__device__ __forceinline__ void reduce(const Sums<T>& sums, int groups, int width, int positions,
+                                       bool border_first, T* shared, Out&& out) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kGroup; ++r) {
+    shared_store(shared + (warp * kGroup + r) * kPitch + lane, sums.values[0][r]);
+    shared_store(shared + (warp * kGroup + r) * kPitch + kWarp + lane, sums.values[1][r]);
+  }
+  __syncthreads();
+  for (int at = threadIdx.x; at < width * positions; at += kStepThreads) {
+    const int r = border_first ? at % width : at / positions;
+    const int position = border_first ? at / width : at % positions;
+    T sum = 0;
+    for (int split = 0; split < kWarps / groups; ++split) {
+      const int source = split * groups + r / kGroup;
+      sum += shared_load(shared + (source * kGroup + r % kGroup) * kPitch + position);
+    }
+    out(position, r, sum);
+  }
+}
+
+// out(position, border index, sum over the depth) for one strip of rows or columns. Returns the
+// largest magnitude that this thread has read.
+template <class Source, class T, class Out>
+__device__ __forceinline__ int multiply_strip(const Source& source, int64_t columns,
+                                              bool strip_of_rows, int64_t strip,
+                                              const Border<T>& border, Out&& out) {
+  T* const shared = dynamic_shared<T>();
+  T* const shared_border = shared + kDepth * kPitch;
+  const int groups = groups_of(border.width);
+  const int64_t begin = strip * kStrip;
+  Chunk<Source> chunk(source, columns, strip_of_rows);
+  Sums<T> sums = {};
+  const auto fetch = [&](int64_t k) {
+    strip_of_rows ? chunk.fetch(begin, k) : chunk.fetch(k, begin);
+  };
+  fetch(0);
+  for (int64_t k = 0; k < border.depth; k += kDepth) {
+    chunk.commit(shared);
+    border.stage(k, groups, shared_border);
+    __syncthreads();
+    if (k + kDepth < border.depth) fetch(k + kDepth);
+    multiply_chunk(shared, shared_border, groups, sums);
+    __syncthreads();
+  }
+  const int64_t rest = (strip_of_rows ? source.rows() : columns) - begin;
+  const int positions = rest < kStrip ? static_cast<int>(rest) : kStrip;
+  reduce(sums, groups, border.width, positions, strip_of_rows, shared, out);
+  return chunk.largest;
+}
+
+SINGD_HOST_DEVICE inline int64_t row_strips(const StepLayer& l) {
+  return l.right.bordered() ? (l.rows + kStrip - 1) / kStrip : 0;
+}
+SINGD_HOST_DEVICE inline int64_t column_strips(const StepLayer& l) {
+  return l.left.bordered() ? (l.columns + kStrip - 1) / kStrip : 0;
+}
+
+// The border rows of G in the columns of a strip, as rows `width` ... of the thin rows.
+template <class E>
+__device__ __forceinline__ void copy_border_rows(const StepLayer& l, int64_t strip,
+                                                 typename E::Compute* thin) {
+  const int width = l.left.width;
+  for (int at = threadIdx.x; at < width * kStrip; at += kStepThreads) {
+    const int r = at / kStrip;
+    const int64_t j = strip * kStrip + at % kStrip;
+    if (j >= l.columns) continue;
+    store(thin + (width + r) * padded(l.columns) + j,
+          load_gradient<E>(l, l.left.border_index(r, l.rows), static_cast<int>(j)));
+  }
+}
+
+using ThinTable = Table<StepLayer, kMaxStepLayers>;
+
+template <class E>
+__global__ void __launch_bounds__(kStepThreads)
+    thin_products_kernel(const __grid_constant__ ThinTable table, const StepArguments a) {
+  using T = typename E::Compute;
+  const StepLayer& l = table.find(blockIdx.x);
+  const StepOffsets offsets(l);
+  T* const workspace = static_cast<T*>(l.workspace);
+  const GradientRows<E> source{l};
+  int64_t strip = blockIdx.x - l.first_block;
+  int* const largest = counters_of(a, l) + kGradientMagnitude;
+  if (strip < row_strips(l)) {
+    const Border<T> border{workspace + offsets.right_n, l.right.width, l.columns,
+                           padded(l.columns)};
+    T* const products = workspace + offsets.products + strip * kStrip * l.right.width;
+    const int key = multiply_strip(
+        source, l.columns, true, strip, border,
+        [&](int position, int r, T sum) { store(products + position * l.right.width + r, sum); });
+    raise(largest, key);
+    return;
+  }
+  strip -= row_strips(l);
+  const Border<T> border{workspace + offsets.left_n, l.left.width, l.rows, padded(l.rows)};
+  T* const thin = workspace + offsets.thin;
+  const int key =
+      multiply_strip(source, l.columns, false, strip, border, [&](int position, int r, T sum) {
+        store(thin + r * padded(l.columns) + strip * kStrip + position, sum);
+      });
+  raise(largest, key);
+  if (l.left.action == Action::kRowBordered) copy_border_rows<E>(l, strip, thin);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kStepThreads)
+    thin_row_products_kernel(const __grid_constant__ ThinTable table) {
+  const StepLayer& l = table.find(blockIdx.x);
+  const StepOffsets offsets(l);
+  T* const workspace = static_cast<T*>(l.workspace);
+  const int64_t strip = blockIdx.x - l.first_block, pitch = padded(l.columns);
+  const ThinRows<T> source{workspace + offsets.thin, l.thin_rows(), pitch};
+  const Border<T> border{workspace + offsets.right_n, l.right.width, l.columns, pitch};
+  T* const products = workspace + offsets.thin_products + strip * kStrip * l.right.width;
+  multiply_strip(source, l.columns, true, strip, border, [&](int position, int r, T sum) {
+    store(products + position * l.right.width + r, sum);
+  });
+}
+
+template <class T>
+size_t shared_bytes(const StepLayer* layers, int count) {
+  int64_t elements = 0;
+  for (int n = 0; n < count; ++n) {
+    const StepLayer& l = layers[n];
+    if (l.right.bordered()) elements = std::max(elements, shared_elements<T>(l.right.width));
+    if (l.left.bordered()) elements = std::max(elements, shared_elements<T>(l.left.width));
+  }
+  return static_cast<size_t>(elements) * sizeof(T);
+}
+
+}  // namespace
+
+void thin_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
+                   Stream stream) {
+  ThinTable table;
+  const int64_t blocks = fill(table, layers, count,
+                              [](const StepLayer& l) { return row_strips(l) + column_strips(l); });
+  dispatch(kind, [&](auto elements) {
+    using E = decltype(elements);
+    launch({"thin_products", blocks, kStepThreads, stream,
+            shared_bytes<typename E::Compute>(layers, count)},
+           thin_products_kernel<E>, table, a);
+  });
+}
+
+void thin_row_products(StepLayer* layers, int count, Dtype compute, Stream stream) {
+  ThinTable table;
+  const int64_t blocks = fill(table, layers, count, [](const StepLayer& l) {
+    return l.right.bordered() ? static_cast<int64_t>(l.thin_rows() + kStrip - 1) / kStrip : 0;
+  });
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    launch({"thin_row_products", blocks, kStepThreads, stream, shared_bytes<T>(layers, count)},
+           thin_row_products_kernel<T>, table);
+  };
+  compute == Dtype::kFloat64 ? run(double{}) : run(float{});
+}
+
+}  // namespace singd::cuda

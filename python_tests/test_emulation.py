@@ -1,0 +1,84 @@
+"""The CUDA kernels, emulated, against the CPU twin, with the threads of a block in several orders.
+
+A short list that the sanitized library and the mutation tests run as well.
+"""
+
+from collections.abc import Callable, Mapping
+
+import backends
+import calls
+import pytest
+import torch
+from reference.masks import SPECS
+from tolerance import assert_close_to_truth
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(
+    backends.missing("cuda-emulated") is not None,
+    reason=backends.missing("cuda-emulated") or "",
+)
+
+Result = Mapping[str, list[Tensor]]
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+SEEDS = (0, 1, 2)
+# The oracle's list has small blocks and borders; kernels have tiles of 16 and limits at 64.
+STRUCTURES = [
+    *SPECS,
+    "block_diagonal:16",
+    "block_diagonal:30",
+    "block_diagonal:32",
+    "block_diagonal:64",
+    "block_diagonal:100",
+    "rank_triu:1",
+    "rank_tril:1",
+    "rank_triu_topleft:33",
+    "rank_tril_topleft:17",
+    "hierarchical:16,16",
+    "hierarchical:40,40",
+]
+
+every_structure = pytest.mark.parametrize("spec", STRUCTURES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+
+
+def compare(call: Callable[[torch.dtype], Result], dtype: torch.dtype) -> None:
+    """The call gives, emulated, what float64 gives on the CPU, as well as the CPU twin does."""
+    truth, rival = call(torch.float64), call(dtype)
+    for seed in SEEDS:
+        with backends.use("cuda-emulated", seed):
+            ours = call(dtype)
+        assert ours.keys() == truth.keys()
+        for name, tensors in ours.items():
+            for i, tensor in enumerate(tensors):
+                assert tensor.dtype == rival[name][i].dtype, name
+                if tensor.is_floating_point():
+                    assert_close_to_truth(tensor, rival[name][i], truth[name][i], 4.0, 8.0)
+                else:
+                    assert torch.equal(tensor, truth[name][i]), name
+
+
+@every_structure
+@every_dtype
+@pytest.mark.parametrize("shared", ["expand", "mean", "sum"])
+def test_statistics(spec: str, dtype: torch.dtype, shared: str) -> None:
+    for shape in calls.SHAPES:
+        compare(
+            lambda t, s=shape: {"statistic": [calls.accumulate(spec, s, 45, t, shared=shared)]},
+            dtype,
+        )
+
+
+@every_structure
+@every_dtype
+@pytest.mark.parametrize("order", [1, 2])
+def test_factor_updates(spec: str, dtype: torch.dtype, order: int) -> None:
+    other = STRUCTURES[(STRUCTURES.index(spec) + 5) % len(STRUCTURES)]
+    compare(lambda t: calls.update_factors(spec, other, calls.SHAPES, t, expm_order=order), dtype)
+
+
+@every_structure
+@every_dtype
+@pytest.mark.parametrize("offset", [0, 3, 5])
+def test_parameter_updates(spec: str, dtype: torch.dtype, offset: int) -> None:
+    other = STRUCTURES[(STRUCTURES.index(spec) + offset) % len(STRUCTURES)]
+    compare(lambda t: calls.update_parameters(spec, other, calls.SHAPES, t), dtype)
