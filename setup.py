@@ -116,7 +116,7 @@ class Build(BuildExtension):
         self.build_temp = temp
 
 
-COMPILE_ARGS = ["/O2"] if sys.platform == "win32" else ["-O3", "-fno-math-errno", "-Wall"]
+COMPILE_ARGS = ["/O2"] if sys.platform == "win32" else ["-O3", "-g0", "-fno-math-errno", "-Wall"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 major, minor = torch_release()
 TOOLKIT = cuda_build.requested_toolkit(torch.version.cuda)

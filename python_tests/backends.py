@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 
 from singd_ext import _C, ops
+from singd_ext.incidents import Incidents
 
 BACKENDS = ("cpu", "cuda-emulated", "cuda")
 
@@ -61,8 +62,10 @@ def use(backend: str, seed: int = 1) -> Iterator[None]:
         emulation.set_seed(seed)
     if backend == "cuda":
         torch.set_default_device("cuda")
+        Incidents.wait = True
     try:
         yield
     finally:
+        Incidents.wait = False
         ops._ops = before
         torch.set_default_device(None)

@@ -56,8 +56,9 @@ def test_outcomes_and_workspace_are_the_same_memory_in_every_step(
     addresses = set()
     for seed in range(4):
         train_step(net, optimizer, seed)
-        memory = optimizer._memory[0]
+        calls = optimizer._calls[0]
         if seed > 0:
-            tensors = [t for call in memory for t in (call._outcomes, call._workspace)]
+            memories = (calls.factors, calls.parameters)
+            tensors = [t for memory in memories for t in (memory._outcomes, memory._workspace)]
             addresses.add(tuple(t.data_ptr() for t in tensors))
     assert len(addresses) == 1

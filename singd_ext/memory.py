@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _C, incidents
+from .incidents import Incidents
 
 
 class CallMemory:
@@ -28,6 +29,15 @@ class CallMemory:
         if self._outcomes.device != device or len(self._outcomes) != len(tensors):
             self._outcomes = self._outcomes.new_empty(len(tensors), device=device)
         return self._outcomes, self._workspace
+
+
+class GroupCalls:
+    """What belongs to the calls of both operators for one parameter group."""
+
+    def __init__(self, warned: set[str]) -> None:
+        self.factors, self.parameters = CallMemory(), CallMemory()
+        self.factor_incidents = Incidents(incidents.FACTORS, warned)
+        self.parameter_incidents = Incidents(incidents.PARAMETERS, warned)
 
 
 class FactorProduct:

@@ -21,7 +21,7 @@ from .construction import (
 from .curvature import drop_statistics, install_hook
 from .hyperparameters import FIXED_OPTIONS, Hyperparameters, check_flag, check_number
 from .layers import Layer, find_layers
-from .memory import CallMemory
+from .memory import GroupCalls
 from .structured import StructuredMatrix
 from .update import Scales, update_factors, update_parameters
 
@@ -106,7 +106,7 @@ class SINGD(torch.optim.Optimizer):
         self._layers: list[Layer] = []
         self._handles: list[Any] = []
         self._checked: list[Hyperparameters] = []
-        self._memory: list[tuple[CallMemory, CallMemory]] = []  # of the two operators, per group
+        self._calls: list[GroupCalls] = []
         self._curvature_scale: float | None = None
         self._warned: set[str] = set()
         if params is None:
@@ -135,7 +135,7 @@ class SINGD(torch.optim.Optimizer):
         check_layers(self._model, layers, self._layers, tensors)
         super().add_param_group({**group, "steps": 0})
         self._checked.append(options)
-        self._memory.append((CallMemory(), CallMemory()))
+        self._calls.append(GroupCalls(self._warned))
         for layer in layers:
             self._layers.append(layer)
             self._complete_state(layer, options)
@@ -255,11 +255,13 @@ class SINGD(torch.optim.Optimizer):
         if _is_set_on_host(scales.found_inf):  # the whole step is void, and comes again
             self._drop_statistics()
             return loss
-        for (layers, options, step, lr_cov), memory in zip(plans, self._memory, strict=True):
+        for (layers, options, step, lr_cov), calls in zip(plans, self._calls, strict=True):
             if lr_cov is not None:
-                self._update_factors(layers, options, step, lr_cov, scales, memory[0])
-            outcome = update_parameters(layers, self.state, options, step, scales, memory[1])
-            self._report(outcome, layers, "the gradient was not finite: the layer was not updated")
+                self._update_factors(layers, options, step, lr_cov, scales, calls)
+            outcomes = update_parameters(
+                layers, self.state, options, step, scales, calls.parameters
+            )
+            calls.parameter_incidents.read(outcomes, [layer.name for layer in layers])
         for group in self.param_groups:
             group["steps"] += 1
         return loss
@@ -316,7 +318,7 @@ class SINGD(torch.optim.Optimizer):
         step: int,
         lr_cov: float,
         scales: Scales,
-        memory: CallMemory,
+        calls: GroupCalls,
     ) -> None:
         states = {layer: self.state[layer.parameters[0]] for layer in layers}
         observed = [layer for layer, state in states.items() if state.get("rows", 0) > 0]
@@ -326,32 +328,22 @@ class SINGD(torch.optim.Optimizer):
                 f"layers {unseen} have gradients, but their modules were not called: their factors "
                 "stay as they are"
             )
-        outcome = update_factors(
-            observed, [states[layer] for layer in observed], options, step, lr_cov, scales, memory
-        )
-        self._report(
-            outcome,
+        outcomes = update_factors(
             observed,
-            "curvature statistics were not finite: the factors stay as they are",
-            "the step of the factors was shortened to step_cap: lr_cov may be too large",
+            [states[layer] for layer in observed],
+            options,
+            step,
+            lr_cov,
+            scales,
+            calls.factors,
         )
+        calls.factor_incidents.read(outcomes, [layer.name for layer in observed])
         for state in states.values():
             drop_statistics(state)
 
-    def _report(
-        self, outcome: Tensor, layers: list[Layer], rejected: str, capped: str = ""
-    ) -> None:
-        """Warn once of each kind of incident, where reading the outcome does not wait."""
-        if outcome.device.type != "cpu" or not outcome.any():
-            return
-        for code, text in ((1, rejected), (2, capped)):
-            names = [la.name for la, c in zip(layers, outcome.tolist(), strict=True) if c == code]
-            if names:
-                self._warn_once(f"layers {names}: {text}", key=text)
-
-    def _warn_once(self, message: str, key: str | None = None) -> None:
-        if (key or message) not in self._warned:
-            self._warned.add(key or message)
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
             warn_user(f"{message} (further warnings of this kind are not shown)")
 
     # ---------------------------------------------------------------- checkpoints

@@ -29,7 +29,7 @@ struct Shape {
   static constexpr int kStride = kColumns + kVector<A>;
   static constexpr int kBorder = kTiles * kTile;
   static constexpr int kSharedBytes = (kRows + kBorder) * kStride * static_cast<int>(sizeof(A));
-  using Input = Stager<T, A, kRows, kColumns / kTile, kAccess>;
+  using Input = Stager<T, A, kRows, kColumns / kTile, 1, kAccess>;
 };
 
 // Columns first ... of E, zero beyond its edges.

@@ -20,6 +20,7 @@ struct GramSums {
 struct BlockGram {
   Rows x;
   int64_t block;
+  bool narrow = false;  // panels of up to 64 columns instead of 128
 };
 bool fits(const BlockGram& gram);
 int64_t panels(const BlockGram& gram);
@@ -34,6 +35,7 @@ struct BorderedGram {
   int64_t dim, head, tail;
   const void* scale = nullptr;
   bool packed = false;
+  bool narrow = false;
 };
 bool fits(const BorderedGram& gram);
 int64_t panels(const BorderedGram& gram);
@@ -45,8 +47,5 @@ void accumulate(const BorderedGram& gram, const GramSums& sums, Stream stream);
 int64_t border_width(int64_t border);
 void border_product(const Rows& x, const void* e, int64_t border, int64_t first_row, void* out,
                     Stream stream);
-
-// The least rows that a split should have: what a block stages at a time.
-int64_t stage_rows(Dtype dtype);
 
 }  // namespace singd::cuda

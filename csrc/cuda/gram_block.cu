@@ -1,10 +1,10 @@
 // The diagonal blocks of X^T X for a block-diagonal structure of block size k, X [m, d].
 //
-// A block of the grid owns a panel of whole factor blocks, up to 128 columns, and a split of the
-// rows. The panel is staged as it lies in memory; its 16-column tiles need not begin where factor
-// blocks do: the pairs of tiles that some factor block meets are multiplied (k = 32: 12 pairs of
-// 8 tiles), and what lies between factor blocks is not written. A panel begins at a 16-byte step of
-// the row, at most 7 columns before its first factor block.
+// A block of the grid owns a panel of whole factor blocks, up to 128 or 64 columns, and a split of
+// the rows. The panel is staged as it lies in memory; its 16-column tiles need not begin where
+// factor blocks do: the pairs of tiles that some factor block meets are multiplied (k = 32: 12
+// pairs of 8 tiles), and what lies between factor blocks is not written. A panel begins at a
+// 16-byte step of the row, at most 7 columns before its first factor block.
 //
 // Reads X once, writes splits x k d sums.
 #include "../structures/pattern.h"
@@ -14,8 +14,6 @@
 
 namespace singd::cuda {
 namespace {
-
-constexpr int64_t kPanelColumns = kPanelTiles * kTile;
 
 struct Task {
   Rows x;
@@ -41,10 +39,10 @@ __device__ int list_pairs(const BlockPattern& pattern, int64_t first, int64_t be
   return count;
 }
 
-template <class T, RowAccess kAccess>
+template <class T, int kPanel, RowAccess kAccess>
 __global__ __launch_bounds__(kGramThreads,
                              sizeof(T) == 8 ? 1 : 2) void block_gram_kernel(Task task) {
-  using Tiles = GramTiles<T, T, false, kAccess>;
+  using Tiles = GramTiles<T, void, kPanel, kAccess>;
   using A = typename Tiles::A;
   __shared__ int pairs[kMaxPairs], pair_count;
   const int64_t split = blockIdx.x / task.panels, panel = blockIdx.x % task.panels;
@@ -63,7 +61,7 @@ __global__ __launch_bounds__(kGramThreads,
   in.end = in.begin + task.sums.rows < task.x.count ? in.begin + task.sums.rows : task.x.count;
   in.pairs = pairs;
   in.pair_count = pair_count;
-  in.row_groups = row_groups_for(pair_count, 4);
+  in.row_groups = row_groups_for(pair_count, Tiles::kRowGroups);
   A* out = static_cast<A*>(task.sums.out) + split * task.sums.stride;
   Tiles::template run<true>(in, [&](int a, int b, int i, int j, A sum) {
     const int64_t row = first + a * kTile + i, column = first + b * kTile + j;
@@ -74,22 +72,27 @@ __global__ __launch_bounds__(kGramThreads,
   });
 }
 
-// The most whole factor blocks of which every panel fits 8 tiles, if possible a multiple of 16
-// bytes.
+// The most whole factor blocks of which every panel fits its tiles, if possible a multiple of 16
+// bytes; 0 if not even one block fits.
 int64_t panel_columns(const BlockGram& gram) {
+  const int64_t limit = (gram.narrow ? kNarrowPanel : kWidePanel) * kTile;
   const int64_t vector = 16 / size_of(gram.x.dtype);
-  const auto step = [&](int64_t blocks) {  // panels begin at multiples of it, within a vector
-    int64_t s = vector;
-    while (blocks * gram.block % s != 0) s /= 2;
-    return s;
-  };
-  for (int64_t blocks = kPanelColumns / gram.block; blocks > 0; --blocks) {
-    if (step(blocks) == vector) return blocks * gram.block;
+  int64_t most = 0;
+  for (int64_t columns = gram.block; columns <= limit; columns += gram.block) {
+    int64_t step = vector;  // panels begin at multiples of it, within a vector
+    while (columns % step != 0) step /= 2;
+    if (step == vector || (columns + vector - step <= limit && most % vector != 0) || most == 0) {
+      if (columns + vector - step <= limit) most = columns;
+    }
   }
-  for (int64_t blocks = kPanelColumns / gram.block; blocks > 0; --blocks) {
-    if (blocks * gram.block + vector - step(blocks) <= kPanelColumns) return blocks * gram.block;
-  }
-  return 0;
+  return most;
+}
+
+template <class T, int kPanel, RowAccess kAccess>
+void launch_block_gram(const Task& task, Stream stream) {
+  launch(Launch{"block_gram", task.panels * task.sums.splits, kGramThreads, stream,
+                GramTiles<T, void, kPanel, kAccess>::kSharedBytes},
+         block_gram_kernel<T, kPanel, kAccess>, task);
 }
 
 }  // namespace
@@ -112,13 +115,13 @@ void accumulate(const BlockGram& gram, const GramSums& sums, Stream stream) {
     using T = decltype(zero);
     visit_access(gram.x.access, [&](auto access) {
       constexpr RowAccess kAccess = decltype(access)::value;
-      launch(Launch{"block_gram", task.panels * sums.splits, kGramThreads, stream,
-                    GramTiles<T, T, false, kAccess>::kSharedBytes},
-             block_gram_kernel<T, kAccess>, task);
+      if (gram.narrow) {
+        launch_block_gram<T, kNarrowPanel, kAccess>(task, stream);
+      } else {
+        launch_block_gram<T, kWidePanel, kAccess>(task, stream);
+      }
     });
   });
 }
-
-int64_t stage_rows(Dtype dtype) { return 128 / size_of(dtype); }
 
 }  // namespace singd::cuda

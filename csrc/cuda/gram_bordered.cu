@@ -3,10 +3,10 @@
 //   row-bordered K       E[r, j] = sum_rows x[B_r] x[j],  D[j] = sum_rows x[j]^2
 //   column-bordered K    the same for y = x K: y[B] = s, given as S [m, b], and y[j] = D_K[j] x[j]
 //
-// A block of the grid owns a panel of 128 columns and a split of the rows; it stages the border
-// columns beside the panel (they come from L2 after the first panel) and multiplies every border
-// tile with every panel tile, and every panel tile with itself for the diagonal. D_K is applied to
-// the sums.
+// A block of the grid owns a panel of 128 or 64 columns and a split of the rows; it stages the
+// border columns beside the panel (they come from L2 after the first panel) and multiplies every
+// border tile with every panel tile, and every panel tile with itself for the diagonal. D_K is
+// applied to the sums.
 //
 // Reads X once (and b columns per panel), writes splits x (b + 1) d sums.
 #include "../structures/pattern.h"
@@ -16,8 +16,6 @@
 
 namespace singd::cuda {
 namespace {
-
-constexpr int64_t kPanelColumns = kPanelTiles * kTile;
 
 struct Task {
   Rows x, border;
@@ -40,20 +38,20 @@ struct Task {
   }
 };
 
-template <class T, class B, RowAccess kAccess>
+template <class T, class B, int kPanel, RowAccess kAccess>
 __global__ __launch_bounds__(kGramThreads,
                              sizeof(T) == 8 ? 1 : 2) void bordered_gram_kernel(Task task) {
-  using Tiles = GramTiles<T, B, true, kAccess>;
+  using Tiles = GramTiles<T, B, kPanel, kAccess>;
   using A = typename Tiles::A;
   __shared__ int pairs[kMaxPairs];
   const int64_t split = blockIdx.x / task.panels, panel = blockIdx.x % task.panels;
-  const int64_t first = panel * kPanelColumns;
+  const int64_t first = panel * kPanel * kTile;
   const int64_t left = (task.columns - first + kTile - 1) / kTile;
-  const int tiles = left < kPanelTiles ? static_cast<int>(left) : kPanelTiles;
+  const int tiles = left < kPanel ? static_cast<int>(left) : kPanel;
   const int border_tiles = task.border_runs.tiles();
   const int products = border_tiles * tiles, pair_count = products + (task.packed ? 0 : tiles);
   for (int n = threadIdx.x; n < pair_count; n += kGramThreads) {
-    const int b = kBorderTiles + n % tiles;
+    const int b = Tiles::kPanelStart + n % tiles;
     shared_store(pairs + n, pack_pair(n < products ? n / tiles : b, b));
   }
   __syncthreads();
@@ -67,12 +65,12 @@ __global__ __launch_bounds__(kGramThreads,
   in.end = in.begin + task.sums.rows < task.x.count ? in.begin + task.sums.rows : task.x.count;
   in.pairs = pairs;
   in.pair_count = pair_count;
-  in.row_groups = row_groups_for(pair_count, 4);
+  in.row_groups = row_groups_for(pair_count, Tiles::kRowGroups);
   const BorderedPattern& pattern = task.pattern;
   const A* scale = static_cast<const A*>(task.scale);
   A* out = static_cast<A*>(task.sums.out) + split * task.sums.stride;
   Tiles::template run<false>(in, [&](int a, int b, int i, int j, A sum) {
-    int64_t column = first + (b - kBorderTiles) * kTile + j;
+    int64_t column = first + (b - Tiles::kPanelStart) * kTile + j;
     if (column >= task.columns) return;
     int64_t slot;
     if (task.packed) {
@@ -108,14 +106,23 @@ TileRuns border_runs(const BorderedGram& gram) {
   return {{0, tail_start}, {tiles(gram.head), gram.tail > 0 ? tiles(gram.dim - tail_start) : 0}};
 }
 
-template <class T, class B>
+int64_t panel_columns(const BorderedGram& gram) {
+  return (gram.narrow ? kNarrowPanel : kWidePanel) * kTile;
+}
+
+template <class T, class B, int kPanel>
 void launch_bordered_gram(const Task& task, Stream stream) {
   visit_access(task.x.access, [&](auto access) {
     constexpr RowAccess kAccess = decltype(access)::value;
     launch(Launch{"bordered_gram", task.panels * task.sums.splits, kGramThreads, stream,
-                  GramTiles<T, B, true, kAccess>::kSharedBytes},
-           bordered_gram_kernel<T, B, kAccess>, task);
+                  GramTiles<T, B, kPanel, kAccess>::kSharedBytes},
+           bordered_gram_kernel<T, B, kPanel, kAccess>, task);
   });
+}
+template <class T, class B>
+void launch_bordered_gram(const Task& task, bool narrow, Stream stream) {
+  if (narrow) return launch_bordered_gram<T, B, kNarrowPanel>(task, stream);
+  launch_bordered_gram<T, B, kWidePanel>(task, stream);
 }
 
 }  // namespace
@@ -123,7 +130,8 @@ void launch_bordered_gram(const Task& task, Stream stream) {
 bool fits(const BorderedGram& gram) { return border_runs(gram).tiles() <= kBorderTiles; }
 
 int64_t panels(const BorderedGram& gram) {
-  return (gram.x.dim() + kPanelColumns - 1) / kPanelColumns;
+  const int64_t columns = panel_columns(gram);
+  return (gram.x.dim() + columns - 1) / columns;
 }
 
 void accumulate(const BorderedGram& gram, const GramSums& sums, Stream stream) {
@@ -146,9 +154,9 @@ void accumulate(const BorderedGram& gram, const GramSums& sums, Stream stream) {
   visit_type(gram.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      if (separate) return launch_bordered_gram<T, float>(task, stream);
+      if (separate) return launch_bordered_gram<T, float>(task, gram.narrow, stream);
     }
-    launch_bordered_gram<T, T>(task, stream);
+    launch_bordered_gram<T, T>(task, gram.narrow, stream);
   });
 }
 

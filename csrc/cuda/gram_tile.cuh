@@ -6,11 +6,14 @@
 // The warps are row groups x pair groups: a warp owns up to 5 pairs, and every `row_groups`-th
 // slice of the staged rows. While a stage is multiplied, the 16-byte vectors of the next one are on
 // their way to registers. bfloat16 and float16 go through the tensor cores (wmma, float sums);
-// float32, float64 and mixed types are converted to the compute type and multiplied there.
+// float32, float64 and float16 beside a float32 border are multiplied in the compute type. A
+// float32 border beside bfloat16 rows goes through the tensor cores too, exactly: as three planes
+// of bfloat16 tiles that add up to it.
 //
-// Tile: 64 rows of 2-byte elements, 32 of float, 16 of double, by 8 tiles (128 columns), beside 4
-// border tiles where there is a border. Rows in shared memory are padded by 16 bytes: reads of 8
-// rows x 16 bytes meet no bank twice.
+// Tile: 64 rows of 2-byte elements, 32 of float, 16 of double, by 8 tiles (128 columns), or twice
+// the rows by 4 tiles where that would make a grid of too few blocks; beside 4 border tiles if
+// there is a border. Rows in shared memory are padded by 16 bytes: reads of 8 rows x 16 bytes meet
+// no bank twice.
 #pragma once
 
 #include "rows.cuh"
@@ -22,7 +25,7 @@ constexpr int kGramWarps = kGramThreads / kWarp;
 constexpr int kTile = 16;
 constexpr int kPairsPerWarp = 5;
 constexpr int kMaxPairs = kGramWarps * kPairsPerWarp;
-constexpr int kPanelTiles = 8;
+constexpr int kWidePanel = 8, kNarrowPanel = 4;  // tiles of a panel
 constexpr int kBorderTiles = 4;
 constexpr int kExchangeStride = 20;  // of the rows of a 16 x 16 sum: 16-byte steps, few conflicts
 
@@ -45,19 +48,28 @@ struct TileRuns {
   }
 };
 
-template <class Stage, class T>
-__device__ __forceinline__ Stage staged(T value) {
-  if constexpr (std::is_same_v<T, Stage>) {
-    return value;
+// The value as Stage; several planes add up to it.
+template <class Stage, int kPlanes, class T>
+__device__ __forceinline__ void to_planes(T value, Stage (&planes)[kPlanes]) {
+  if constexpr (kPlanes > 1) {
+    float rest = value;
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) {
+      planes[p] = narrow<Stage>(rest);
+      rest -= widen<float>(planes[p]);
+    }
+  } else if constexpr (std::is_same_v<T, Stage>) {
+    planes[0] = value;
   } else {
-    return widen<Stage>(value);
+    planes[0] = widen<Stage>(value);
   }
 }
 
-// Brings rows first ... first + kRows - 1 of kTiles tiles to shared memory, zero from row `end` on.
+// Brings rows first ... first + kRows - 1 of kTiles tiles to shared memory, zero from row `end` on;
+// kPlanes planes of kTiles tiles side by side.
 // fetch() loads 16-byte vectors to registers and put() moves them on, so that there is time between
 // the two; misaligned or strided rows are moved by put() alone, element by element.
-template <class T, class Stage, int kRows, int kTiles, RowAccess kAccess>
+template <class T, class Stage, int kRows, int kTiles, int kPlanes, RowAccess kAccess>
 struct Stager {
   static constexpr int kColumns = kTiles * kTile;
 
@@ -71,13 +83,19 @@ struct Stager {
       const int column = kAccess == RowAccess::kRows ? n / kRows : n % kColumns;
       T value = narrow<T>(compute_t<T>(0));
       if (first + row < end) value = element<T>(x, x.offset(first + row), runs.column(column));
-      shared_store(stage + row * stride + column, staged<Stage>(value));
+      Stage planes[kPlanes];
+      to_planes(value, planes);
+#pragma unroll
+      for (int p = 0; p < kPlanes; ++p) {
+        shared_store(stage + row * stride + p * kColumns + column, planes[p]);
+      }
     }
   }
 };
 
-template <class T, class Stage, int kRows, int kTiles>
-struct Stager<T, Stage, kRows, kTiles, RowAccess::kVectors> {
+template <class T, class Stage, int kRows, int kTiles, int kPlanes>
+struct Stager<T, Stage, kRows, kTiles, kPlanes, RowAccess::kVectors> {
+  static constexpr int kColumns = kTiles * kTile;
   static constexpr int kSize = kVector<T>;
   static constexpr int kPerRow = kTiles * kTile / kSize;
   static constexpr int kPieces = kRows * kPerRow / kGramThreads;
@@ -108,18 +126,27 @@ struct Stager<T, Stage, kRows, kTiles, RowAccess::kVectors> {
     for (int q = 0; q < kPieces; ++q) {
 #pragma unroll
       for (int e = 0; e < kSize; e += kPart) {
-        Vec<Stage, kPart> part;
+        Vec<Stage, kPart> parts[kPlanes];
 #pragma unroll
-        for (int k = 0; k < kPart; ++k) part[k] = staged<Stage>(pieces[q][e + k]);
+        for (int k = 0; k < kPart; ++k) {
+          Stage planes[kPlanes];
+          to_planes(pieces[q][e + k], planes);
+#pragma unroll
+          for (int p = 0; p < kPlanes; ++p) parts[p][k] = planes[p];
+        }
         Stage* to = stage + row(q) * stride + column(q) + e;
-        shared_store(reinterpret_cast<Vec<Stage, kPart>*>(to), part);
+#pragma unroll
+        for (int p = 0; p < kPlanes; ++p) {
+          shared_store(reinterpret_cast<Vec<Stage, kPart>*>(to + p * kColumns), parts[p]);
+        }
       }
     }
   }
 };
 
-// The sums of one warp, through the tensor cores.
-template <class T>
+// The sums of one warp, through the tensor cores. The first tile of a pair may be a border tile, of
+// which there are kPlanes planes.
+template <class T, int kPlanes>
 struct MmaSums {
   using A = nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, T, nvcuda::wmma::col_major>;
   using B = nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, T, nvcuda::wmma::row_major>;
@@ -137,19 +164,8 @@ struct MmaSums {
                                            const int (&pairs)[kPairsPerWarp], int count, int group,
                                            int groups) {
     for (int r = group * kTile; r < kRows; r += groups * kTile) {
-      A a;
-      B b;
 #pragma unroll
-      for (int q = 0; q < kPairsPerWarp; ++q) {
-        if (q >= count) continue;
-        const int first = first_of_pair(pairs[q]);
-        if (q == 0 || first != first_of_pair(pairs[q - 1])) {
-          nvcuda::wmma::load_matrix_sync(a, stage + r * stride + first * kTile, stride);
-        }
-        nvcuda::wmma::load_matrix_sync(b, stage + r * stride + second_of_pair(pairs[q]) * kTile,
-                                       stride);
-        nvcuda::wmma::mma_sync(sums[q], a, b, sums[q]);
-      }
+      for (int p = 0; p < kPlanes; ++p) multiply_plane(stage + r * stride, stride, pairs, count, p);
     }
   }
 
@@ -158,6 +174,26 @@ struct MmaSums {
     for (int n = 0; n < kPairsPerWarp; ++n) {
       if (n != q) continue;
       nvcuda::wmma::store_matrix_sync(to, sums[n], kExchangeStride, nvcuda::wmma::mem_row_major);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void multiply_plane(const T* rows, int stride,
+                                                 const int (&pairs)[kPairsPerWarp], int count,
+                                                 int plane) {
+    A a;
+    B b;
+    int loaded = -1;
+#pragma unroll
+    for (int q = 0; q < kPairsPerWarp; ++q) {
+      const int first = first_of_pair(pairs[q]);
+      if (q >= count || (plane > 0 && first >= kBorderTiles)) continue;
+      if (first != loaded) {
+        nvcuda::wmma::load_matrix_sync(a, rows + (plane * kBorderTiles + first) * kTile, stride);
+        loaded = first;
+      }
+      nvcuda::wmma::load_matrix_sync(b, rows + second_of_pair(pairs[q]) * kTile, stride);
+      nvcuda::wmma::mma_sync(sums[q], a, b, sums[q]);
     }
   }
 };
@@ -226,17 +262,22 @@ struct FmaSums {
   }
 };
 
-// One kernel's types and sizes. T: rows of X; B: rows of the border; tiles 0 ... kBorderTiles - 1
-// of the stage are the border's, the panel's follow.
-template <class T, class B, bool kBordered, RowAccess kAccess>
+// One kernel's types and sizes. T: rows of X; B: rows of the border, void if there is none. The
+// border's tiles come first in the stage, then the kPanel tiles of the panel.
+template <class T, class B, int kPanel, RowAccess kAccess>
 struct GramTiles {
   using A = compute_t<T>;
-  static constexpr bool kMma = sizeof(T) == 2 && std::is_same_v<T, B>;
+  static constexpr bool kBordered = !std::is_void_v<B>;
+  static constexpr int kPlanes = std::is_same_v<T, bfloat16> && std::is_same_v<B, float> ? 3 : 1;
+  static constexpr bool kMma =
+      sizeof(T) == 2 && (!kBordered || std::is_same_v<T, B> || kPlanes > 1);
   using Stage = std::conditional_t<kMma, T, A>;
-  using Sums = std::conditional_t<kMma, MmaSums<T>, FmaSums<A, kBordered>>;
-  static constexpr int kRows = 128 / static_cast<int>(sizeof(Stage));
-  static constexpr int kPanelStart = kBordered ? kBorderTiles : 0;
-  static constexpr int kStride = (kPanelStart + kPanelTiles) * kTile + kVector<Stage>;
+  using Sums = std::conditional_t<kMma, MmaSums<T, kPlanes>, FmaSums<A, kBordered>>;
+  static constexpr int kRows =
+      128 / static_cast<int>(sizeof(Stage)) * (kPlanes > 1 ? 1 : kWidePanel / kPanel);
+  static constexpr int kRowGroups = kMma && kRows / kTile < 8 ? kRows / kTile : 8;  // at most
+  static constexpr int kPanelStart = kBordered ? kPlanes * kBorderTiles : 0;
+  static constexpr int kStride = (kPanelStart + kPanel) * kTile + kVector<Stage>;
   static constexpr int kExchange = kTile * kExchangeStride;  // of one warp
   static constexpr int kStageBytes = kRows * kStride * static_cast<int>(sizeof(Stage));
   static constexpr int kExchangeBytes = kGramWarps * kExchange * static_cast<int>(sizeof(A));
@@ -248,7 +289,7 @@ struct GramTiles {
     int64_t begin, end;  // rows
     const int* pairs;    // in shared memory
     int pair_count;
-    int row_groups;  // 1, 2 or 4, so that every warp has up to 5 pairs
+    int row_groups;  // that leave every warp at most 5 pairs
   };
 
   // write(a, b, i, j, sum) for every entry of every pair, by neighbouring threads for neighbouring
@@ -271,8 +312,9 @@ struct GramTiles {
     Sums sums;
     sums.clear();
     Stage* stage = reinterpret_cast<Stage*>(memory);
-    Stager<T, Stage, kRows, kPanelTiles, kAccess> panel;
-    Stager<B, Stage, kRows, kBorderTiles, kAccess> border;
+    Stager<T, Stage, kRows, kPanel, 1, kAccess> panel;
+    Stager<std::conditional_t<kBordered, B, T>, Stage, kRows, kBorderTiles, kPlanes, kAccess>
+        border;
     const auto fetch = [&](int64_t row) {
       if constexpr (kBordered) border.fetch(in.border, in.border_runs, row, in.end);
       panel.fetch(in.x, in.panel_runs, row, in.end);
@@ -326,9 +368,9 @@ struct GramTiles {
   }
 };
 
-// The number of row groups that leaves every warp at most 5 pairs.
-__device__ inline int row_groups_for(int pair_count, int max_groups) {
-  int groups = max_groups;
+// The most row groups, up to `limit`, that leave every warp at most 5 pairs.
+__device__ inline int row_groups_for(int pair_count, int limit) {
+  int groups = limit;
   while (groups > 1 && pair_count * groups > kMaxPairs) groups /= 2;
   return groups;
 }

@@ -118,9 +118,10 @@ struct StepFactor {
 // A layer's counters, all 0 at first. Magnitudes are kept as bits, whose order is theirs.
 constexpr int kCounters = 8;
 enum Counter {
-  kGradientMagnitude,   // max |G|
-  kFirstTilesFinished,  // of the layer's first tiles
-  kRightRowSum,         // largest row sum of |K|
+  kGradientMagnitude,  // max |G|
+  kFirstTilesFinished,
+  kColumnStripsFinished,
+  kRightRowSum,  // largest row sum of |K|
   kRightColumnSum,
   kLeftRowSum,
   kLeftColumnSum
@@ -145,15 +146,16 @@ struct StepKind {
 constexpr int kMaxStepLayers = 239;
 constexpr int kMaxStepFactors = 2 * kMaxStepLayers;
 
-// Each takes at most that many items, and sets their first blocks.
+// Each takes at most that many items, and sets their first blocks. A ticket is a counter of the
+// launch's own, 0 at first.
 // delta, N and the row and column sums of the factors.
 void prepare_step(StepFactor* factors, int count, Dtype compute, int* counters, Stream stream);
 // S, X, G_B and max |G| of layers with a bordered side.
 void thin_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
-                   Stream stream);
+                   int* ticket, Stream stream);
 // [X; G_B] N_K^T of layers with two bordered sides.
 void thin_row_products(StepLayer* layers, int count, Dtype compute, Stream stream);
-// The update of layers with two diagonal sides; `ticket` is a counter of the launch's own.
+// The update of layers with two diagonal sides.
 void stream_update(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                    int* ticket, Stream stream);
 // The update of all other layers.

@@ -16,6 +16,8 @@ namespace {
 
 // Bytes of X that are read twice in a row, the second time from L2.
 constexpr int64_t kChunkBytes = int64_t{16} << 20;
+// Below so many blocks, panels are halved: one for each multiprocessor of an H100.
+constexpr int64_t kFewBlocks = 132;
 // Rows that are materialised at a time where a border or a block is too wide for the kernels.
 constexpr int64_t kLoadedBytes = int64_t{64} << 20;
 
@@ -25,13 +27,22 @@ template <class Gram>
 void add_grams(std::initializer_list<Gram> grams, int64_t first_row, const at::Tensor& statistic,
                Stream stream) {
   const int64_t size = statistic.numel();
-  const Gram& first = *grams.begin();
-  const RowSplits splits = split_rows(first.x, first.x.count - first_row, panels(first),
-                                      size * statistic.element_size());
+  const auto split = [&](const Gram& gram) {
+    return split_rows(gram.x, gram.x.count - first_row, panels(gram),
+                      size * statistic.element_size());
+  };
+  Gram first = *grams.begin();
+  RowSplits splits = split(first);
+  if (splits.count * panels(first) < kFewBlocks) {
+    first.narrow = true;
+    splits = fits(first) ? split(first) : splits;
+  }
+  const bool narrow = first.narrow && fits(first);
   at::Tensor sums = statistic;
   if (splits.count > 1) sums = at::empty({splits.count, size}, statistic.options());
   void* out = sums.mutable_data_ptr();
-  for (const Gram& gram : grams) {
+  for (Gram gram : grams) {
+    gram.narrow = narrow;
     accumulate(gram, GramSums{first_row, splits.count, splits.rows, out, size}, stream);
   }
   if (splits.count == 1) return;

@@ -182,16 +182,28 @@ __device__ __forceinline__ Tile tile_of(const StepLayer& l, int64_t number) {
   return t;
 }
 
-// f(row in the tile, columns) for the vectors of a tile, shared by the threads of the block.
+// The vectors of a tile that a thread owns: the same columns in every row_stride-th row.
 // Neighbouring threads have neighbouring vectors.
+struct Share {
+  Columns columns;
+  int first_row, row_stride;
+};
+
+template <class E>
+__device__ __forceinline__ Share share_of(const Tile& t) {
+  const int end = t.column + t.columns;
+  const int vectors = (end - t.base + E::kCount - 1) / E::kCount;  // at most kStepThreads
+  const int row = threadIdx.x / vectors, stride = kStepThreads / vectors;
+  const int j = t.base + (static_cast<int>(threadIdx.x) - row * vectors) * E::kCount;
+  const Columns columns{j, max(0, t.column - j), min(E::kCount, end - j)};
+  return {columns, row < stride ? row : t.rows, stride};
+}
+
+// f(row in the tile, columns) for the vectors that the thread owns.
 template <class E, class Function>
 __device__ __forceinline__ void for_each_vector(const Tile& t, Function&& f) {
-  const int end = t.column + t.columns;
-  const int vectors = (end - t.base + E::kCount - 1) / E::kCount;
-  for (int n = threadIdx.x; n < vectors * t.rows; n += kStepThreads) {
-    const int row = n / vectors, j = t.base + (n - row * vectors) * E::kCount;
-    f(row, Columns{j, max(0, t.column - j), min(E::kCount, end - j)});
-  }
+  const Share share = share_of<E>(t);
+  for (int row = share.first_row; row < t.rows; row += share.row_stride) f(row, share.columns);
 }
 
 // The numbers of the update, in registers.
@@ -278,47 +290,61 @@ __device__ __forceinline__ void update_vector(const StepLayer& l,
   }
 }
 
-// The pieces of work of an update launch, in the order in which blocks take them: the first tiles
-// of layer 0, those of layer 1, the updates of layer 0, the first tiles of layer 2, ... So a
-// layer's first tiles are in good time before its updates, which wait for them.
+// The pieces of work of an update launch are the layers' first tiles and their updates, which wait
+// for the first tiles. Blocks take them in this order: of every layer, the rest of its first tiles,
+// then up to kLead first tiles of the next layer, then its own updates. So first tiles are done in
+// good time, and G is still in L2 when it is read again.
+constexpr int kLead = 256;
+
 struct Work {
   const StepLayer* layer;
   bool first;    // a first tile, or an update
   int64_t tile;  // in the order of memory: updates run backwards, from what is still in the cache
 };
 
-// Number `n` of the items of segment s of the order above: layer s's first tiles, then the updates
-// of the layer before it. The table ends with an item without tiles of its own.
+// The first item has no tiles; the launch begins with the lead of the layer after it.
 using StepTable = Table<StepLayer, kMaxStepLayers + 1>;
 
+SINGD_HOST_DEVICE inline int lead_of(const StepLayer& l) {
+  return l.first_tiles < kLead ? l.first_tiles : kLead;
+}
+
+// Piece number n.
 __device__ __forceinline__ Work work_of(const StepTable& table, int64_t n) {
-  const StepLayer* const segment = &table.find(n);
-  const int64_t inside = n - segment->first_block;
-  if (inside < segment->first_tiles) return {segment, true, inside};
-  const StepLayer* const before = segment - 1;
-  return {before, false, before->tiles() - 1 - (inside - segment->first_tiles)};
+  const StepLayer* const layer = &table.find(n);
+  const StepLayer* const next = layer + 1;
+  n -= layer->first_block;
+  const int rest = layer->first_tiles - lead_of(*layer);
+  if (n < rest) return {layer, true, lead_of(*layer) + n};
+  n -= rest;
+  const int lead = next < table.items + table.count ? lead_of(*next) : 0;
+  if (n < lead) return {next, true, n};
+  return {layer, false, layer->tiles() - 1 - (n - lead)};
 }
 
 // Host: the table of an update launch, and its number of blocks.
 inline int64_t fill_work(StepTable& table, StepLayer* layers, int count) {
-  int64_t before = 0;
-  const int64_t total = fill(table, layers, count, [&](const StepLayer& l) {
-    const int64_t blocks = l.first_tiles + before;
-    before = l.tiles();
-    return blocks;
-  });
-  table.items[count] = StepLayer{};
-  table.items[count].first_block = total;
   table.count = count + 1;
-  return total + before;
+  table.items[0] = StepLayer{};
+  for (int n = 0; n < count; ++n) table.items[n + 1] = layers[n];
+  int64_t total = 0;
+  for (int n = 0; n <= count; ++n) {
+    StepLayer& l = table.items[n];
+    l.first_block = total;
+    total += l.first_tiles - lead_of(l);
+    if (n < count) total += lead_of(table.items[n + 1]);
+    if (n > 0) total += l.tiles();
+  }
+  return total;
 }
 
-// The next piece of work, for all threads of the block.
-__device__ __forceinline__ Work take_work(const StepTable& table, int* ticket) {
+// The number of this block, in the order in which blocks start: those with lower numbers run or
+// have run, so that waiting for them ends.
+__device__ __forceinline__ int take_ticket(int* ticket) {
   __shared__ int number;
   if (threadIdx.x == 0) shared_store(&number, add_release(ticket, 1));
   __syncthreads();
-  return work_of(table, shared_load(&number));
+  return shared_load(&number);
 }
 
 // After a first tile: its results are visible to the layer's updates.

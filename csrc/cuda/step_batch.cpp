@@ -63,7 +63,9 @@ Dtype compute_dtype(const std::vector<StepPart>& parts, const StepSide& right,
     return t.defined() && t.scalar_type() == at::kDouble;
   };
   bool any = is_double(right.factor) || is_double(left.factor);
-  for (const StepPart& part : parts) any = any || is_double(part.parameter);
+  for (const StepPart& part : parts) {
+    any = any || is_double(part.parameter) || is_double(part.gradient);
+  }
   return any ? Dtype::kFloat64 : Dtype::kFloat32;
 }
 
@@ -129,7 +131,7 @@ void StepBatch::add(int64_t index, const std::vector<StepPart>& parts, const at:
   for (const StepSide* side : {&right, &left}) alive_.push_back(side->factor);
 }
 
-// The workspace: a ticket and the counters, zeros at first, then the layers' arrays.
+// The workspace: the tickets and counters, zeros at first, then the layers' arrays.
 void StepBatch::launch(Group& group, size_t begin, int count) {
   StepLayer* const layers = group.layers.data() + begin;
   StepFactor* const factors = group.factors.data() + 2 * begin;
@@ -158,7 +160,7 @@ void StepBatch::launch(Group& group, size_t begin, int count) {
   }
   prepare_step(factors, 2 * count, group.kind.compute, arguments.counters, stream_);
   if (!group.tiled) return stream_update(layers, count, group.kind, arguments, ticket, stream_);
-  thin_products(layers, count, group.kind, arguments, stream_);
+  thin_products(layers, count, group.kind, arguments, ticket + 1, stream_);
   thin_row_products(layers, count, group.kind.compute, stream_);
   tiled_update(layers, count, group.kind, arguments, ticket, stream_);
 }

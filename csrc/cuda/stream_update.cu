@@ -13,12 +13,24 @@ namespace {
 constexpr int kTileColumns = 256;
 constexpr int kTileElements = 8192;
 
+// As many elements as an array has, from an address that is aligned like a vector of them.
+template <class T, int kCount>
+__device__ __forceinline__ void load_delta(const T* p, T (&delta)[kCount]) {
+  constexpr int kPart = kCount < kVector<T> ? kCount : kVector<T>;
+#pragma unroll
+  for (int part = 0; part < kCount / kPart; ++part) {
+    const auto values = load(reinterpret_cast<const Vec<T, kPart>*>(p) + part);
+#pragma unroll
+    for (int e = 0; e < kPart; ++e) delta[part * kPart + e] = values[e];
+  }
+}
+
 template <class E>
 __global__ void __launch_bounds__(kStepThreads, 4)
     stream_update_kernel(const __grid_constant__ StepTable table, const StepArguments a,
                          int* ticket) {
   using T = typename E::Compute;
-  const Work work = take_work(table, ticket);
+  const Work work = work_of(table, take_ticket(ticket));
   const StepLayer& l = *work.layer;
   const Tile tile = tile_of<E>(l, work.tile);
   if (work.first) {
@@ -30,21 +42,18 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   const StepOffsets offsets(l);
   const T* const right = static_cast<const T*>(l.workspace) + offsets.right_delta;
   const T* const left = static_cast<const T*>(l.workspace) + offsets.left_delta;
-  for_each_vector<E>(tile, [&](int row, const Columns& c) {
-    constexpr int kPart = E::kCount < kVector<T> ? E::kCount : kVector<T>;
+  const Share share = share_of<E>(tile);
+  T delta[E::kCount];
+  load_delta(right + share.columns.j, delta);
+  for (int row = share.first_row; row < tile.rows; row += share.row_stride) {
     const int64_t i = tile.row + row;
     T p[E::kCount];
-    load_gradient<E, Cache::kStreaming>(l, i, c, p);
+    load_gradient<E, Cache::kStreaming>(l, i, share.columns, p);
     const T scale = load(left + i);
 #pragma unroll
-    for (int part = 0; part < E::kCount / kPart; ++part) {
-      using Part = Vec<T, kPart>;
-      const Part delta = load(reinterpret_cast<const Part*>(right + c.j) + part);
-#pragma unroll
-      for (int e = 0; e < kPart; ++e) p[part * kPart + e] *= scale * delta[e];
-    }
-    update_vector<E>(l, update, i, c, p);
-  });
+    for (int e = 0; e < E::kCount; ++e) p[e] *= scale * delta[e];
+    update_vector<E>(l, update, i, share.columns, p);
+  }
 }
 
 }  // namespace

@@ -26,7 +26,10 @@ at::Tensor structured_matmul(const at::Tensor& factor, int64_t dim, const std::s
                     other.sizes());
   const auto result = c10::promoteTypes(factor.scalar_type(), other.scalar_type());
   const auto dtype = result == at::kDouble ? at::kDouble : at::kFloat;
-  return multiply(layout, factor.to(dtype), where, transpose, other.to(dtype)).to(result);
+  at::Tensor product;
+  run(op, structure, other.sizes(),
+      [&] { product = multiply(layout, factor.to(dtype), where, transpose, other.to(dtype)); });
+  return product.to(result);
 }
 
 }  // namespace

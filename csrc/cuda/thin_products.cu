@@ -4,11 +4,14 @@
 //                       row-bordered C, and max |G|
 //   thin_row_products   the same S for the thin rows X and G_B
 //
-// Bytes: G once from DRAM and, where both sides are bordered, once more from L2 (the strips of a
-// layer follow each other), and the thin matrices. A block owns a strip of 64 rows or 64 columns of
-// G and walks along it in chunks of 64, the next one loaded into registers while the current one,
-// in shared memory, is multiplied. Its 8 warps share the chunk's depth and the border in groups of
-// 16; a lane owns 2 x 16 sums. Partial sums are added in a fixed order.
+// Bytes: G once from DRAM and, where both sides are bordered, once more from L2, and the thin
+// matrices. A block owns a strip of 64 rows of G, or one of 64 columns of a panel: a panel is as
+// many rows as L2 keeps, and its column strips follow its row strips. The column strips of a panel
+// add to X what the panel before has left there, and wait for it.
+//
+// A block walks along its strip in chunks of 64, the next one loaded into registers while the
+// current one, in shared memory, is multiplied. Its 8 warps share the chunk's depth and the border
+// in groups of 16; a lane owns 2 x 16 sums. Partial sums are added in a fixed order.
 #include "step.cuh"
 
 namespace singd::cuda {
@@ -19,6 +22,7 @@ constexpr int kDepth = 64;
 constexpr int kPitch = kStrip + 1;
 constexpr int kGroup = 16;  // border indices of a warp
 constexpr int kWarps = kStepThreads / kWarp;
+constexpr int64_t kPanelBytes = int64_t{16} << 20;
 constexpr int kChunkElements = kStrip * kDepth / kStepThreads;  // of a thread
 
 // Warps are groups x splits: groups of border indices, parts of the depth.
@@ -128,20 +132,21 @@ struct Chunk {
   }
 };
 
-// One operand of a strip's product: N [width, depth] with rows of length `pitch`.
+// One operand of a strip's product: columns [begin, end) of N [width, ...] with rows of length
+// `pitch`.
 template <class T>
 struct Border {
   const T* n;
   int width;
-  int64_t depth, pitch;
+  int64_t begin, end, pitch;
 
-  // N[:, depth_begin ...] to [depth][border index], 0 beyond.
-  __device__ __forceinline__ void stage(int64_t begin, int groups, T* shared) const {
+  // N[:, k ...] to [depth][border index], 0 beyond.
+  __device__ __forceinline__ void stage(int64_t k, int groups, T* shared) const {
     for (int at = threadIdx.x; at < groups * kGroup * kDepth; at += kStepThreads) {
-      const int r = at / kDepth, k = at % kDepth;
-      const bool inside = r < width && begin + k < depth;
-      shared_store(shared + k * border_pitch<T>(groups) + r,
-                   inside ? load(n + r * pitch + begin + k) : T(0));
+      const int r = at / kDepth, depth = at % kDepth;
+      const bool inside = r < width && k + depth < end;
+      shared_store(shared + depth * border_pitch<T>(groups) + r,
+                   inside ? load(n + r * pitch + k + depth) : T(0));
     }
   }
 };
@@ -175,21 +180,22 @@ __device__ __forceinline__ void multiply_chunk(const T* strip, const T* border, 
   }
 }
 
-// The sums of all warps; out(position in the strip, border index, sum).
+// out(position in the strip, border index, sum of all warps), for positions below `positions`.
 template <class T, class Out>
-__device__ __forceinline__ void reduce(const Sums<T>& sums, int groups, int width, int positions,
-                                       bool border_first, T* shared, Out&& out) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  __syncthreads();
+__device__ __forceinline__ void reduce(const Sums<T>& sums, int width, int64_t positions,
+                                       bool border_first, Out&& out) {
+  T* const shared = dynamic_shared<T>();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, groups = groups_of(width);
+  const int count = positions < kStrip ? static_cast<int>(positions) : kStrip;
 #pragma unroll
   for (int r = 0; r < kGroup; ++r) {
     shared_store(shared + (warp * kGroup + r) * kPitch + lane, sums.values[0][r]);
     shared_store(shared + (warp * kGroup + r) * kPitch + kWarp + lane, sums.values[1][r]);
   }
   __syncthreads();
-  for (int at = threadIdx.x; at < width * positions; at += kStepThreads) {
-    const int r = border_first ? at % width : at / positions;
-    const int position = border_first ? at / width : at % positions;
+  for (int at = threadIdx.x; at < width * count; at += kStepThreads) {
+    const int r = border_first ? at % width : at / count;
+    const int position = border_first ? at / width : at % count;
     T sum = 0;
     for (int split = 0; split < kWarps / groups; ++split) {
       const int source = split * groups + r / kGroup;
@@ -199,42 +205,63 @@ __device__ __forceinline__ void reduce(const Sums<T>& sums, int groups, int widt
   }
 }
 
-// out(position, border index, sum over the depth) for one strip of rows or columns. Returns the
-// largest magnitude that this thread has read.
-template <class Source, class T, class Out>
+// The product of a strip of rows, or of columns, with the border. Returns the largest magnitude
+// that this thread has read of the strip.
+template <class Source, class T>
 __device__ __forceinline__ int multiply_strip(const Source& source, int64_t columns,
                                               bool strip_of_rows, int64_t strip,
-                                              const Border<T>& border, Out&& out) {
+                                              const Border<T>& border, Sums<T>& sums) {
   T* const shared = dynamic_shared<T>();
   T* const shared_border = shared + kDepth * kPitch;
   const int groups = groups_of(border.width);
   const int64_t begin = strip * kStrip;
   Chunk<Source> chunk(source, columns, strip_of_rows);
-  Sums<T> sums = {};
   const auto fetch = [&](int64_t k) {
     strip_of_rows ? chunk.fetch(begin, k) : chunk.fetch(k, begin);
   };
-  fetch(0);
-  for (int64_t k = 0; k < border.depth; k += kDepth) {
+  fetch(border.begin);
+  for (int64_t k = border.begin; k < border.end; k += kDepth) {
     chunk.commit(shared);
     border.stage(k, groups, shared_border);
     __syncthreads();
-    if (k + kDepth < border.depth) fetch(k + kDepth);
+    if (k + kDepth < border.end) fetch(k + kDepth);
     multiply_chunk(shared, shared_border, groups, sums);
     __syncthreads();
   }
-  const int64_t rest = (strip_of_rows ? source.rows() : columns) - begin;
-  const int positions = rest < kStrip ? static_cast<int>(rest) : kStrip;
-  reduce(sums, groups, border.width, positions, strip_of_rows, shared, out);
   return chunk.largest;
 }
 
-SINGD_HOST_DEVICE inline int64_t row_strips(const StepLayer& l) {
-  return l.right.bordered() ? (l.rows + kStrip - 1) / kStrip : 0;
+// S in a strip of rows.
+template <class Source, class T>
+__device__ __forceinline__ int multiply_rows(const Source& source, int64_t columns, int64_t strip,
+                                             const Border<T>& border, T* products) {
+  Sums<T> sums = {};
+  const int largest = multiply_strip(source, columns, true, strip, border, sums);
+  const int64_t rest = source.rows() - strip * kStrip;
+  T* const out = products + strip * kStrip * border.width;
+  reduce(sums, border.width, rest, true,
+         [&](int position, int r, T sum) { store(out + position * border.width + r, sum); });
+  return largest;
 }
-SINGD_HOST_DEVICE inline int64_t column_strips(const StepLayer& l) {
-  return l.left.bordered() ? (l.columns + kStrip - 1) / kStrip : 0;
-}
+
+// The order of a layer's strips: by panels of rows, row strips before column strips.
+struct Strips {
+  int64_t rows, columns;  // strips of the whole layer
+  int64_t panels = 1, rows_of_panel;
+
+  SINGD_HOST_DEVICE explicit Strips(const StepLayer& l)
+      : rows(l.right.bordered() ? (l.rows + kStrip - 1) / kStrip : 0),
+        columns(l.left.bordered() ? (l.columns + kStrip - 1) / kStrip : 0),
+        rows_of_panel(rows) {
+    if (rows == 0 || columns == 0) return;
+    const int64_t strip_bytes =
+        kStrip * l.columns * size_of(static_cast<Dtype>(l.gradient_dtype[0]));
+    rows_of_panel = strip_bytes < kPanelBytes ? kPanelBytes / strip_bytes : 1;
+    if (rows_of_panel > rows) rows_of_panel = rows;
+    panels = (rows + rows_of_panel - 1) / rows_of_panel;
+  }
+  SINGD_HOST_DEVICE int64_t count() const { return rows + panels * columns; }
+};
 
 // The border rows of G in the columns of a strip, as rows `width` ... of the thin rows.
 template <class E>
@@ -252,35 +279,70 @@ __device__ __forceinline__ void copy_border_rows(const StepLayer& l, int64_t str
 
 using ThinTable = Table<StepLayer, kMaxStepLayers>;
 
+// X in a strip of columns, and the border rows of G. Returns the largest magnitude in the strip.
 template <class E>
-__global__ void __launch_bounds__(kStepThreads)
-    thin_products_kernel(const __grid_constant__ ThinTable table, const StepArguments a) {
+__device__ __forceinline__ int multiply_columns(const StepArguments& a, const StepLayer& l,
+                                                const Strips& strips, int64_t panel,
+                                                int64_t strip) {
   using T = typename E::Compute;
-  const StepLayer& l = table.find(blockIdx.x);
   const StepOffsets offsets(l);
   T* const workspace = static_cast<T*>(l.workspace);
-  const GradientRows<E> source{l};
-  int64_t strip = blockIdx.x - l.first_block;
-  int* const largest = counters_of(a, l) + kGradientMagnitude;
-  if (strip < row_strips(l)) {
-    const Border<T> border{workspace + offsets.right_n, l.right.width, l.columns,
-                           padded(l.columns)};
-    T* const products = workspace + offsets.products + strip * kStrip * l.right.width;
-    const int key = multiply_strip(
-        source, l.columns, true, strip, border,
-        [&](int position, int r, T sum) { store(products + position * l.right.width + r, sum); });
-    raise(largest, key);
-    return;
+  int64_t begin = 0, end = l.rows;
+  if (strips.panels > 1) {
+    begin = panel * strips.rows_of_panel * kStrip;
+    end = min(end, begin + strips.rows_of_panel * kStrip);
   }
-  strip -= row_strips(l);
-  const Border<T> border{workspace + offsets.left_n, l.left.width, l.rows, padded(l.rows)};
-  T* const thin = workspace + offsets.thin;
-  const int key =
-      multiply_strip(source, l.columns, false, strip, border, [&](int position, int r, T sum) {
-        store(thin + r * padded(l.columns) + strip * kStrip + position, sum);
-      });
-  raise(largest, key);
-  if (l.left.action == Action::kRowBordered) copy_border_rows<E>(l, strip, thin);
+  const Border<T> border{workspace + offsets.left_n, l.left.width, begin, end, padded(l.rows)};
+  Sums<T> sums = {};
+  const int largest = multiply_strip(GradientRows<E>{l}, l.columns, false, strip, border, sums);
+
+  T* const thin = workspace + offsets.thin + strip * kStrip;
+  int* const finished = counters_of(a, l) + kColumnStripsFinished;
+  if (panel > 0) {
+    if (threadIdx.x == 0) wait_for(finished, static_cast<int>(panel * strips.columns));
+    __syncthreads();
+  }
+  reduce(sums, l.left.width, l.columns - strip * kStrip, false, [&](int position, int r, T sum) {
+    T* const x = thin + r * padded(l.columns) + position;
+    store(x, panel > 0 ? load(x) + sum : sum);
+  });
+  if (panel == 0 && l.left.action == Action::kRowBordered) {
+    copy_border_rows<E>(l, strip, workspace + offsets.thin);
+  }
+  if (panel + 1 < strips.panels) {
+    __syncthreads();
+    if (threadIdx.x == 0) add_release(finished, 1);
+  }
+  return largest;
+}
+
+using ThinTable = Table<StepLayer, kMaxStepLayers>;
+
+template <class E>
+__global__ void __launch_bounds__(kStepThreads)
+    thin_products_kernel(const __grid_constant__ ThinTable table, const StepArguments a,
+                         int* ticket) {
+  using T = typename E::Compute;
+  const int64_t number = take_ticket(ticket);
+  const StepLayer& l = table.find(number);
+  const Strips strips(l);
+  int64_t strip = number - l.first_block;
+  const int64_t panel = strip / (strips.rows_of_panel + strips.columns);
+  strip -= panel * (strips.rows_of_panel + strips.columns);
+  const int64_t first = panel * strips.rows_of_panel;
+  const int64_t rows = min(strips.rows_of_panel, strips.rows - first);
+  int largest = 0;
+  if (strip < rows) {
+    const StepOffsets offsets(l);
+    T* const workspace = static_cast<T*>(l.workspace);
+    const Border<T> border{workspace + offsets.right_n, l.right.width, 0, l.columns,
+                           padded(l.columns)};
+    largest = multiply_rows(GradientRows<E>{l}, l.columns, first + strip, border,
+                            workspace + offsets.products);
+  } else {
+    largest = multiply_columns<E>(a, l, strips, panel, strip - rows);
+  }
+  raise(counters_of(a, l) + kGradientMagnitude, largest);
 }
 
 template <class T>
@@ -289,13 +351,11 @@ __global__ void __launch_bounds__(kStepThreads)
   const StepLayer& l = table.find(blockIdx.x);
   const StepOffsets offsets(l);
   T* const workspace = static_cast<T*>(l.workspace);
-  const int64_t strip = blockIdx.x - l.first_block, pitch = padded(l.columns);
+  const int64_t pitch = padded(l.columns);
   const ThinRows<T> source{workspace + offsets.thin, l.thin_rows(), pitch};
-  const Border<T> border{workspace + offsets.right_n, l.right.width, l.columns, pitch};
-  T* const products = workspace + offsets.thin_products + strip * kStrip * l.right.width;
-  multiply_strip(source, l.columns, true, strip, border, [&](int position, int r, T sum) {
-    store(products + position * l.right.width + r, sum);
-  });
+  const Border<T> border{workspace + offsets.right_n, l.right.width, 0, l.columns, pitch};
+  multiply_rows(source, l.columns, blockIdx.x - l.first_block, border,
+                workspace + offsets.thin_products);
 }
 
 template <class T>
@@ -312,15 +372,15 @@ size_t shared_bytes(const StepLayer* layers, int count) {
 }  // namespace
 
 void thin_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
-                   Stream stream) {
+                   int* ticket, Stream stream) {
   ThinTable table;
-  const int64_t blocks = fill(table, layers, count,
-                              [](const StepLayer& l) { return row_strips(l) + column_strips(l); });
+  const int64_t blocks =
+      fill(table, layers, count, [](const StepLayer& l) { return Strips(l).count(); });
   dispatch(kind, [&](auto elements) {
     using E = decltype(elements);
     launch({"thin_products", blocks, kStepThreads, stream,
             shared_bytes<typename E::Compute>(layers, count)},
-           thin_products_kernel<E>, table, a);
+           thin_products_kernel<E>, table, a, ticket);
   });
 }
 

@@ -104,7 +104,6 @@ inline int self() { return static_cast<int>(running.thread.x); }
 unsigned lanes_of(int warp);
 
 // What the thread waits in, for messages.
-const char* name_of(Operation operation);
 std::string describe(int thread);
 
 // Lets the threads go on, in an order that the seed shuffles.

@@ -1,4 +1,4 @@
-// Barriers, shuffles and votes.
+// Barriers, shuffles, votes and the count of wmma's calls.
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -7,6 +7,8 @@
 #include "counters.h"
 
 namespace singd::emulation {
+
+namespace {
 
 const char* name_of(Operation operation) {
   switch (operation) {
@@ -36,6 +38,8 @@ const char* name_of(Operation operation) {
       return "__all_sync";
   }
 }
+
+}  // namespace
 
 std::string describe(int thread) {
   const Thread& t = emulator.thread[thread];
@@ -137,8 +141,9 @@ int synchronize(Operation operation, bool predicate, Site site) {
     const int result = operation == Operation::kSyncThreadsOr    ? votes != 0
                        : operation == Operation::kSyncThreadsAnd ? votes == emulator.threads
                                                                  : votes;
-    for (int i = 0; i < emulator.threads; ++i)
+    for (int i = 0; i < emulator.threads; ++i) {
       emulator.thread[i].result = static_cast<uint64_t>(result);
+    }
     emulator.at_barrier = 0;
     if (counting) count_block_converged();
     release_block();

@@ -1,3 +1,4 @@
+// Launches, blocks and the order of threads.
 #include "emulator.h"
 
 #include <algorithm>

@@ -1,52 +1,27 @@
-// The emulator itself: barriers, shuffles, votes, memory, wmma, what it finds wrong and what it
-// counts.
+// The emulator itself: barriers, shuffles, votes, memory, and what it finds wrong.
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <numeric>
 #include <vector>
 
 #include "../cuda/launch.cuh"
 #include "../cuda/numeric.cuh"
-#include "../emulation/counters.h"
 #include "../emulation/emulator.h"
-#include "../emulation/sector_cache.h"
 #include "check.h"
+#include "emulated.h"
 
 namespace singd::cuda {
 
-using emulation::Counters;
 using emulation::Error;
 using tests::check;
-using tests::check_close;
 using tests::check_equal;
 using tests::check_throws;
+using tests::for_seeds;
+using tests::kAll;
+using tests::lane;
+using tests::thread;
 
 namespace {
-
-constexpr int kSeeds = 12;
-constexpr unsigned kAll = 0xFFFFFFFFu;
-
-int thread() { return static_cast<int>(threadIdx.x); }
-int lane() { return thread() % kWarp; }
-int global_thread() { return static_cast<int>(blockIdx.x * blockDim.x) + thread(); }
-
-template <class Function>
-void for_seeds(Function f) {
-  for (int seed = 0; seed < kSeeds; ++seed) {
-    emulation::set_seed(static_cast<uint64_t>(seed));
-    f("seed " + std::to_string(seed));
-  }
-  emulation::set_seed(0);
-}
-
-// Counts of the one kernel that f launches as "counted".
-template <class Function>
-Counters count(Function f, int64_t l2_bytes = emulation::kDefaultL2Bytes) {
-  emulation::start_counting(l2_bytes);
-  f();
-  return emulation::stop_counting().at("counted");
-}
 
 // ---------------------------------------------------------------------------------------------
 // Barriers.
@@ -345,270 +320,6 @@ void test_block_order() {
   emulation::set_seed(0);
 }
 
-// ---------------------------------------------------------------------------------------------
-// wmma.
-
-// y = x x^T for x of 16 x `columns`; the halves of a warp fill and read the tile.
-template <class T, bool kSync>
-__global__ void gram(const T* x, int columns, float* y) {
-  namespace wmma = nvcuda::wmma;
-  __shared__ __align__(32) T tile[16 * 24];
-  __shared__ __align__(32) float result[16 * 20];
-  wmma::fragment<wmma::matrix_a, 16, 16, 16, T, wmma::row_major> a;
-  wmma::fragment<wmma::matrix_b, 16, 16, 16, T, wmma::col_major> b;
-  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum;
-  wmma::fill_fragment(sum, 0.0f);
-  for (int first = 0; first < columns; first += 16) {
-    for (int i = lane(); i < 256; i += kWarp) {
-      shared_store(tile + i / 16 * 24 + i % 16, load(x + i / 16 * columns + first + i % 16));
-    }
-    __syncwarp();
-    wmma::load_matrix_sync(a, tile, 24);
-    wmma::load_matrix_sync(b, tile, 24);
-    if (kSync) __syncwarp();
-    wmma::mma_sync(sum, a, b, sum);
-  }
-  wmma::store_matrix_sync(result, sum, 20, wmma::mem_row_major);
-  __syncwarp();
-  for (int i = lane(); i < 256; i += kWarp) {
-    store(y + i, shared_load(result + i / 16 * 20 + i % 16));
-  }
-}
-
-template <class T, bool kSync>
-double gram_error() {
-  constexpr int kColumns = 64;
-  std::vector<T> x(16 * kColumns);
-  for (size_t i = 0; i < x.size(); ++i) x[i] = T(0.37f * static_cast<float>(i * 7 % 23) - 3.0f);
-  std::vector<float> y(256);
-  launch({"gram", 1, 32, nullptr}, gram<T, kSync>, x.data(), kColumns, y.data());
-  double error = 0;
-  for (size_t i = 0; i < 16; ++i) {
-    for (size_t j = 0; j < 16; ++j) {
-      double sum = 0;
-      for (size_t k = 0; k < kColumns; ++k) {
-        sum += static_cast<double>(widen<float>(x[i * kColumns + k])) *
-               static_cast<double>(widen<float>(x[j * kColumns + k]));
-      }
-      const double difference = std::abs(sum - static_cast<double>(y[i * 16 + j]));
-      error = difference <= error ? error : difference;  // NaN is an error
-    }
-  }
-  return error;
-}
-
-void test_wmma() {
-  int found = 0;
-  for_seeds([&](const std::string& seed) {
-    check_close(gram_error<bfloat16, true>(), 0, 1e-3, "wmma, bfloat16, " + seed);
-    check_close(gram_error<float16, true>(), 0, 1e-3, "wmma, float16, " + seed);
-    found += !(gram_error<bfloat16, false>() < 1e-3);
-  });
-  check(found > 0, "some seed finds the missing __syncwarp");
-}
-
-enum class Mistake { kPointer, kRows, kEmpty, kSomeLanes };
-
-__global__ void mistaken_wmma(Mistake mistake) {
-  namespace wmma = nvcuda::wmma;
-  bfloat16* tile = dynamic_shared<bfloat16>();
-  wmma::fragment<wmma::matrix_a, 16, 16, 16, bfloat16, wmma::row_major> a;
-  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum;
-  if (mistake == Mistake::kPointer) wmma::load_matrix_sync(a, tile + 8, 16);
-  if (mistake == Mistake::kRows) wmma::load_matrix_sync(a, tile, 20);
-  if (mistake == Mistake::kEmpty) {
-    wmma::store_matrix_sync(dynamic_shared<float>(), sum, 16, wmma::mem_row_major);
-  }
-  if (mistake == Mistake::kSomeLanes && lane() < 7) wmma::load_matrix_sync(a, tile, 16);
-}
-
-void test_mistaken_wmma() {
-  const auto fails = [](Mistake mistake, const std::string& text) {
-    check_throws<Error>([&] { launch({"wmma", 1, 32, nullptr, 1024}, mistaken_wmma, mistake); },
-                        text, "wmma");
-  };
-  fails(Mistake::kPointer, "not a multiple of 32 bytes");
-  fails(Mistake::kRows, "not a multiple of 16 bytes");
-  fails(Mistake::kEmpty, "before it is filled");
-  fails(Mistake::kSomeLanes, "thread 7 made 0 calls of wmma, lane 0 of its warp 1");
-}
-
-// ---------------------------------------------------------------------------------------------
-// Counts.
-
-template <class T>
-__global__ void strided_load(const T* x, int stride) {
-  load(x + global_thread() * stride);
-}
-template <class T>
-__global__ void strided_store(T* x, int stride) {
-  store(x + global_thread() * stride, T{});
-}
-
-struct alignas(128) Memory {
-  float values[1 << 16];
-};
-
-void test_sectors() {
-  const auto memory = std::make_unique<Memory>();
-  const float* x = memory->values;
-  const auto strided = [&](int stride) {
-    return count([&] { launch({"counted", 2, 64, nullptr}, strided_load<float>, x, stride); });
-  };
-  const Counters coalesced = strided(1);
-  check_equal(coalesced.launches, 1, "launches");
-  check_equal(coalesced.blocks, 2, "blocks");
-  check_equal(coalesced.bytes_read, 128 * 4, "requested bytes");
-  check_equal(coalesced.bytes_written, 0, "written bytes");
-  check_equal(coalesced.bytes_by_width[2], 128 * 4, "bytes by width");
-  check_equal(coalesced.sectors_read, 16, "sectors, coalesced");
-  check_equal(coalesced.least_sectors_read, 16, "least sectors, coalesced");
-  check_equal(strided(2).sectors_read, 32, "sectors, stride 2");
-  check_equal(strided(2).least_sectors_read, 16, "least sectors, stride 2");
-  check_equal(strided(32).sectors_read, 128, "sectors, stride 32");
-  check_equal(strided(0).sectors_read, 4, "sectors, broadcast");
-  check_equal(strided(0).least_sectors_read, 4, "least sectors, broadcast");
-  using Four = Vec<float, 4>;
-  const Four* four = reinterpret_cast<const Four*>(x);
-  const Counters wide =
-      count([&] { launch({"counted", 1, 32, nullptr}, strided_load<Four>, four, 1); });
-  check_equal(wide.sectors_read, 16, "sectors, 16 bytes a lane");
-  check_equal(wide.bytes_by_width[4], 512, "bytes by width, 16 bytes a lane");
-}
-
-// Lanes load different numbers of times, meet, and do so again.
-template <bool kBlock>
-__global__ void ragged(const float* x) {
-  for (int round = 0; round < 2; ++round) {
-    for (int i = 0; i < 1 + lane() % 2; ++i) load(x + i * 32 + lane());
-    if (kBlock) {
-      __syncthreads();
-    } else {
-      __syncwarp();
-    }
-  }
-}
-
-void test_accesses_of_some_lanes() {
-  const auto memory = std::make_unique<Memory>();
-  const float* x = memory->values;
-  for_seeds([&](const std::string& seed) {
-    for (const auto kernel : {ragged<false>, ragged<true>}) {
-      const Counters c = count([&] { launch({"counted", 1, 32, nullptr}, kernel, x); });
-      check_equal(c.bytes_read, 2 * (32 + 16) * 4, "requested bytes, " + seed);
-      check_equal(c.sectors_read, 2 * (4 + 4), "sectors, " + seed);
-      check_equal(c.least_sectors_read, 2 * (4 + 2), "least sectors, " + seed);
-    }
-  });
-}
-
-template <class T>
-__global__ void shared_strided(int stride) {
-  T* x = dynamic_shared<T>();
-  shared_store(x + lane() * stride, T{});
-}
-
-void test_bank_conflicts() {
-  const auto conflicts = [](auto kernel, int stride) {
-    const Counters c =
-        count([&] { launch({"counted", 1, 32, nullptr, 32 * 1024}, kernel, stride); });
-    check_equal(c.bytes_read + c.bytes_written, 0, "shared memory is not global");
-    return std::make_pair(c.shared_phases, c.bank_conflicts);
-  };
-  using Pair = std::pair<int64_t, int64_t>;
-  using Two = Vec<float, 2>;
-  using Four = Vec<float, 4>;
-  check_equal(conflicts(shared_strided<float>, 1), Pair(1, 0), "banks, stride 1");
-  check_equal(conflicts(shared_strided<float>, 0), Pair(1, 0), "banks, broadcast");
-  check_equal(conflicts(shared_strided<float>, 2), Pair(1, 1), "banks, stride 2");
-  check_equal(conflicts(shared_strided<float>, 32), Pair(1, 31), "banks, stride 32");
-  check_equal(conflicts(shared_strided<float>, 33), Pair(1, 0), "banks, stride 33");
-  check_equal(conflicts(shared_strided<bfloat16>, 1), Pair(1, 0), "banks, 2 bytes a lane");
-  check_equal(conflicts(shared_strided<Two>, 1), Pair(2, 0), "banks, 8 bytes a lane");
-  check_equal(conflicts(shared_strided<Two>, 16), Pair(2, 30), "banks, 8 bytes, stride 16");
-  check_equal(conflicts(shared_strided<Four>, 1), Pair(4, 0), "banks, 16 bytes a lane");
-  check_equal(conflicts(shared_strided<Four>, 8), Pair(4, 28), "banks, 16 bytes, stride 8");
-}
-
-__global__ void load_matrix(const bfloat16* global, int ldm) {
-  namespace wmma = nvcuda::wmma;
-  wmma::fragment<wmma::matrix_a, 16, 16, 16, bfloat16, wmma::row_major> a;
-  const bfloat16* p = global == nullptr ? dynamic_shared<bfloat16>() : global;
-  wmma::load_matrix_sync(a, p, static_cast<unsigned>(ldm));
-}
-
-void test_counts_of_wmma() {
-  const auto memory = std::make_unique<Memory>();
-  const bfloat16* x = reinterpret_cast<const bfloat16*>(memory->values);
-  const auto loads = [](const bfloat16* p, int ldm) {
-    return count([&] { launch({"counted", 1, 32, nullptr, 4096}, load_matrix, p, ldm); });
-  };
-  check_equal(loads(x, 16).sectors_read, 16, "sectors of a matrix");
-  check_equal(loads(x, 72).sectors_read, 24, "sectors of a matrix with rows 144 bytes apart");
-  check_equal(loads(nullptr, 64).shared_phases, 4, "phases of a matrix");
-  check_equal(loads(nullptr, 64).bank_conflicts, 28, "banks, rows 128 bytes apart");
-  check_equal(loads(nullptr, 72).bank_conflicts, 0, "banks, rows 144 bytes apart");
-}
-
-void test_dram() {
-  const auto memory = std::make_unique<Memory>();
-  const float* x = memory->values;
-  float* y = memory->values;
-  constexpr int64_t kBytes = 1024 * 4;
-  const auto twice = [&](int64_t l2_bytes, auto kernel, auto* p, int stride) {
-    return count(
-        [&] {
-          for (int i = 0; i < 2; ++i) launch({"counted", 8, 128, nullptr}, kernel, p, stride);
-        },
-        l2_bytes);
-  };
-  const Counters hit = twice(kBytes, strided_load<float>, x, 1);
-  check_equal(hit.bytes_read, 2 * kBytes, "requested bytes of two launches");
-  check_equal(hit.dram_bytes_read, kBytes, "DRAM, the second read hits");
-  const Counters miss = twice(kBytes / 2, strided_load<float>, x, 1);
-  check_equal(miss.dram_bytes_read, 2 * kBytes, "DRAM, the second read misses");
-  check_equal(miss.dram_bytes_written, 0, "DRAM, what is only read is not written");
-  const Counters merged = twice(kBytes, strided_store<float>, y, 1);
-  check_equal(merged.dram_bytes_written, kBytes, "DRAM, two writes of a sector become one");
-  check_equal(merged.dram_bytes_read, 0, "DRAM, whole sectors are written without a read");
-  const Counters evicted = twice(kBytes / 2, strided_store<float>, y, 1);
-  check_equal(evicted.dram_bytes_written, 2 * kBytes, "DRAM, evicted writes");
-  const Counters partial = twice(8 * kBytes, strided_store<float>, y, 8);
-  check_equal(partial.dram_bytes_written, 8 * kBytes, "DRAM, partly written sectors");
-  check_equal(partial.dram_bytes_read, 8 * kBytes, "DRAM, partly written sectors are read");
-}
-
-void test_least_recently_used() {
-  constexpr uint32_t kWhole = 0xFFFFFFFFu;
-  int reads = 0, writes = 0;
-  emulation::SectorCache cache(2 * emulation::kSectorBytes,
-                               [&](int, bool write) { ++(write ? writes : reads); });
-  const auto reads_of = [&](uint64_t sector, bool write = false) {
-    const int before = reads;
-    cache.access(sector, kWhole, write, 0);
-    return reads - before;
-  };
-  check_equal(reads_of(1), 1, "L2, sector 1 misses");
-  check_equal(reads_of(2, true), 0, "L2, sector 2 is written");
-  check_equal(reads_of(1), 0, "L2, sector 1 hits");
-  check_equal(reads_of(3), 1, "L2, sector 3 throws out sector 2");
-  check_equal(writes, 1, "L2, sector 2 is written to DRAM");
-  check_equal(reads_of(1), 0, "L2, sector 1 is still there");
-  check_equal(reads_of(2), 1, "L2, sector 2 is not");
-  cache.flush();
-  check_equal(writes, 1, "L2, nothing is left to write");
-}
-
-__global__ void add_up(int* p) { atomicAdd(p, 1); }
-
-void test_atomics() {
-  int sum = 0;
-  const Counters c = count([&] { launch({"counted", 2, 64, nullptr}, add_up, &sum); });
-  check_equal(sum, 128, "atomicAdd");
-  check_equal(c.atomics, 128, "counted atomics");
-  check_equal(c.sectors_read + c.sectors_written, 8, "sectors of atomics");
-}
-
 }  // namespace
 
 }  // namespace singd::cuda
@@ -625,14 +336,5 @@ int main() {
   test_shared_memory_is_poisoned();
   test_bad_addresses();
   test_block_order();
-  test_wmma();
-  test_mistaken_wmma();
-  test_sectors();
-  test_accesses_of_some_lanes();
-  test_bank_conflicts();
-  test_counts_of_wmma();
-  test_dram();
-  test_least_recently_used();
-  test_atomics();
   return singd::tests::failures;
 }

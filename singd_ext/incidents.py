@@ -1,0 +1,62 @@
+"""Warnings of layers that an operator left as they were, or whose step it shortened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ._warnings import warn_user
+
+FACTORS = {
+    1: "curvature statistics were not finite: the factors stay as they are",
+    2: "the step of the factors was shortened to step_cap: lr_cov may be too large",
+}
+PARAMETERS = {1: "the gradient was not finite: the layer was not updated"}
+
+
+class Incidents:
+    """Reads the outcomes of one operator, call after call, and warns once of each text.
+
+    On a GPU nothing waits for them: a copy starts after the call, and is read after a later call
+    once it has arrived. Calls in between are not read; `SINGD.rejections` counts all.
+    """
+
+    # Set it to read at once, at the price of waiting for the GPU in every step.
+    wait = False
+
+    def __init__(self, texts: Mapping[int, str], warned: set[str]) -> None:
+        self._texts = texts  # what a code of the outcomes means
+        self._warned = warned  # texts that were given, by whichever parameter group
+        self._host = torch.empty(0, dtype=torch.int64)
+        self._arrived: torch.cuda.Event | None = None
+        self._names: list[str] = []
+
+    def read(self, outcomes: Tensor, names: Sequence[str]) -> None:
+        """Look at the outcomes of a call, one code a layer of these names."""
+        if outcomes.device.type == "cpu" or self.wait:
+            self._warn(outcomes.cpu(), names)
+        elif not torch.cuda.is_current_stream_capturing():
+            self._read_late(outcomes, names)
+
+    def _read_late(self, outcomes: Tensor, names: Sequence[str]) -> None:
+        if self._arrived is not None:
+            if not self._arrived.query():
+                return
+            self._warn(self._host, self._names)
+        if self._host.shape != outcomes.shape:
+            self._host = torch.empty(outcomes.shape, dtype=torch.int64, pin_memory=True)
+        self._host.copy_(outcomes, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(torch.cuda.current_stream(outcomes.device))
+        self._names = list(names)
+
+    def _warn(self, outcomes: Tensor, names: Sequence[str]) -> None:
+        if not outcomes.any():
+            return
+        for code, text in self._texts.items():
+            of_code = [n for n, c in zip(names, outcomes.tolist(), strict=True) if c == code]
+            if of_code and text not in self._warned:
+                self._warned.add(text)
+                warn_user(f"layers {of_code}: {text} (further warnings of this kind are not shown)")
