@@ -116,17 +116,16 @@ def run(*command: str | Path) -> str:
 @dataclass(frozen=True)
 class Compilation:
     cubin: Path
-    messages: str
-    succeeded: bool
+    messages: str  # warnings and errors
 
 
 @pytest.fixture(scope="session")
 def compilations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compilation]:
-    """Every kernel file, compiled as setup.py does, but for sm_90 only and warnings are errors."""
+    """Every kernel file, compiled as setup.py does, but for sm_90 only."""
     toolkit, folder = cuda_build.find_toolkit(), tmp_path_factory.mktemp("cubins")
     if toolkit is None:
         pytest.skip("no CUDA toolkit with nvcc and headers was found")
-    flags = [*cuda_build.FLAGS, *cuda_build.gencode(["9.0"]), "-cubin", "-Werror", "all-warnings"]
+    flags = [*cuda_build.FLAGS, *cuda_build.gencode(["9.0"]), "-cubin"]
 
     def compile_one(source: str) -> Compilation:
         cubin = folder / f"{Path(source).stem}.cubin"
@@ -135,7 +134,7 @@ def compilations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Compilat
             capture_output=True,
             text=True,
         )
-        return Compilation(cubin, result.stdout + result.stderr, result.returncode == 0)
+        return Compilation(cubin, result.stdout + result.stderr)
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         return dict(zip(SOURCES, pool.map(compile_one, SOURCES), strict=True))
@@ -147,8 +146,8 @@ def kernels(compilations: dict[str, Compilation]) -> list[Kernel]:
     nvdisasm = tool("nvdisasm")
     found: list[Kernel] = []
     for source, compilation in compilations.items():
-        if not compilation.succeeded:
-            continue  # test_compiles reports it
+        if not compilation.cubin.exists():
+            continue  # the test below says why
         usage = run(cuobjdump, "-res-usage", compilation.cubin)
         registers = dict(re.findall(r"Function (\w+):\s+REG:(\d+)", usage))
         threads = declared_threads(run(cuobjdump, "-elf", compilation.cubin))
@@ -182,7 +181,8 @@ def disassembled(text: str) -> dict[str, list[str]]:
 def test_compiles_without_warnings_and_spills(
     source: str, compilations: dict[str, Compilation]
 ) -> None:
-    assert compilations[source].succeeded, compilations[source].messages
+    assert compilations[source].cubin.exists(), compilations[source].messages
+    assert not compilations[source].messages
 
 
 def offenders(kernels: list[Kernel], is_bad: Callable[[Kernel], bool]) -> list[str]:

@@ -56,7 +56,7 @@ __device__ __forceinline__ T narrow(A value, const RoundingKey& key, int64_t ind
       memcpy(&bits, &single, sizeof bits);
       const uint16_t rounded = key.round_to_bfloat16(bits, index);
       T result;
-      memcpy(&result, &rounded, sizeof result);
+      memcpy(static_cast<void*>(&result), &rounded, sizeof result);
       return result;
     }
   }

@@ -57,7 +57,8 @@ struct StepLayer {
   int32_t gradient_pitch = 0, gradient_bias_pitch = 0;  // from row to row, in elements
   int32_t index = 0;                                    // in the lists of the call
   int32_t slot = 0;                                     // of its counters
-  int32_t first_tiles = 0;  // tiles that come before the ones that write
+  int32_t first_tiles = 0;   // tiles that come before the ones that write
+  int32_t panel_strips = 0;  // row strips of thin_products between column strips
   int16_t tile_rows = 0, tile_columns = 0;
   SideShape right, left;
   // Dtypes, in the order weight, bias.
@@ -162,7 +163,8 @@ void stream_update(StepLayer* layers, int count, const StepKind& kind, const Ste
 void tiled_update(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                   int* ticket, Stream stream);
 
-// Tile shapes, and with them the number of first tiles, for either update.
+// Panels, and tile shapes and with them the number of first tiles.
+void plan_thin_products(StepLayer& layer);
 void plan_stream_update(StepLayer& layer);
 void plan_tiled_update(StepLayer& layer, const StepKind& kind);
 

@@ -124,6 +124,7 @@ void StepBatch::add(int64_t index, const std::vector<StepPart>& parts, const at:
   }
   const bool tiled = l.right.action != Action::kDiagonal || l.left.action != Action::kDiagonal;
   tiled ? plan_tiled_update(l, kind) : plan_stream_update(l);
+  plan_thin_products(l);
   Group& group = group_of(kind, tiled);
   group.layers.push_back(l);
   group.factors.push_back(factor_of(right, l.columns, false));

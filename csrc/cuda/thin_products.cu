@@ -43,7 +43,7 @@ struct GradientRows {
   using E = E_;
   const StepLayer& l;
 
-  __device__ int64_t rows() const { return l.rows; }
+  __device__ int rows() const { return l.rows; }
   __device__ void load_vector(int64_t i, const Columns& c,
                               typename E::Compute (&g)[E::kCount]) const {
     load_gradient<E, Cache::kNormal>(l, i, c, g);
@@ -55,9 +55,10 @@ template <class T>
 struct ThinRows {
   using E = Elements<T, T>;
   const T* data;
-  int64_t count, pitch;
+  int count;
+  int64_t pitch;
 
-  __device__ int64_t rows() const { return count; }
+  __device__ int rows() const { return count; }
   __device__ void load_vector(int64_t i, const Columns& c, T (&g)[E::kCount]) const {
     using Vector = Vec<T, E::kCount>;  // rows are padded to whole vectors
     const Vector v = load(reinterpret_cast<const Vector*>(data + i * pitch + c.j));
@@ -76,24 +77,21 @@ struct Chunk {
   static constexpr int kVectors = kChunkElements / E::kCount;
   static constexpr int kAcross = 64 / E::kCount;
   const Source& source;
-  const int64_t columns;
+  const int columns;
   const bool strip_of_rows;
-  int largest = 0;      // magnitude
-  int64_t row, column;  // where the chunk begins
+  int largest = 0;  // magnitude
+  int row, column;  // where the chunk begins
   T values[kAhead ? kVectors : 1][E::kCount];
 
-  __device__ Chunk(const Source& s, int64_t column_count, bool rows)
+  __device__ Chunk(const Source& s, int column_count, bool rows)
       : source(s), columns(column_count), strip_of_rows(rows) {}
 
   __device__ __forceinline__ void load_vector(int index, T (&vector)[E::kCount]) {
-    const int64_t i = row + index / kAcross;
-    const int64_t j = column + index % kAcross * E::kCount;
-    const int64_t rest = columns - j;
+    const int i = row + index / kAcross, j = column + index % kAcross * E::kCount;
 #pragma unroll
     for (int e = 0; e < E::kCount; ++e) vector[e] = T(0);
-    if (i >= source.rows() || rest <= 0) return;
-    const int end = rest < E::kCount ? static_cast<int>(rest) : E::kCount;
-    source.load_vector(i, Columns{static_cast<int>(j), 0, end}, vector);
+    if (i >= source.rows() || j >= columns) return;
+    source.load_vector(i, Columns{j, 0, min(E::kCount, columns - j)}, vector);
   }
 
   // To [depth][strip]: the strip's positions are rows or columns.
@@ -107,7 +105,7 @@ struct Chunk {
     }
   }
 
-  __device__ __forceinline__ void fetch(int64_t i, int64_t j) {
+  __device__ __forceinline__ void fetch(int i, int j) {
     row = i;
     column = j;
     if constexpr (kAhead) {
@@ -138,10 +136,11 @@ template <class T>
 struct Border {
   const T* n;
   int width;
-  int64_t begin, end, pitch;
+  int begin, end;
+  int64_t pitch;
 
   // N[:, k ...] to [depth][border index], 0 beyond.
-  __device__ __forceinline__ void stage(int64_t k, int groups, T* shared) const {
+  __device__ __forceinline__ void stage(int k, int groups, T* shared) const {
     for (int at = threadIdx.x; at < groups * kGroup * kDepth; at += kStepThreads) {
       const int r = at / kDepth, depth = at % kDepth;
       const bool inside = r < width && k + depth < end;
@@ -164,6 +163,7 @@ __device__ __forceinline__ void multiply_chunk(const T* strip, const T* border, 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int depth = kDepth / (kWarps / groups), begin = warp / groups * depth;
   const int first = warp % groups * kGroup;
+#pragma unroll 2
   for (int k = begin; k < begin + depth; ++k) {
     const T x0 = shared_load(strip + k * kPitch + lane);
     const T x1 = shared_load(strip + k * kPitch + kWarp + lane);
@@ -182,11 +182,11 @@ __device__ __forceinline__ void multiply_chunk(const T* strip, const T* border, 
 
 // out(position in the strip, border index, sum of all warps), for positions below `positions`.
 template <class T, class Out>
-__device__ __forceinline__ void reduce(const Sums<T>& sums, int width, int64_t positions,
+__device__ __forceinline__ void reduce(const Sums<T>& sums, int width, int positions,
                                        bool border_first, Out&& out) {
   T* const shared = dynamic_shared<T>();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, groups = groups_of(width);
-  const int count = positions < kStrip ? static_cast<int>(positions) : kStrip;
+  const int count = min(positions, kStrip);
 #pragma unroll
   for (int r = 0; r < kGroup; ++r) {
     shared_store(shared + (warp * kGroup + r) * kPitch + lane, sums.values[0][r]);
@@ -208,23 +208,20 @@ __device__ __forceinline__ void reduce(const Sums<T>& sums, int width, int64_t p
 // The product of a strip of rows, or of columns, with the border. Returns the largest magnitude
 // that this thread has read of the strip.
 template <class Source, class T>
-__device__ __forceinline__ int multiply_strip(const Source& source, int64_t columns,
-                                              bool strip_of_rows, int64_t strip,
-                                              const Border<T>& border, Sums<T>& sums) {
+__device__ __forceinline__ int multiply_strip(const Source& source, int columns, bool strip_of_rows,
+                                              int strip, const Border<T>& border, Sums<T>& sums) {
   T* const shared = dynamic_shared<T>();
   T* const shared_border = shared + kDepth * kPitch;
   const int groups = groups_of(border.width);
-  const int64_t begin = strip * kStrip;
+  const int begin = strip * kStrip;
   Chunk<Source> chunk(source, columns, strip_of_rows);
-  const auto fetch = [&](int64_t k) {
-    strip_of_rows ? chunk.fetch(begin, k) : chunk.fetch(k, begin);
-  };
+  const auto fetch = [&](int k) { strip_of_rows ? chunk.fetch(begin, k) : chunk.fetch(k, begin); };
   fetch(border.begin);
-  for (int64_t k = border.begin; k < border.end; k += kDepth) {
+  for (int k = border.begin; k < border.end; k += kDepth) {
     chunk.commit(shared);
     border.stage(k, groups, shared_border);
     __syncthreads();
-    if (k + kDepth < border.end) fetch(k + kDepth);
+    if (border.end - k > kDepth) fetch(k + kDepth);
     multiply_chunk(shared, shared_border, groups, sums);
     __syncthreads();
   }
@@ -233,12 +230,12 @@ __device__ __forceinline__ int multiply_strip(const Source& source, int64_t colu
 
 // S in a strip of rows.
 template <class Source, class T>
-__device__ __forceinline__ int multiply_rows(const Source& source, int64_t columns, int64_t strip,
+__device__ __forceinline__ int multiply_rows(const Source& source, int columns, int strip,
                                              const Border<T>& border, T* products) {
   Sums<T> sums = {};
   const int largest = multiply_strip(source, columns, true, strip, border, sums);
-  const int64_t rest = source.rows() - strip * kStrip;
-  T* const out = products + strip * kStrip * border.width;
+  const int rest = source.rows() - strip * kStrip;
+  T* const out = products + static_cast<int64_t>(strip) * kStrip * border.width;
   reduce(sums, border.width, rest, true,
          [&](int position, int r, T sum) { store(out + position * border.width + r, sum); });
   return largest;
@@ -246,21 +243,17 @@ __device__ __forceinline__ int multiply_rows(const Source& source, int64_t colum
 
 // The order of a layer's strips: by panels of rows, row strips before column strips.
 struct Strips {
-  int64_t rows, columns;  // strips of the whole layer
-  int64_t panels = 1, rows_of_panel;
+  int rows, columns;  // strips of the whole layer
+  int panel_rows;     // row strips of a panel, but for the last one
+  int panels;
 
   SINGD_HOST_DEVICE explicit Strips(const StepLayer& l)
-      : rows(l.right.bordered() ? (l.rows + kStrip - 1) / kStrip : 0),
-        columns(l.left.bordered() ? (l.columns + kStrip - 1) / kStrip : 0),
-        rows_of_panel(rows) {
-    if (rows == 0 || columns == 0) return;
-    const int64_t strip_bytes =
-        kStrip * l.columns * size_of(static_cast<Dtype>(l.gradient_dtype[0]));
-    rows_of_panel = strip_bytes < kPanelBytes ? kPanelBytes / strip_bytes : 1;
-    if (rows_of_panel > rows) rows_of_panel = rows;
-    panels = (rows + rows_of_panel - 1) / rows_of_panel;
-  }
-  SINGD_HOST_DEVICE int64_t count() const { return rows + panels * columns; }
+      : rows(l.right.bordered() ? (l.rows - 1) / kStrip + 1 : 0),
+        columns(l.left.bordered() ? (l.columns - 1) / kStrip + 1 : 0),
+        panel_rows(l.panel_strips < rows ? l.panel_strips : rows),
+        panels(panel_rows == 0 ? 1 : (rows - 1) / panel_rows + 1) {}
+
+  SINGD_HOST_DEVICE int64_t count() const { return rows + int64_t{panels} * columns; }
 };
 
 // The border rows of G in the columns of a strip, as rows `width` ... of the thin rows.
@@ -282,16 +275,12 @@ using ThinTable = Table<StepLayer, kMaxStepLayers>;
 // X in a strip of columns, and the border rows of G. Returns the largest magnitude in the strip.
 template <class E>
 __device__ __forceinline__ int multiply_columns(const StepArguments& a, const StepLayer& l,
-                                                const Strips& strips, int64_t panel,
-                                                int64_t strip) {
+                                                const Strips& strips, int panel, int strip) {
   using T = typename E::Compute;
   const StepOffsets offsets(l);
   T* const workspace = static_cast<T*>(l.workspace);
-  int64_t begin = 0, end = l.rows;
-  if (strips.panels > 1) {
-    begin = panel * strips.rows_of_panel * kStrip;
-    end = min(end, begin + strips.rows_of_panel * kStrip);
-  }
+  const int begin = panel * strips.panel_rows * kStrip;
+  const int end = panel + 1 < strips.panels ? begin + strips.panel_rows * kStrip : l.rows;
   const Border<T> border{workspace + offsets.left_n, l.left.width, begin, end, padded(l.rows)};
   Sums<T> sums = {};
   const int largest = multiply_strip(GradientRows<E>{l}, l.columns, false, strip, border, sums);
@@ -299,7 +288,7 @@ __device__ __forceinline__ int multiply_columns(const StepArguments& a, const St
   T* const thin = workspace + offsets.thin + strip * kStrip;
   int* const finished = counters_of(a, l) + kColumnStripsFinished;
   if (panel > 0) {
-    if (threadIdx.x == 0) wait_for(finished, static_cast<int>(panel * strips.columns));
+    if (threadIdx.x == 0) wait_for(finished, panel * strips.columns);
     __syncthreads();
   }
   reduce(sums, l.left.width, l.columns - strip * kStrip, false, [&](int position, int r, T sum) {
@@ -323,14 +312,14 @@ __global__ void __launch_bounds__(kStepThreads)
     thin_products_kernel(const __grid_constant__ ThinTable table, const StepArguments a,
                          int* ticket) {
   using T = typename E::Compute;
-  const int64_t number = take_ticket(ticket);
+  const int number = take_ticket(ticket);
   const StepLayer& l = table.find(number);
   const Strips strips(l);
-  int64_t strip = number - l.first_block;
-  const int64_t panel = strip / (strips.rows_of_panel + strips.columns);
-  strip -= panel * (strips.rows_of_panel + strips.columns);
-  const int64_t first = panel * strips.rows_of_panel;
-  const int64_t rows = min(strips.rows_of_panel, strips.rows - first);
+  const int inside = number - static_cast<int>(l.first_block);
+  const int panel = inside / (strips.panel_rows + strips.columns);
+  const int first = panel * strips.panel_rows;
+  const int strip = inside - panel * (strips.panel_rows + strips.columns);
+  const int rows = min(strips.panel_rows, strips.rows - first);
   int largest = 0;
   if (strip < rows) {
     const StepOffsets offsets(l);
@@ -354,7 +343,7 @@ __global__ void __launch_bounds__(kStepThreads)
   const int64_t pitch = padded(l.columns);
   const ThinRows<T> source{workspace + offsets.thin, l.thin_rows(), pitch};
   const Border<T> border{workspace + offsets.right_n, l.right.width, 0, l.columns, pitch};
-  multiply_rows(source, l.columns, blockIdx.x - l.first_block, border,
+  multiply_rows(source, l.columns, static_cast<int>(blockIdx.x - l.first_block), border,
                 workspace + offsets.thin_products);
 }
 
@@ -370,6 +359,12 @@ size_t shared_bytes(const StepLayer* layers, int count) {
 }
 
 }  // namespace
+
+void plan_thin_products(StepLayer& layer) {
+  const int64_t strip_bytes =
+      kStrip * layer.columns * size_of(static_cast<Dtype>(layer.gradient_dtype[0]));
+  layer.panel_strips = static_cast<int32_t>(std::max<int64_t>(1, kPanelBytes / strip_bytes));
+}
 
 void thin_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                    int* ticket, Stream stream) {
