@@ -70,7 +70,12 @@ EXPECTED = [
     # The statistic: rows are read once, 16 bytes at a time.
     *(Expected("load_rows_kernel", t + VECTOR_ROWS, (LOAD_16, STORE_16)) for t in EVERY),
     *(Expected("column_sums_kernel", t + VECTOR_ROWS, (LOAD_16,)) for t in EVERY),
-    *(Expected("border_product_kernel", t + VECTOR_ROWS, (LOAD_16,)) for t in EVERY),
+    *(
+        Expected("border_product_kernel", t + VECTOR_ROWS, (LOAD_16,))
+        for t in (HALF, FLOAT, DOUBLE)
+    ),
+    Expected("border_product_bfloat16_kernel", VECTOR_ROWS, (LOAD_16, TENSOR_CORE)),
+    Expected("border_product_bfloat16_kernel", "", (TENSOR_CORE,)),
     *(Expected("block_gram_kernel", t + VECTOR_ROWS, (LOAD_16,)) for t in EVERY),
     *(Expected("bordered_gram_kernel", t + VECTOR_ROWS, (LOAD_16,)) for t in EVERY),
     *(Expected("block_gram_kernel", t, (TENSOR_CORE,)) for t in LOW_PRECISION),

@@ -1,4 +1,5 @@
-// The border columns of Y = X K for a column-bordered K: S = X E^T, S [m, b], E [b, d], b <= 64.
+// The border columns of Y = X K for a column-bordered K: S = X E^T, S [m, b], E [b, d], b <= 64;
+// for bfloat16 rows see border_product_bfloat16.cu.
 //
 // A block owns 64 rows and all border columns, padded to 16, 32 or 64; it walks along d in steps of
 // 256 bytes of the compute type, staging 64 rows of X and b rows of E in shared memory. A thread
@@ -18,7 +19,7 @@ constexpr int kRowsPerThread = 4;
 struct Task {
   Rows x;
   const void* e;
-  int64_t dim, border, first_row;
+  int64_t dim, border, width, first_row;
   void* out;
 };
 
@@ -100,7 +101,9 @@ __global__ __launch_bounds__(kGramThreads, 2) void border_product_kernel(Task ta
     if (r >= task.x.count) continue;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      store(static_cast<A*>(task.out) + r * S::kBorder + column + n * kTile, sum[i][n]);
+      const int c = column + n * kTile;
+      if (c >= task.width) continue;
+      store(static_cast<A*>(task.out) + (r - task.first_row) * task.width + c, sum[i][n]);
     }
   }
 }
@@ -118,20 +121,21 @@ void launch_border_product(const Task& task, Stream stream) {
 
 }  // namespace
 
-int64_t border_width(int64_t border) { return border <= 16 ? 16 : border <= 32 ? 32 : 64; }
+int64_t border_width(int64_t border) { return (border + 3) / 4 * 4; }
 
 void border_product(const Rows& x, const void* e, int64_t border, int64_t first_row, void* out,
                     Stream stream) {
-  const Task task{x, e, x.dim(), border, first_row, out};
+  const Task task{x, e, x.dim(), border, border_width(border), first_row, out};
+  if (x.dtype == Dtype::kBFloat16) {
+    return border_product_bfloat16(x, static_cast<const float*>(e), border, first_row,
+                                   static_cast<float*>(out), stream);
+  }
   visit_type(x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    switch (border_width(border)) {
-      case 16:
-        return launch_border_product<T, 1>(task, stream);
-      case 32:
-        return launch_border_product<T, 2>(task, stream);
-      default:
-        return launch_border_product<T, 4>(task, stream);
+    if constexpr (!std::is_same_v<T, bfloat16>) {
+      if (border <= 16) return launch_border_product<T, 1>(task, stream);
+      if (border <= 32) return launch_border_product<T, 2>(task, stream);
+      launch_border_product<T, 4>(task, stream);
     }
   });
 }

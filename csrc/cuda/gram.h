@@ -41,11 +41,13 @@ bool fits(const BorderedGram& gram);
 int64_t panels(const BorderedGram& gram);
 void accumulate(const BorderedGram& gram, const GramSums& sums, Stream stream);
 
-// out[r, c] = sum_j x[r, j] e[c, j] for rows r >= first_row: the border columns of X K, for e [b,
-// d] of the compute type of x, b <= 64. A row of `out` has border_width(b) entries, zeros at the
-// end.
+// out[r - first_row, c] = sum_j x[r, j] e[c, j] for rows r from first_row on: the border columns of
+// X K, for e [b, d] of the compute type of x, b <= 64. A row of `out` has border_width(b) entries,
+// a multiple of 16 bytes with zeros at the end.
 int64_t border_width(int64_t border);
 void border_product(const Rows& x, const void* e, int64_t border, int64_t first_row, void* out,
                     Stream stream);
+void border_product_bfloat16(const Rows& x, const float* e, int64_t border, int64_t first_row,
+                             float* out, Stream stream);
 
 }  // namespace singd::cuda

@@ -202,6 +202,7 @@ struct MmaSums {
 // beside a border (kSquares) only the diagonal is needed: lane l owns entry (l % 16, l % 16).
 template <class T, bool kSquares>
 struct FmaSums {
+  using Part = Vec<T, 2>;
   T sums[kPairsPerWarp][8];
 
   static __device__ __forceinline__ bool is_square(int pair) {
@@ -224,6 +225,8 @@ struct FmaSums {
     const int lane = threadIdx.x % kWarp;
     for (int r = group; r < kRows; r += groups) {
       const T* row = stage + r * stride;
+      Part a[2];
+      int loaded = -1;
 #pragma unroll
       for (int q = 0; q < kPairsPerWarp; ++q) {
         if (q >= count) continue;
@@ -233,10 +236,12 @@ struct FmaSums {
           sums[q][0] += x * x;
           continue;
         }
-        const T* first = row + first_of_pair(pairs[q]) * kTile + lane / 8 * 4;
-        using Part = Vec<T, 2>;
-        const Part a[2] = {shared_load(reinterpret_cast<const Part*>(first)),
-                           shared_load(reinterpret_cast<const Part*>(first + 2))};
+        if (first_of_pair(pairs[q]) != loaded) {
+          loaded = first_of_pair(pairs[q]);
+          const T* first = row + loaded * kTile + lane / 8 * 4;
+          a[0] = shared_load(reinterpret_cast<const Part*>(first));
+          a[1] = shared_load(reinterpret_cast<const Part*>(first + 2));
+        }
         const Part b = shared_load(reinterpret_cast<const Part*>(second + lane % 8 * 2));
 #pragma unroll
         for (int e = 0; e < 8; ++e) sums[q][e] += a[e / 4][e / 2 % 2] * b[e % 2];

@@ -125,21 +125,19 @@ void accumulate_wide_border(const Layout& layout, const at::Tensor& statistic, c
 // Column-bordered K: S = X K[:, B], then S^T X D and S^T S, for rows that stay in L2 in between.
 void accumulate_column_bordered(BorderedGram gram, const at::Tensor& statistic, const RowMatrix& x,
                                 const at::Tensor& factor) {
-  const int64_t b = gram.head + gram.tail, width = border_width(b);
-  const at::Tensor s = at::empty({1, x.rows.count, width}, factor.options());
-  RowMatrix s_matrix = row_matrix(s, false, Shared::kExpand, s.scalar_type());
+  const int64_t b = gram.head + gram.tail, m = x.rows.count;
+  const int64_t row_bytes = std::max<int64_t>(1, x.rows.features * size_of(x.rows.dtype));
+  const int64_t step = std::min(m, std::max<int64_t>(64, kChunkBytes / row_bytes / 64 * 64));
+  const at::Tensor s = at::empty({1, step, border_width(b)}, factor.options());
+  gram.border = row_matrix(s, false, Shared::kExpand, s.scalar_type()).rows;
   gram.scale =
       static_cast<const char*>(factor.const_data_ptr()) + b * gram.dim * factor.element_size();
-  const int64_t row_bytes = std::max<int64_t>(1, x.rows.features * size_of(x.rows.dtype));
-  const int64_t step = std::max<int64_t>(64, kChunkBytes / row_bytes / 64 * 64);
-  for (int64_t begin = 0; begin < x.rows.count; begin += step) {
-    const int64_t end = std::min(begin + step, x.rows.count);
-    gram.x.count = end;
+  for (int64_t begin = 0; begin < m; begin += step) {
+    gram.x.count = gram.border.count = std::min(begin + step, m);
+    gram.border.first_row = begin;
     border_product(gram.x, factor.const_data_ptr(), b, begin, s.mutable_data_ptr(), x.stream);
-    gram.border = s_matrix.rows;
     BorderedGram core = gram;
-    core.x = s_matrix.rows;
-    core.x.count = end;
+    core.x = gram.border;
     core.packed = true;
     add_grams({gram, core}, begin, statistic, x.stream);
   }

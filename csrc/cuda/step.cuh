@@ -10,6 +10,9 @@
 namespace singd::cuda {
 
 constexpr int kStepThreads = 256;
+// Blocks of a multiprocessor of the kernels that keep many sums in registers: as many as fit.
+template <class T>
+constexpr int kResidentBlocks = sizeof(T) == 8 ? 1 : 2;
 
 // An element type that is known only at run time.
 struct AnyElement {};

@@ -26,7 +26,7 @@ __device__ __forceinline__ void load_delta(const T* p, T (&delta)[kCount]) {
 }
 
 template <class E>
-__global__ void __launch_bounds__(kStepThreads, 4)
+__global__ void __launch_bounds__(kStepThreads, 3)
     stream_update_kernel(const __grid_constant__ StepTable table, const StepArguments a,
                          int* ticket) {
   using T = typename E::Compute;

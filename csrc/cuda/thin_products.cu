@@ -37,34 +37,43 @@ int64_t shared_elements(int width) {
   return std::max<int64_t>(operands, kWarps * kGroup * kPitch);
 }
 
-// The gradient of a layer as rows.
+// The gradient of a layer as rows: vectors where memory allows, elements elsewhere.
 template <class E_>
 struct GradientRows {
   using E = E_;
+  using T = typename E::Compute;
+  static constexpr bool kInVectors = E::kCount > 1;
+  using Vector = Vec<std::conditional_t<kInVectors, typename E::Stored, T>, E::kCount>;
   const StepLayer& l;
 
   __device__ int rows() const { return l.rows; }
-  __device__ void load_vector(int64_t i, const Columns& c,
-                              typename E::Compute (&g)[E::kCount]) const {
-    load_gradient<E, Cache::kNormal>(l, i, c, g);
+  __device__ int columns() const { return l.columns; }
+  __device__ bool is_vector(int j) const {
+    return l.gradient_in_vectors && j + E::kCount <= l.weight_columns();
   }
+  __device__ Vector vector(int64_t i, int j) const {
+    const auto* row = static_cast<const typename E::Stored*>(l.gradient) + i * l.gradient_pitch;
+    return load(reinterpret_cast<const Vector*>(row + j));
+  }
+  __device__ T element(int64_t i, int j) const { return load_gradient<E>(l, i, j); }
 };
 
 // X and G_B.
 template <class T>
 struct ThinRows {
   using E = Elements<T, T>;
+  static constexpr bool kInVectors = true;
+  using Vector = Vec<T, E::kCount>;
   const T* data;
-  int count;
-  int64_t pitch;
+  int row_count, column_count;
 
-  __device__ int rows() const { return count; }
-  __device__ void load_vector(int64_t i, const Columns& c, T (&g)[E::kCount]) const {
-    using Vector = Vec<T, E::kCount>;  // rows are padded to whole vectors
-    const Vector v = load(reinterpret_cast<const Vector*>(data + i * pitch + c.j));
-#pragma unroll
-    for (int e = 0; e < E::kCount; ++e) g[e] = e < c.end ? v[e] : T(0);
+  __device__ int rows() const { return row_count; }
+  __device__ int columns() const { return column_count; }
+  __device__ bool is_vector(int j) const { return j + E::kCount <= column_count; }
+  __device__ Vector vector(int64_t i, int j) const {
+    return load(reinterpret_cast<const Vector*>(data + i * padded(column_count) + j));
   }
+  __device__ T element(int64_t i, int j) const { return load(data + i * padded(column_count) + j); }
 };
 
 // A chunk of 64 x 64 elements on its way from global to shared memory: vectors by way of registers,
@@ -73,60 +82,67 @@ template <class Source>
 struct Chunk {
   using E = typename Source::E;
   using T = typename E::Compute;
-  static constexpr bool kAhead = E::kCount > 1;
-  static constexpr int kVectors = kChunkElements / E::kCount;
-  static constexpr int kAcross = 64 / E::kCount;
+  static constexpr int kCount = E::kCount;
+  static constexpr int kVectors = kChunkElements / kCount;
+  static constexpr int kAcross = 64 / kCount;
   const Source& source;
-  const int columns;
   const bool strip_of_rows;
   int largest = 0;  // magnitude
   int row, column;  // where the chunk begins
-  T values[kAhead ? kVectors : 1][E::kCount];
+  typename Source::Vector values[Source::kInVectors ? kVectors : 1];
 
-  __device__ Chunk(const Source& s, int column_count, bool rows)
-      : source(s), columns(column_count), strip_of_rows(rows) {}
+  __device__ Chunk(const Source& s, bool rows) : source(s), strip_of_rows(rows) {}
 
-  __device__ __forceinline__ void load_vector(int index, T (&vector)[E::kCount]) {
-    const int i = row + index / kAcross, j = column + index % kAcross * E::kCount;
-#pragma unroll
-    for (int e = 0; e < E::kCount; ++e) vector[e] = T(0);
-    if (i >= source.rows() || j >= columns) return;
-    source.load_vector(i, Columns{j, 0, min(E::kCount, columns - j)}, vector);
+  __device__ __forceinline__ bool is_vector(int i, int j) const {
+    return Source::kInVectors && row + i < source.rows() && source.is_vector(column + j);
   }
 
   // To [depth][strip]: the strip's positions are rows or columns.
-  __device__ __forceinline__ void store_vector(int index, const T (&vector)[E::kCount], T* shared) {
-    const int i = index / kAcross, j = index % kAcross * E::kCount;
-#pragma unroll
-    for (int e = 0; e < E::kCount; ++e) {
-      const int at = strip_of_rows ? (j + e) * kPitch + i : i * kPitch + j + e;
-      shared_store(shared + at, vector[e]);
-      largest = max(largest, magnitude(vector[e]));
-    }
+  __device__ __forceinline__ void put(int i, int j, T value, T* shared) {
+    shared_store(shared + (strip_of_rows ? j * kPitch + i : i * kPitch + j), value);
+    largest = max(largest, magnitude(value));
   }
 
-  __device__ __forceinline__ void fetch(int i, int j) {
-    row = i;
-    column = j;
-    if constexpr (kAhead) {
+  __device__ __forceinline__ void fetch(int first_row, int first_column) {
+    row = first_row;
+    column = first_column;
+    if constexpr (Source::kInVectors) {
 #pragma unroll
-      for (int n = 0; n < kVectors; ++n) load_vector(n * kStepThreads + threadIdx.x, values[n]);
+      for (int n = 0; n < kVectors; ++n) {
+        const int index = n * kStepThreads + threadIdx.x;
+        const int i = index / kAcross, j = index % kAcross * kCount;
+        if (is_vector(i, j)) values[n] = source.vector(row + i, column + j);
+      }
     }
   }
 
   __device__ __forceinline__ void commit(T* shared) {
-    if constexpr (kAhead) {
+    if constexpr (Source::kInVectors) {
 #pragma unroll
       for (int n = 0; n < kVectors; ++n) {
-        store_vector(n * kStepThreads + threadIdx.x, values[n], shared);
+        const int index = n * kStepThreads + threadIdx.x;
+        const int i = index / kAcross, j = index % kAcross * kCount;
+        if (is_vector(i, j)) {
+#pragma unroll
+          for (int e = 0; e < kCount; ++e) put(i, j + e, widen<T>(values[n][e]), shared);
+        } else {
+#pragma unroll 1
+          for (int e = 0; e < kCount; ++e) commit_element(i, j + e, shared);
+        }
       }
     } else {
 #pragma unroll 4
       for (int n = 0; n < kVectors; ++n) {
-        load_vector(n * kStepThreads + threadIdx.x, values[0]);
-        store_vector(n * kStepThreads + threadIdx.x, values[0], shared);
+        const int index = n * kStepThreads + threadIdx.x;
+        commit_element(index / kAcross, index % kAcross, shared);
       }
     }
+  }
+
+ private:
+  __device__ __forceinline__ void commit_element(int i, int j, T* shared) {
+    const bool inside = row + i < source.rows() && column + j < source.columns();
+    put(i, j, inside ? source.element(row + i, column + j) : T(0), shared);
   }
 };
 
@@ -141,6 +157,7 @@ struct Border {
 
   // N[:, k ...] to [depth][border index], 0 beyond.
   __device__ __forceinline__ void stage(int k, int groups, T* shared) const {
+#pragma unroll 2
     for (int at = threadIdx.x; at < groups * kGroup * kDepth; at += kStepThreads) {
       const int r = at / kDepth, depth = at % kDepth;
       const bool inside = r < width && k + depth < end;
@@ -163,7 +180,7 @@ __device__ __forceinline__ void multiply_chunk(const T* strip, const T* border, 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int depth = kDepth / (kWarps / groups), begin = warp / groups * depth;
   const int first = warp % groups * kGroup;
-#pragma unroll 2
+#pragma unroll 1
   for (int k = begin; k < begin + depth; ++k) {
     const T x0 = shared_load(strip + k * kPitch + lane);
     const T x1 = shared_load(strip + k * kPitch + kWarp + lane);
@@ -208,13 +225,13 @@ __device__ __forceinline__ void reduce(const Sums<T>& sums, int width, int posit
 // The product of a strip of rows, or of columns, with the border. Returns the largest magnitude
 // that this thread has read of the strip.
 template <class Source, class T>
-__device__ __forceinline__ int multiply_strip(const Source& source, int columns, bool strip_of_rows,
-                                              int strip, const Border<T>& border, Sums<T>& sums) {
+__device__ __forceinline__ int multiply_strip(const Source& source, bool strip_of_rows, int strip,
+                                              const Border<T>& border, Sums<T>& sums) {
   T* const shared = dynamic_shared<T>();
   T* const shared_border = shared + kDepth * kPitch;
   const int groups = groups_of(border.width);
   const int begin = strip * kStrip;
-  Chunk<Source> chunk(source, columns, strip_of_rows);
+  Chunk<Source> chunk(source, strip_of_rows);
   const auto fetch = [&](int k) { strip_of_rows ? chunk.fetch(begin, k) : chunk.fetch(k, begin); };
   fetch(border.begin);
   for (int k = border.begin; k < border.end; k += kDepth) {
@@ -230,10 +247,10 @@ __device__ __forceinline__ int multiply_strip(const Source& source, int columns,
 
 // S in a strip of rows.
 template <class Source, class T>
-__device__ __forceinline__ int multiply_rows(const Source& source, int columns, int strip,
+__device__ __forceinline__ int multiply_rows(const Source& source, int strip,
                                              const Border<T>& border, T* products) {
   Sums<T> sums = {};
-  const int largest = multiply_strip(source, columns, true, strip, border, sums);
+  const int largest = multiply_strip(source, true, strip, border, sums);
   const int rest = source.rows() - strip * kStrip;
   T* const out = products + static_cast<int64_t>(strip) * kStrip * border.width;
   reduce(sums, border.width, rest, true,
@@ -283,7 +300,7 @@ __device__ __forceinline__ int multiply_columns(const StepArguments& a, const St
   const int end = panel + 1 < strips.panels ? begin + strips.panel_rows * kStrip : l.rows;
   const Border<T> border{workspace + offsets.left_n, l.left.width, begin, end, padded(l.rows)};
   Sums<T> sums = {};
-  const int largest = multiply_strip(GradientRows<E>{l}, l.columns, false, strip, border, sums);
+  const int largest = multiply_strip(GradientRows<E>{l}, false, strip, border, sums);
 
   T* const thin = workspace + offsets.thin + strip * kStrip;
   int* const finished = counters_of(a, l) + kColumnStripsFinished;
@@ -308,7 +325,7 @@ __device__ __forceinline__ int multiply_columns(const StepArguments& a, const St
 using ThinTable = Table<StepLayer, kMaxStepLayers>;
 
 template <class E>
-__global__ void __launch_bounds__(kStepThreads)
+__global__ void __launch_bounds__(kStepThreads, kResidentBlocks<typename E::Compute>)
     thin_products_kernel(const __grid_constant__ ThinTable table, const StepArguments a,
                          int* ticket) {
   using T = typename E::Compute;
@@ -326,8 +343,8 @@ __global__ void __launch_bounds__(kStepThreads)
     T* const workspace = static_cast<T*>(l.workspace);
     const Border<T> border{workspace + offsets.right_n, l.right.width, 0, l.columns,
                            padded(l.columns)};
-    largest = multiply_rows(GradientRows<E>{l}, l.columns, first + strip, border,
-                            workspace + offsets.products);
+    largest =
+        multiply_rows(GradientRows<E>{l}, first + strip, border, workspace + offsets.products);
   } else {
     largest = multiply_columns<E>(a, l, strips, panel, strip - rows);
   }
@@ -335,15 +352,15 @@ __global__ void __launch_bounds__(kStepThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kStepThreads)
+__global__ void __launch_bounds__(kStepThreads, kResidentBlocks<T>)
     thin_row_products_kernel(const __grid_constant__ ThinTable table) {
   const StepLayer& l = table.find(blockIdx.x);
   const StepOffsets offsets(l);
   T* const workspace = static_cast<T*>(l.workspace);
   const int64_t pitch = padded(l.columns);
-  const ThinRows<T> source{workspace + offsets.thin, l.thin_rows(), pitch};
+  const ThinRows<T> source{workspace + offsets.thin, l.thin_rows(), l.columns};
   const Border<T> border{workspace + offsets.right_n, l.right.width, 0, l.columns, pitch};
-  multiply_rows(source, l.columns, static_cast<int>(blockIdx.x - l.first_block), border,
+  multiply_rows(source, static_cast<int>(blockIdx.x - l.first_block), border,
                 workspace + offsets.thin_products);
 }
 

@@ -309,12 +309,8 @@ __device__ __forceinline__ Tile thin_tile(const StepLayer& l, int64_t number) {
   return tile;
 }
 
-// As many as registers allow without spills.
-template <class T>
-constexpr int kBlocksOfProcessor = sizeof(T) == 8 ? 1 : 2;
-
 template <class E>
-__global__ void __launch_bounds__(kStepThreads, kBlocksOfProcessor<typename E::Compute>)
+__global__ void __launch_bounds__(kStepThreads, kResidentBlocks<typename E::Compute>)
     tiled_update_kernel(const __grid_constant__ StepTable table, const StepArguments a,
                         int* ticket) {
   const Work work = work_of(table, take_ticket(ticket));
