@@ -82,3 +82,22 @@ def test_factor_updates(spec: str, dtype: torch.dtype, order: int) -> None:
 def test_parameter_updates(spec: str, dtype: torch.dtype, offset: int) -> None:
     other = STRUCTURES[(STRUCTURES.index(spec) + offset) % len(STRUCTURES)]
     compare(lambda t: calls.update_parameters(spec, other, calls.SHAPES, t), dtype)
+
+
+@pytest.mark.parametrize("spec", ["dense", "block_diagonal:3", "hierarchical:2,1", "rank_tril:2"])
+def test_many_orders_of_the_threads_give_the_same_bits(spec: str) -> None:
+    """A barrier that only separates two uses of the same memory shows at few seeds."""
+    shapes = [calls.Shape(9, 20, True), calls.Shape(3, 4)]
+
+    def results() -> list[Tensor]:
+        updated = calls.update_factors(spec, spec, shapes, torch.bfloat16, expm_order=2)
+        stepped = calls.update_parameters(spec, spec, shapes, torch.bfloat16)
+        lists = [*updated.values(), *stepped.values()]
+        return [calls.accumulate(spec, shapes[0], 40, torch.bfloat16), *sum(lists, [])]
+
+    with backends.use("cuda-emulated", seed=0):
+        expected = results()
+    for seed in range(1, 150):
+        with backends.use("cuda-emulated", seed):
+            for ours, first in zip(results(), expected, strict=True):
+                assert torch.equal(ours, first), f"seed {seed}"

@@ -3,9 +3,10 @@
 #include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
+#include <vector>
 
-#include "../structures/spec.h"
 #include "factor_update.h"
 #include "runtime.h"
 #include "wide_blocks.h"
