@@ -7,8 +7,8 @@
 //
 // Reads X once, E from L2 once per block, writes S.
 #include "gram.h"
-#include "gram_tile.cuh"
 #include "launch.cuh"
+#include "row_stager.cuh"
 
 namespace singd::cuda {
 namespace {

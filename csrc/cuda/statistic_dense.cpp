@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <array>
 
 #include "runtime.h"
 #include "statistic.h"
@@ -43,7 +44,9 @@ void add_gram(const at::Tensor& u, const RowMatrix& x) {
   add_symmetric_product(u.narrow(0, 0, f).narrow(1, 0, f), matrix);
   const double ones = x.rows.ones;
   if (ones == 0) return;
-  const at::Tensor sums = at::sum(matrix, {0}, false, u.scalar_type()).mul_(ones);
+  const std::array<int64_t, 1> summed = {0};  // a braced {0} could be a null pointer
+  const at::Tensor sums =
+      at::sum(matrix, at::IntArrayRef(summed), false, u.scalar_type()).mul_(ones);
   u.select(0, f).narrow(0, 0, f).add_(sums);
   u.select(1, f).narrow(0, 0, f).add_(sums);
   u.select(0, f).narrow(0, f, 1).add_(static_cast<double>(x.rows.count) * ones * ones);

@@ -66,11 +66,11 @@ void accumulate_toeplitz(const Layout& layout, const at::Tensor& statistic, cons
   const int64_t step = std::max<int64_t>(1, kChunkBytes / (n * statistic.element_size()));
   for (int64_t begin = 0; begin < x.rows.count; begin += step) {
     const at::Tensor rows = loaded_rows(x, begin, std::min(begin + step, x.rows.count), n);
-    at::Tensor spectrum = at::fft_rfft(rows, c10::nullopt, 1);
+    at::Tensor spectrum = at::fft_rfft(rows, std::nullopt, 1);
     if (factor != nullptr) {
       const at::Tensor y = at::fft_irfft(spectrum.mul_(kernel), n, 1);
       y.narrow(1, d, n - d).zero_();
-      spectrum = at::fft_rfft(y, c10::nullopt, 1);
+      spectrum = at::fft_rfft(y, std::nullopt, 1);
     }
     add_power(spectrum, power, x.stream);
   }

@@ -5,7 +5,7 @@
 // G, M, W: rows x columns. Bytes: G, M, W read once and M, W written once from and to DRAM (5
 // passes); G is read twice, the second time from L2. A tile of about 8192 elements a block, for the
 // inspection of G and for the update alike; no shared memory beyond a few numbers.
-#include "step.cuh"
+#include "step_work.cuh"
 
 namespace singd::cuda {
 namespace {

@@ -1,0 +1,7 @@
+"""`python -m singd_ext.bench`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,121 @@
+"""`--plot`: one PNG of what a run has: roofline, ratios to AdamW, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from . import ceilings, kernels
+from .results import PEAK_MEMORY, RATIO_TO_ADAMW, STATE, Result, Row
+
+Panel = Callable[[Any], None]
+COLOURS = ("#3b6ea8", "#d98032", "#5a9a5a", "#a85a8c", "#7f7f7f", "#b8a13c")
+
+
+def require() -> None:
+    """Raise ImportError, saying what to install, if matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install 'singd_ext[bench]'")
+
+
+def save(result: Result, path: Path) -> None:
+    """Draw the panels that the run has figures for, one below the other.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    require()
+    from matplotlib.figure import Figure
+
+    panels = _panels(result)
+    if not panels:
+        raise ValueError("--plot: the run has no figures to draw")
+    heights = [height for height, _ in panels]
+    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
+    for axis, (_, draw) in zip(axes[:, 0], panels, strict=True):
+        draw(axis)
+        axis.spines[["top", "right"]].set_visible(False)
+    words = (result.machine.get(name, "") for name in ("device", "processor", "torch"))
+    device, processor, torch_version = words
+    hardware = processor if device == "CPU" else device
+    figure.suptitle(f"{hardware}; torch {torch_version}", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def _panels(result: Result) -> list[tuple[float, Panel]]:
+    """Heights in inches, and functions that draw."""
+    panels: list[tuple[float, Panel]] = []
+    dots = [row for row in result.rows if row.group == kernels.GROUP and "products" in row.figures]
+    limits = [row for row in result.rows if row.group == ceilings.GROUP]
+    if dots:
+        panels.append((5.5, lambda axis: _roofline(axis, dots, limits)))
+    for group, rows in result.groups().items():
+        for name, unit, scale in (
+            (RATIO_TO_ADAMW, "time over fused AdamW's (1 = as fast)", 1.0),
+            (STATE, "optimizer state, MiB", 2.0**20),
+            (PEAK_MEMORY, "peak memory, MiB", 2.0**20),
+        ):
+            bars = [row for row in rows if name in row.figures]
+            if bars:
+                panels.append((1.2 + 0.22 * len(bars), _bars(group, bars, name, unit, scale)))
+    return panels
+
+
+def _bars(group: str, rows: Sequence[Row], name: str, unit: str, scale: float) -> Panel:
+    def draw(axis: Any) -> None:
+        varying = [
+            label
+            for label in dict.fromkeys(label for row in rows for label in row.labels)
+            if len({row.labels.get(label) for row in rows}) > 1
+        ]
+        texts = [
+            ", ".join([row.name, *(row.labels[v] for v in varying if v in row.labels)])
+            for row in rows
+        ]
+        values = [row.figures[name].value / scale for row in rows]
+        errors = [v * row.spread.get(name, 0) / 2 for v, row in zip(values, rows, strict=True)]
+        bars = axis.barh(range(len(rows)), values, xerr=errors, color=COLOURS[0], height=0.7)
+        axis.bar_label(bars, [f" {value:.3g}" for value in values], fontsize=7)
+        axis.set_yticks(range(len(rows)), texts, fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xlabel(f"{unit} ({rows[0].figures[name].kind})", fontsize=8)
+        axis.set_title(f"{group}: {name}", fontsize=9, loc="left")
+        if name == RATIO_TO_ADAMW:
+            axis.axvline(1, color="black", linewidth=0.8)
+        if max(values) > 20 * min(values) > 0:
+            axis.set_xscale("log")
+
+    return draw
+
+
+def _roofline(axis: Any, rows: Sequence[Row], limits: Sequence[Row]) -> None:
+    """Operations per second over operations per least byte, below both ceilings."""
+    copy = next(row.figures["rate"].value for row in limits if row.name == "copy")
+
+    def intensity(row: Row) -> float:
+        seconds = row.figures["time"].value
+        return row.figures["products"].value * seconds / row.figures["least bytes"].value
+
+    operators = list(dict.fromkeys(row.name for row in rows))
+    markers = dict(zip(operators, "osv^Dp<>", strict=False))
+    dtypes = list(dict.fromkeys(row.labels["dtype"] for row in rows))
+    for row in rows:
+        colour = COLOURS[dtypes.index(row.labels["dtype"]) % len(COLOURS)]
+        rate = row.figures["products"].value / 1e9
+        axis.plot(intensity(row), rate, markers[row.name], color=colour, markersize=4, alpha=0.7)
+    low, high = min(map(intensity, rows)) / 2, max(map(intensity, rows)) * 2
+    for dtype, colour in zip(dtypes, COLOURS, strict=False):
+        peak = next(r.figures["rate"].value for r in limits if r.labels.get("dtype") == dtype)
+        turn = min(max(peak / copy, low), high)
+        heights = [min(copy * x, peak) / 1e9 for x in (low, turn, high)]
+        axis.plot((low, turn, high), heights, color=colour, linewidth=1, label=f"{dtype} ceiling")
+    for name in operators:
+        axis.plot([], [], markers[name], color="black", markersize=4, label=name)
+    axis.set(xscale="log", yscale="log")
+    axis.set_xlabel("operations per least byte (counted)", fontsize=8)
+    axis.set_ylabel("GFLOP/s (implied by the measured time)", fontsize=8)
+    axis.set_title("kernels: roofline", fontsize=9, loc="left")
+    axis.legend(fontsize=7)
