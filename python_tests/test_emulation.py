@@ -92,8 +92,9 @@ def test_many_orders_of_the_threads_give_the_same_bits(spec: str) -> None:
     def results() -> list[Tensor]:
         updated = calls.update_factors(spec, spec, shapes, torch.bfloat16, expm_order=2)
         stepped = calls.update_parameters(spec, spec, shapes, torch.bfloat16)
-        lists = [*updated.values(), *stepped.values()]
-        return [calls.accumulate(spec, shapes[0], 40, torch.bfloat16), *sum(lists, [])]
+        statistic = calls.accumulate(spec, shapes[0], 40, torch.bfloat16)
+        lists = [[statistic], *updated.values(), *stepped.values()]
+        return [tensor for tensors in lists for tensor in tensors]
 
     with backends.use("cuda-emulated", seed=0):
         expected = results()

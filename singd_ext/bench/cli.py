@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import _C
-from . import compare, kernels, machine, plots, presets, profiling, report, training, traffic
+from . import compare, kernels, machine, plots, presets, profiling, report, traffic, training
 from .cases import OPERATORS, Shape
 from .results import Result, load_json
 
@@ -143,6 +143,8 @@ def _measure(words: list[str], given: dict[str, Any]) -> Result:
     if "device" in _TAKES[mode].split():
         given.setdefault("device", _default_device())
     result = Result(machine.describe(given.get("device", "cpu")), words)
+    if mode != "traffic" and (busy := machine.busy()):
+        result.notes.append(busy)
     with report.progress() as progress:
         result.rows += _MODES[mode](given, trace, progress, result.notes.append)
     return result

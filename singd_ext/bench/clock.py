@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 
 Mark = float | torch.cuda.Event
+Span = tuple[Mark, Mark]
 
 
 class Clock:
@@ -24,9 +26,9 @@ class Clock:
         event.record()
         return event
 
-    def seconds(self, spans: Sequence[tuple[Mark, Mark]]) -> float:
-        """Return the summed length of spans between two marks."""
-        return sum(self._between(start, end) for start, end in spans)
+    def seconds(self, spans: Sequence[Span]) -> float:
+        """Return the mean length of spans."""
+        return fmean(self._between(start, end) for start, end in spans)
 
     @staticmethod
     def _between(start: Mark, end: Mark) -> float:

@@ -94,4 +94,4 @@ def _spread(row: Row, name: str) -> float:
 
 def _words(row: Row, figure: Figure, name: str) -> str:
     labels = ", ".join(f"{label} {value}" for label, value in row.labels.items())
-    return f"{row.group}: {row.name} ({labels}): {name}" if labels else f"{row.name}: {name}"
+    return f"{row.group}: {row.name}{labels and f' ({labels})'}: {name}"

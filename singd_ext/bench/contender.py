@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .clock import Clock, Mark
+from .clock import Clock, Mark, Span
 from .presets import Batch, Task
 from .rivals import Rival
 
@@ -66,6 +67,24 @@ class Setting:
         return sum(p.numel() * p.element_size() for p in frozen)
 
 
+class StepMarks(NamedTuple):
+    """Moments of one training step."""
+
+    begin: Mark
+    backward: Mark  # its end, where the optimizer's step begins
+    end: Mark
+
+    @property
+    def whole(self) -> Span:
+        """The training step."""
+        return self.begin, self.end
+
+    @property
+    def optimizer(self) -> Span:
+        """The optimizer's step."""
+        return self.backward, self.end
+
+
 class Contender:
     """An optimizer on its own copy of the model."""
 
@@ -81,24 +100,21 @@ class Contender:
         self._done = 0
         self._loss: Tensor | None = None
 
-    def train_step(self, ranges: Ranges = lambda _: nullcontext()) -> tuple[Mark, Mark]:
-        """Make one training step.
-
-        Returns:
-            Beginning and end of the optimizer's part.
-        """
+    def train_step(self, ranges: Ranges = lambda _: nullcontext()) -> StepMarks:
+        """Make one training step."""
+        begin = self._clock.mark()
         inputs, targets = self._setting.batches[self._done % len(self._setting.batches)]
         self.steps.zero_grad()
         with ranges("forward"), self._setting.autocast():
             loss = self._setting.task.loss(self.model(inputs), targets)
         with ranges("backward"):
             loss.backward()
-        start = self._clock.mark()
+        backward = self._clock.mark()
         with ranges("step"):
             self.steps.step()
         end = self._clock.mark()
         self._loss, self._done = loss.detach(), self._done + 1
-        return start, end
+        return StepMarks(begin, backward, end)
 
     def check(self) -> None:
         """Check that what was timed is training.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -13,13 +15,9 @@ from . import cases, ceilings, timing
 from .cases import OPERATORS, Case, Setting, Shape
 from .ceilings import Ceilings
 from .results import Figure, Row, counted, implied, measured
+from .rivals import STRUCTURES
 
 GROUP = "kernels"
-STRUCTURES = (
-    "dense", "tril", "triu", "diagonal", "block_diagonal:32", "rank_triu:1", "rank_tril:1",
-    "rank_triu_topleft:1", "rank_tril_topleft:1", "hierarchical:16,16", "triu_toeplitz",
-    "tril_toeplitz",
-)  # fmt: skip
 SHAPES = {
     "cpu": (Shape(1024, 768, 768, 2),),
     "cuda": (Shape(8192, 1024, 1024, 24), Shape(8192, 4096, 1024, 24)),
@@ -82,14 +80,17 @@ def run(
         note(f"{name} has no kernel for {device.type} in this build")
         operators.remove(name)
     rows = list(limits.rows)
-    for spec in options.structures or STRUCTURES:
-        for shape in shapes:
-            for dtype in dtypes:
-                setting = Setting(spec, shape, dtype, device)
-                for name in operators:
-                    progress(f"{name}, {spec}, {_name(dtype)}")
-                    rows.append(_time(name, setting, limits, options.rounds))
-    note("plain PyTorch runs in the dtype of its operands and is not transactional")
+    settings = list(product(options.structures or STRUCTURES, shapes, dtypes))
+    count = len(settings) * len(operators)
+    for spec, shape, dtype in settings:
+        setting = Setting(spec, shape, dtype, device)
+        for name in operators:
+            done = 1 + len(rows) - len(limits.rows)
+            progress(f"[{done}/{count}] {name}, {spec}, {_name(dtype)}")
+            rows.append(_time(name, setting, limits, options.rounds))
+    note("plain PyTorch runs in the dtype of its operands, without the checks of a transaction")
+    if device.type == "cpu":
+        note("operands that fit into a cache may exceed the copy rate, which is that of memory")
     return rows
 
 
@@ -132,16 +133,20 @@ def _time(name: str, setting: Setting, limits: Ceilings, rounds: int) -> Row:
     nbytes = sum(t.numel() * t.element_size() for t in cases.tensors(case.operands))
     copies = timing.copies(nbytes, setting.device)
 
-    def calls(function: cases.Function) -> list[timing.Call]:
-        buffers = [cases.clone(case.operands) for _ in range(copies)]
-        return [lambda x=x: function(x) for x in buffers]  # type: ignore[misc]
-
-    samples = timing.kernels(
-        {"ours": calls(case.ours), "PyTorch": calls(case.plain)}, rounds, setting.device
-    )
-    labels = {"structure": setting.spec, "shape": case.shape, "dtype": _name(setting.dtype)}
-    figures, spread = _figures(samples, case, limits, _name(setting.dtype))
-    return Row(GROUP, name, labels, figures, spread)
+    buffers = {
+        rival: [cases.clone(case.operands) for _ in range(copies)] for rival in ("ours", "PyTorch")
+    }
+    calls = {
+        "ours": [partial(case.ours, x) for x in buffers["ours"]],
+        "PyTorch": [partial(case.plain, x) for x in buffers["PyTorch"]],
+    }
+    samples = timing.kernels(calls, rounds, setting.device)
+    for rival, copied in buffers.items():  # a call on infinities may do less
+        if not all(t.isfinite().all() for x in copied for t in cases.tensors(x)):
+            raise WrongOperator(f"{name} for '{setting.spec}' by {rival} did not stay finite")
+    labels = {"structure": setting.spec, "dtype": _name(setting.dtype), "shape": case.shape}
+    figures, spread = _figures(samples, case, limits, labels["dtype"])
+    return Row(f"{GROUP}: {setting.spec}, {labels['dtype']}", name, labels, figures, spread)
 
 
 def _figures(

@@ -28,6 +28,14 @@ def describe(device: str) -> dict[str, str]:
     return facts
 
 
+def busy() -> str | None:
+    """Return a warning if other programs were running, which makes times long and uneven."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < 0.5 * cores:
+        return None
+    return f"before the run the load was {load:.1f} on {cores} cores: others' programs cost time"
+
+
 def _processor() -> str:
     """The model's name, as Linux knows it."""
     facts = Path("/proc/cpuinfo")

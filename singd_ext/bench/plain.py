@@ -2,7 +2,8 @@
 
 It is what the operators are checked against (in float64) and timed against (in the dtype of the
 operands, as PyTorch's own operations take them). Every structure gets the algorithm that suits it:
-no d × d matrix for a sparse one. Factors are the flat storages that docs/structures.md describes.
+no d × d matrix for a sparse one. Results own their memory. Factors are the flat storages that
+docs/structures.md describes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from singd_ext import _C
+from .. import _C
 
 
 class Plain:
@@ -161,29 +162,32 @@ class Dense(Plain):
         return cut(dense) if cut else dense
 
     def extract(self, dense: Tensor) -> Tensor:
-        return self._masked(dense).flatten()
+        return self._masked(dense).clone().flatten()
 
     def weighted(self, storage: Tensor) -> Tensor:
         if self.name not in ("tril", "triu"):
             return storage
-        dense = self._masked(self.to_dense(storage))
+        dense = self._masked(self._view(storage))
         return (2 * dense - dense.diagonal().diag()).flatten()
 
-    def to_dense(self, storage: Tensor) -> Tensor:
+    def _view(self, storage: Tensor) -> Tensor:
         return storage.view(self.dim, self.dim)
 
+    def to_dense(self, storage: Tensor) -> Tensor:
+        return self._view(storage).clone()
+
     def left(self, storage: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
-        dense = self.to_dense(storage)
+        dense = self._view(storage)
         return (dense.mT if transpose else dense) @ x
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        return (self.to_dense(a) @ self.to_dense(b)).flatten()
+        return (self._view(a) @ self._view(b)).flatten()
 
     def gram_of_rows(self, rows: Tensor) -> Tensor:
         return (rows.mT @ rows).flatten().to(_sum_dtype(rows))
 
     def statistic(self, rows: Tensor, factor: Tensor) -> Tensor:
-        k = self.to_dense(factor)
+        k = self._view(factor)
         if rows.shape[0] > 2 * self.dim:
             return (k.mT @ (rows.mT @ rows) @ k).flatten().to(_sum_dtype(rows))
         return self.gram_of_rows(rows @ k)
@@ -192,11 +196,11 @@ class Dense(Plain):
         return self.weighted(statistic)
 
     def factor_gram(self, factor: Tensor) -> Tensor:
-        k = self.to_dense(factor)
+        k = self._view(factor)
         return self.weighted((k.mT @ k).flatten())
 
     def trace(self, storage: Tensor) -> Tensor:
-        return self.to_dense(storage).trace()
+        return self._view(storage).trace()
 
 
 class Bordered(Plain):

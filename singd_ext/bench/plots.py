@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import ceilings, kernels
-from .results import PEAK_MEMORY, RATIO_TO_ADAMW, STATE, Result, Row
+from .results import OF_ADAMW, PEAK_MEMORY, RATIO_TO_ADAMW, STATE, Result, Row
 
 Panel = Callable[[Any], None]
 COLOURS = ("#3b6ea8", "#d98032", "#5a9a5a", "#a85a8c", "#7f7f7f", "#b8a13c")
@@ -48,7 +48,8 @@ def save(result: Result, path: Path) -> None:
 def _panels(result: Result) -> list[tuple[float, Panel]]:
     """Heights in inches, and functions that draw."""
     panels: list[tuple[float, Panel]] = []
-    dots = [row for row in result.rows if row.group == kernels.GROUP and "products" in row.figures]
+    operators = [row for row in result.rows if row.group.startswith(kernels.GROUP)]
+    dots = [row for row in operators if "products" in row.figures]
     limits = [row for row in result.rows if row.group == ceilings.GROUP]
     if dots:
         panels.append((5.5, lambda axis: _roofline(axis, dots, limits)))
@@ -57,6 +58,7 @@ def _panels(result: Result) -> list[tuple[float, Panel]]:
             (RATIO_TO_ADAMW, "time over fused AdamW's (1 = as fast)", 1.0),
             (STATE, "optimizer state, MiB", 2.0**20),
             (PEAK_MEMORY, "peak memory, MiB", 2.0**20),
+            (OF_ADAMW, "bytes moved, over fused AdamW's", 1.0),
         ):
             bars = [row for row in rows if name in row.figures]
             if bars:
@@ -83,7 +85,7 @@ def _bars(group: str, rows: Sequence[Row], name: str, unit: str, scale: float) -
         axis.invert_yaxis()
         axis.set_xlabel(f"{unit} ({rows[0].figures[name].kind})", fontsize=8)
         axis.set_title(f"{group}: {name}", fontsize=9, loc="left")
-        if name == RATIO_TO_ADAMW:
+        if name in (RATIO_TO_ADAMW, OF_ADAMW):
             axis.axvline(1, color="black", linewidth=0.8)
         if max(values) > 20 * min(values) > 0:
             axis.set_xscale("log")

@@ -134,7 +134,7 @@ class ResNetSize:
 Size = GPTSize | ViTSize | ResNetSize
 
 PRESETS: dict[str, Size] = {
-    "tiny": GPTSize(vocabulary=256, blocks=4, width=64, heads=4, sequence=32, batch=4),
+    "tiny": GPTSize(vocabulary=256, blocks=2, width=64, heads=4, sequence=32, batch=4),
     "gpt2-small": GPTSize(50257, blocks=12, width=768, heads=12, sequence=1024, batch=8),
     "gpt2-medium": GPTSize(50257, blocks=24, width=1024, heads=16, sequence=1024, batch=8),
     "vit-b": ViTSize(224, 16, blocks=12, width=768, heads=12, classes=1000, batch=64),

@@ -5,6 +5,7 @@ Every column says whether its figures are measured, counted or implied.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,8 +52,14 @@ Table = tuple[str, list[str], list[list[str]], int]
 
 
 def table_of(group: str, rows: Sequence[Row]) -> Table:
-    """Return a group of rows as a table; a figure that a row lacks is a dash."""
+    """Return a group of rows as a table; a figure that a row lacks is a dash.
+
+    Labels that all rows share are in the title.
+    """
     labels = list(dict.fromkeys(label for row in rows for label in row.labels))
+    common = [label for label in labels if len({row.labels.get(label) for row in rows}) == 1]
+    title = ", ".join([group, *_missing(group, [rows[0].labels[label] for label in common])])
+    labels = [label for label in labels if label not in common]
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
     kinds = {name: {r.figures[name].kind for r in rows if name in r.figures} for name in names}
 
@@ -61,15 +68,20 @@ def table_of(group: str, rows: Sequence[Row]) -> Table:
             return "-"
         figure = row.figures[name]
         mark = f" ({figure.kind})" if len(kinds[name]) > 1 else ""
-        return text_of(figure, row.spread.get(name)) + mark
+        noise = row.spread.get(name) if figure.kind == "measured" else None
+        return text_of(figure, noise) + mark
 
     headings = ["", *labels]
-    headings += [f"{n}\n{next(iter(kinds[n])) if len(kinds[n]) == 1 else ''}" for n in names]
+    headings += [f"{n}\n{'' if len(kinds[n]) > 1 else min(kinds[n])}" for n in names]
     cells = [
         [row.name, *(row.labels.get(label, "") for label in labels), *(cell(row, n) for n in names)]
         for row in rows
     ]
-    return group, headings, cells, 1 + len(labels)
+    return title, headings, cells, 1 + len(labels)
+
+
+def _missing(title: str, words: Sequence[str]) -> list[str]:
+    return [word for word in words if word not in title]
 
 
 def table_of_changes(changes: Sequence[Change]) -> Table:
@@ -182,14 +194,23 @@ def _plain_table(table: Table) -> str:
 
 @contextmanager
 def progress(stream: TextIO = sys.stderr) -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows what is being done: a bar on a terminal, else lines of text."""
+    """Yield a function that shows what is being done: a bar on a terminal, else lines of text.
+
+    A message "[3/40] words" fills the bar; one without a count leaves it moving to and fro.
+    """
     if not (stream.isatty() and find_spec("rich")):
         yield lambda message: print(f"... {message}", file=stream, flush=True)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.completed}: {task.description}"))
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=Console(file=stream), transient=True) as bar:
         task = bar.add_task("", total=None)
-        yield lambda message: bar.update(task, description=message, advance=1)
+
+        def show_message(message: str) -> None:
+            count = re.match(r"\[(\d+)/(\d+)\]", message)
+            done, total = map(int, count.groups()) if count else (0, None)
+            bar.update(task, description=message, completed=max(done - 1, 0), total=total)
+
+        yield show_message

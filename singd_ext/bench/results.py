@@ -23,6 +23,7 @@ from . import schema
 # Names of figures that more than one module reads or writes.
 TIME = "time"  # s
 RATIO_TO_ADAMW = "ratio to AdamW"  # of medians, 1 for fused AdamW itself
+OF_ADAMW = "of fused AdamW"  # of the bytes that a step moves
 STATE = "state"  # B, the optimizer's own tensors between steps
 PEAK_MEMORY = "peak memory"  # B
 

@@ -3,7 +3,9 @@
 Every optimizer trains its own copy of the same model, on the same batches, by real gradients. The
 rivals take turns in rounds (`timing.interleaved`). A sample of SINGD with period T is whole cycles
 of one step with an update of the factors and T - 1 steps without, so that the time per step has the
-update's share. What the hooks of SINGD do during backward is in the training step alone.
+update's share. Where a cycle takes too long, fewer of the steps without are timed and count for
+all: such a time is marked as implied. What the hooks of SINGD do during backward is in the training
+step alone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from . import presets, timing
-from .clock import Clock
+from .clock import Clock, Span
 from .contender import DTYPES, Contender, Setting, checked_device
 from .memory import measure
 from .results import (
@@ -28,6 +30,7 @@ from .results import (
     Figure,
     Row,
     counted,
+    implied,
     measured,
 )
 from .rivals import ADAMW, STRUCTURES, Rival, pair, rivals
@@ -51,7 +54,9 @@ class TrainingOptions:
         dtypes: Of "fp32", "bf16", "autocast".
         rivals: Of "sgd", "muon", "singd", beside fused AdamW.
         rounds: Samples of each, at least 2.
-        steps: Training steps a sample has at least; whole cycles of T.
+        steps: Training steps a sample has, rounded up to cycles of T, as far as `seconds` allows.
+        seconds: About how long a sample may take; None: a quarter of a second for the preset
+            "tiny" and 4 s otherwise.
         device: "cpu", "cuda", "cuda:1".
         seed: Of weights and batches.
 
@@ -69,14 +74,24 @@ class TrainingOptions:
     rivals: tuple[str, ...] = ("sgd", "muon", "singd")
     rounds: int = 5
     steps: int = 10
+    seconds: float | None = None
     device: str = "cpu"
     seed: int = 0
+
+    @property
+    def sample_seconds(self) -> float:
+        """About how long a sample may take."""
+        if self.seconds is not None:
+            return self.seconds
+        return 0.25 if self.model is None and self.preset == "tiny" else 4.0
 
     def __post_init__(self) -> None:
         if self.rounds < 2:
             raise ValueError(f"rounds is {self.rounds}; a spread needs at least 2")
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be at least 1")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"seconds is {self.seconds}; it must be more than 0")
         if any(T < 1 for T in self.periods) or not self.periods:
             raise ValueError(f"T is {self.periods}; each must be at least 1")
         for dtype in self.dtypes:
@@ -89,29 +104,48 @@ class TrainingOptions:
             raise ValueError("small and batch are of the presets: a factory has its own sizes")
 
 
-@dataclass
-class Samples:
-    """Seconds per step of one optimizer at one T, a number a round."""
+@dataclass(frozen=True)
+class Plan:
+    """What one sample is: cycles of one step that updates the factors and some that do not."""
 
-    training: list[float] = field(default_factory=list)
-    optimizer: list[float] = field(default_factory=list)
+    cycles: int
+    others: int
+
+    @classmethod
+    def of(cls, T: int, update: float, other: float, steps: int, seconds: float) -> Plan:
+        """Plan for a period, given the seconds of a step with an update of the factors and without.
+
+        The first step of a cycle is never left out.
+        """
+        cycle = update + (T - 1) * other
+        if T == 1 or cycle <= seconds:
+            wanted, possible = ceil(steps / T), int(seconds / cycle)
+            return cls(max(1, min(wanted, possible)), T - 1)
+        return cls(1, min(T - 1, max(1, int((seconds - update) / other))))
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the comparison."""
+    """One line of the comparison: an optimizer, at one T, and its seconds per step each round."""
 
     contender: Contender
     T: int
+    plan: Plan
     state: Figure
     peak: Figure
-    samples: Samples = field(default_factory=Samples)
+    training: list[float] = field(default_factory=list)
+    optimizer: list[float] = field(default_factory=list)
 
     @property
     def title(self) -> str:
         """Name, structure and T."""
         rival = self.contender.rival
         return f"{rival.label}, T = {self.T}" if rival.has_period else rival.label
+
+    @property
+    def time(self) -> Callable[[float, str], Figure]:
+        """The kind of its times."""
+        return measured if self.plan.others == self.T - 1 else implied
 
 
 def _silent(text: str) -> None:
@@ -160,47 +194,59 @@ def _sampled(
     chosen: Sequence[Rival], setting: Setting, options: TrainingOptions, progress: Say
 ) -> list[Entry]:
     """Build the contenders, let them take turns, and check that they all trained."""
-    entries: list[Entry] = []
-    for rival in chosen:
-        progress(f"{rival.label}, memory")
-        contender, state, peak = _built(rival, setting)
-        for T in options.periods if rival.has_period else (1,):
-            entries.append(Entry(contender, T, state, peak))
     clock = Clock(setting.device)
-    calls = {e.title: _sample(e, clock, options.steps, progress) for e in entries}
+    entries = [
+        entry for rival in chosen for entry in _entries(rival, setting, options, clock, progress)
+    ]
+    calls = {entry.title: _sample(entry, clock, progress) for entry in entries}
     timing.interleaved(calls, options.rounds, setting.device)
     for entry in entries:
         entry.contender.check()
     return entries
 
 
-def _built(rival: Rival, setting: Setting) -> tuple[Contender, Figure, Figure]:
-    """Build a contender and make two steps that update the factors.
-
-    Returns:
-        It, the bytes of its optimizer's state, and the peak bytes of training with it alone.
-    """
+def _entries(
+    rival: Rival, setting: Setting, options: TrainingOptions, clock: Clock, progress: Say
+) -> list[Entry]:
+    """Build a contender, measure its memory in steps that update the factors, and plan."""
+    progress(f"{rival.label}, memory")
     with measure(setting.device) as memory:
         contender = Contender(rival, setting)
         contender.steps.begin_cycle(1)
         for _ in range(2):
             contender.train_step()
     state = counted(contender.steps.state_bytes(), BYTES)
-    return contender, state, measured(memory.peak + setting.frozen_bytes(), BYTES)
+    peak = measured(memory.peak + setting.frozen_bytes(), BYTES)
+    contender.steps.begin_cycle(2)
+    update, other = (clock.seconds([contender.train_step().whole]) for _ in range(2))
+    return [
+        Entry(
+            contender,
+            T,
+            Plan.of(T, update, other, options.steps, options.sample_seconds),
+            state,
+            peak,
+        )
+        for T in (options.periods if rival.has_period else (1,))
+    ]
 
 
-def _sample(entry: Entry, clock: Clock, steps: int, progress: Say) -> Callable[[], None]:
-    """Return a call that makes whole cycles of T steps and notes the seconds per step."""
-    cycles = ceil(steps / entry.T)
+def _sample(entry: Entry, clock: Clock, progress: Say) -> Callable[[], None]:
+    """Return a call that takes one sample and notes the seconds per step."""
+    stride = 1 + entry.plan.others
+
+    def per_step(spans: list[Span]) -> float:
+        updates = spans[::stride]
+        others = [span for index, span in enumerate(spans) if index % stride != 0]
+        other = clock.seconds(others) if others else 0.0
+        return (clock.seconds(updates) + (entry.T - 1) * other) / entry.T
 
     def call() -> None:
         progress(entry.title)
         entry.contender.steps.begin_cycle(entry.T)
-        start = clock.mark()
-        parts = [entry.contender.train_step() for _ in range(cycles * entry.T)]
-        end = clock.mark()
-        entry.samples.training.append(clock.seconds([(start, end)]) / len(parts))
-        entry.samples.optimizer.append(clock.seconds(parts) / len(parts))
+        marks = [entry.contender.train_step() for _ in range(entry.plan.cycles * stride)]
+        entry.training.append(per_step([m.whole for m in marks]))
+        entry.optimizer.append(per_step([m.optimizer for m in marks]))
 
     return call
 
@@ -210,22 +256,25 @@ def _rows(entry: Entry, base: Entry, labels: dict[str, str]) -> list[Row]:
     rival = entry.contender.rival
     if rival.has_period:
         labels = labels | {"structure": rival.structure, "T": str(entry.T)}
-    rows = []
-    for group, samples, of_base in (
-        (TRAINING_STEP, entry.samples.training, base.samples.training),
-        (OPTIMIZER_STEP, entry.samples.optimizer, base.samples.optimizer),
-    ):
-        if group == OPTIMIZER_STEP and not rival.trains:
-            continue
-        # The first turn of each warms up.
-        samples, of_base = samples[1:], of_base[1:]
-        figures = {TIME: measured(timing.median(samples), SECONDS)}
-        spread = {TIME: timing.spread(samples)}
-        figures[RATIO_TO_ADAMW] = measured(timing.median(samples) / timing.median(of_base), RATIO)
-        spread[RATIO_TO_ADAMW] = timing.ratio_spread(samples, of_base)
-        if rival.trains:
-            figures[STATE] = entry.state
-        if group == TRAINING_STEP:
-            figures[PEAK_MEMORY] = entry.peak
-        rows.append(Row(group, rival.name, labels, figures, spread))
+    figures, spread = _times(entry, entry.training, base.training)
+    figures |= {STATE: entry.state} if rival.trains else {}
+    figures[PEAK_MEMORY] = entry.peak
+    rows = [Row(TRAINING_STEP, rival.name, labels, figures, spread)]
+    if rival.trains:
+        figures, spread = _times(entry, entry.optimizer, base.optimizer)
+        rows.append(Row(OPTIMIZER_STEP, rival.name, labels, figures | {STATE: entry.state}, spread))
     return rows
+
+
+def _times(
+    entry: Entry, samples: list[float], base: list[float]
+) -> tuple[dict[str, Figure], dict[str, float]]:
+    """Return median and ratio of medians, and their spreads."""
+    samples, base = samples[1:], base[1:]  # the first turn of each warms up
+    median = timing.median(samples)
+    figures = {
+        TIME: entry.time(median, SECONDS),
+        RATIO_TO_ADAMW: entry.time(median / timing.median(base), RATIO),
+    }
+    spread = {TIME: timing.spread(samples), RATIO_TO_ADAMW: timing.ratio_spread(samples, base)}
+    return figures, spread
