@@ -15,6 +15,10 @@ from singd_ext.bench.results import Result, load_json
 
 KERNELS = ["--kernels", "--small", "--device", "cpu", "--structures", "diagonal", "--rounds", "2"]
 
+TRAINING = ["--small", "--device", "cpu", "--structures", "diagonal", "--T", "2", "--rounds", "2",
+            "--steps", "2"]  # fmt: skip
+PROFILE = ["--profile", "--small", "--device", "cpu", "--T", "2", "--rounds", "2"]
+
 
 def run(*arguments: str) -> None:
     assert cli.main(arguments) == 0
@@ -57,15 +61,20 @@ def test_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     run("--show", files["json"], "--compare", files["json"])
     assert "0 of " in capsys.readouterr().out
     data = json.loads(Path(files["json"]).read_text())
-    data["rows"][0]["figures"]["time"]["value"] *= 100
+    data["rows"][-1]["figures"]["least bytes"]["value"] += 1
     Path(files["json"]).write_text(json.dumps(data))
     run(*KERNELS, "--compare", files["json"])
-    assert "changes beyond the spread" in capsys.readouterr().out
+    changes = capsys.readouterr().out.split("changes beyond the spread")[1]
+    assert "least bytes" in changes
 
 
-def test_plot(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "mode", [KERNELS, TRAINING, PROFILE], ids=["kernels", "training", "profile"]
+)
+def test_plot(mode: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    run(*KERNELS, "--plot", str(tmp_path / "run.png"))
+    monkeypatch.chdir(tmp_path)
+    run(*mode, "--plot", "run.png")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -81,7 +90,7 @@ def test_training_with_every_option(tmp_path: Path) -> None:
 def test_profile_with_every_option(tmp_path: Path) -> None:
     arguments = ["--profile", str(tmp_path / "trace.json"), "--preset", "tiny", "--small",
                  "--batch", "2", "--structures", "diagonal", "--T", "2", "--dtypes", "fp32",
-                 "--seed", "3", "--device", "cpu"]  # fmt: skip
+                 "--rounds", "2", "--seed", "3", "--device", "cpu"]  # fmt: skip
     result = saved(tmp_path / "run.json", *arguments)
     assert result.rows
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]

@@ -1,6 +1,7 @@
 """Operators of the bench: all are checked, a wrong one is found before it is timed."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +134,44 @@ def test_buffers_of_a_kernel_take_turns() -> None:
     samples = timing.kernels({"a": [lambda i=i: seen.append(i) for i in range(3)]}, 2, CPU)
     assert len(samples["a"]) == 2 and all(seconds > 0 for seconds in samples["a"])
     assert seen[:6] == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the clock asks of CUDA, in order, on a device with an L2 cache of 1,000 bytes."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 2.0  # milliseconds
+
+    properties = SimpleNamespace(L2_cache_size=1000)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return log
+
+
+def test_cuda_is_timed_by_events_behind_a_cold_cache(cuda: list[str]) -> None:
+    calls = {name: lambda name=name: cuda.append(name) for name in "ab"}
+    samples = timing.interleaved(calls, 1, "cuda", before=lambda: cuda.append("cold"))
+    assert samples == {"a": [0.002], "b": [0.002]}
+    one = ["cold", "event", "a", "event"]
+    other = ["cold", "event", "b", "event"]
+    assert cuda[:3] == ["a", "b", "synchronize"] and cuda[-1] == "synchronize"
+    assert cuda[3:-1] in (one + other, other + one)
+
+
+def test_buffers_on_cuda_exceed_the_cache(cuda: list[str]) -> None:
+    assert timing.copies(10**6, "cuda") == 2
+    assert timing.copies(500, "cuda") == 6
+    assert timing.copies(1, "cuda") == timing.MOST_COPIES
 
 
 def test_median_and_spread() -> None:

@@ -150,6 +150,7 @@ constexpr int kMaxStepFactors = 2 * kMaxStepLayers;
 // Each takes at most that many items, and sets their first blocks. A ticket is a counter of the
 // launch's own, 0 at first.
 // delta, N and the row and column sums of the factors.
+void clear_counters(int* counters, int64_t count, Stream stream);
 void prepare_step(StepFactor* factors, int count, Dtype compute, int* counters, Stream stream);
 // S, X, G_B and max |G| of layers with a bordered side.
 void thin_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,

@@ -259,7 +259,18 @@ __global__ void __launch_bounds__(kStepThreads)
   prepare_sums(view, block * kWarps + threadIdx.x / kWarp, n, row_sum);
 }
 
+__global__ void __launch_bounds__(kStepThreads)
+    clear_counters_kernel(int* counters, int64_t count) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kStepThreads + threadIdx.x;
+  if (at < count) store(counters + at, 0);
+}
+
 }  // namespace
+
+void clear_counters(int* counters, int64_t count, Stream stream) {
+  launch({"clear_counters", (count + kStepThreads - 1) / kStepThreads, kStepThreads, stream},
+         clear_counters_kernel, counters, count);
+}
 
 void prepare_step(StepFactor* factors, int count, Dtype compute, int* counters, Stream stream) {
   FactorTable table;

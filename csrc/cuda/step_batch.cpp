@@ -143,12 +143,11 @@ void StepBatch::launch(Group& group, size_t begin, int count) {
   auto* const start = static_cast<char*>(workspace_of(workspace_, bytes + kAlignment));
   const int64_t shift =
       aligned(reinterpret_cast<intptr_t>(start)) - reinterpret_cast<intptr_t>(start);
-  workspace_.narrow(0, shift, counter_bytes).zero_();
-
   char* at = start + shift;
   StepArguments arguments = arguments_;
   int* const ticket = reinterpret_cast<int*>(at);
   arguments.counters = ticket + kCounters;
+  clear_counters(ticket, counter_bytes / 4, stream_);
   at += counter_bytes;
   for (int n = 0; n < count; ++n) {
     StepLayer& l = layers[n];

@@ -3,15 +3,15 @@
 //   M <- alpha2 M + delta_C[i] G[i, j] delta_K[j] + gamma W      W <- W - lr M
 //
 // G, M, W: rows x columns. Bytes: G, M, W read once and M, W written once from and to DRAM (5
-// passes); G is read twice, the second time from L2. A tile of about 8192 elements a block, for the
-// inspection of G and for the update alike; no shared memory beyond a few numbers.
+// passes); G is read twice, the second time from L2. A tile of about 16384 elements a block, for
+// the inspection of G and for the update alike; no shared memory beyond a few numbers.
 #include "step_work.cuh"
 
 namespace singd::cuda {
 namespace {
 
 constexpr int kTileColumns = 256;
-constexpr int kTileElements = 8192;
+constexpr int kTileElements = 16384;
 
 // As many elements as an array has, from an address that is aligned like a vector of them.
 template <class T, int kCount>

@@ -30,7 +30,8 @@ struct Access {
 // One place of a kernel's code, for one warp.
 struct Place {
   Kind kind;
-  size_t bytes;                  // a lane
+  size_t bytes;  // a lane
+  bool streaming;
   uint32_t times[kWarp] = {};    // how often each lane has been here
   uint32_t first = 0;            // which time the first one of `accesses` is
   size_t head = 0;               // where that is; what is before it is done
@@ -66,7 +67,7 @@ class Counting {
     warps_.assign(static_cast<size_t>((threads + kWarp - 1) / kWarp), Warp{});
   }
 
-  void add(Kind kind, const void* site, const void* p, size_t bytes) {
+  void add(Kind kind, const void* site, const void* p, size_t bytes, bool streaming = false) {
     const unsigned thread = running.thread.x;
     const unsigned warp = thread / kWarp, lane = thread % kWarp;
     // An address of code and two more bits.
@@ -74,6 +75,7 @@ class Counting {
     Place& place = warps_[warp].places[key];
     place.kind = kind;
     place.bytes = bytes;
+    place.streaming = streaming;
     const size_t at = place.head + (place.times[lane]++ - place.first);
     if (at == place.accesses.size()) place.accesses.emplace_back();
     Access& access = place.accesses[at];
@@ -124,7 +126,7 @@ class Counting {
     }
     const int64_t bytes = static_cast<int64_t>(kRows * row_bytes);
     current().bytes_by_width[kWidths - 1] += bytes;
-    move_sectors(write, bytes);
+    move_sectors(write, false, bytes);
   }
 
   std::map<std::string, Counters> finish_counting() {
@@ -157,8 +159,8 @@ class Counting {
     const int64_t bytes = static_cast<int64_t>(place.bytes) * lanes;
     current().bytes_by_width[__builtin_ctzll(place.bytes)] += bytes;
     if (place.kind == Kind::kAtomic) current().atomics += lanes;
-    if (place.kind != Kind::kStore) move_sectors(false, bytes);
-    if (place.kind != Kind::kLoad) move_sectors(true, bytes);
+    if (place.kind != Kind::kStore) move_sectors(false, place.streaming, bytes);
+    if (place.kind != Kind::kLoad) move_sectors(true, place.streaming, bytes);
   }
 
   void begin_sectors() { sector_count_ = 0; }
@@ -175,11 +177,11 @@ class Counting {
     sectors_[sector_count_++] = {index, mask};
   }
 
-  void move_sectors(bool write, int64_t requested) {
+  void move_sectors(bool write, bool streaming, int64_t requested) {
     int64_t distinct = 0;
     for (int i = 0; i < sector_count_; ++i) {
       distinct += bit_count(sectors_[i].bytes);
-      l2_.access(sectors_[i].index, sectors_[i].bytes, write, kernel_);
+      l2_.access(sectors_[i].index, sectors_[i].bytes, write, streaming, kernel_);
     }
     const int64_t least = (distinct + kSectorBytes - 1) / kSectorBytes;
     Counters& c = current();
@@ -264,13 +266,13 @@ std::map<std::string, Counters> stop_counting() {
   return result;
 }
 
-void count_load(const void* p, size_t bytes) {
+void count_load(const void* p, size_t bytes, bool streaming) {
   active->add(in_shared(p, bytes) ? Kind::kShared : Kind::kLoad, __builtin_return_address(0), p,
-              bytes);
+              bytes, streaming);
 }
-void count_store(const void* p, size_t bytes) {
+void count_store(const void* p, size_t bytes, bool streaming) {
   active->add(in_shared(p, bytes) ? Kind::kShared : Kind::kStore, __builtin_return_address(0), p,
-              bytes);
+              bytes, streaming);
 }
 void count_atomic(const void* p, size_t bytes) {
   active->add(in_shared(p, bytes) ? Kind::kShared : Kind::kAtomic, __builtin_return_address(0), p,

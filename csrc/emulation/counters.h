@@ -49,8 +49,8 @@ std::map<std::string, Counters> stop_counting();
 extern __attribute__((visibility("hidden"))) bool counting;
 
 // To be called from inlined code: the return address tells one place of a kernel from another.
-void count_load(const void* p, size_t bytes);
-void count_store(const void* p, size_t bytes);
+void count_load(const void* p, size_t bytes, bool streaming = false);
+void count_store(const void* p, size_t bytes, bool streaming = false);
 void count_atomic(const void* p, size_t bytes);
 void count_shared(const void* p, size_t bytes);
 // 16 rows that lane 0 moves for its warp.

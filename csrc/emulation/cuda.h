@@ -189,6 +189,9 @@ namespace singd::cuda {
 
 enum class Cache;  // defined there; 0 is kNormal
 
+template <Cache kCache>
+constexpr bool kStreaming = kCache != Cache{};
+
 template <class T>
 constexpr bool kIsAccess = std::is_trivially_copyable_v<T> &&
                            (sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
@@ -197,7 +200,7 @@ template <Cache kCache = Cache{}, class T>
 __forceinline__ T load(const T* p) {
   static_assert(kIsAccess<T>);
   emulation::check_alignment("load", p, sizeof(T));
-  if (emulation::counting) emulation::count_load(p, sizeof(T));
+  if (emulation::counting) emulation::count_load(p, sizeof(T), kStreaming<kCache>);
   T value;
   memcpy(static_cast<void*>(&value), p, sizeof value);
   return value;
@@ -207,7 +210,7 @@ template <Cache kCache = Cache{}, class T>
 __forceinline__ void store(T* p, const T& value) {
   static_assert(kIsAccess<T>);
   emulation::check_alignment("store", p, sizeof(T));
-  if (emulation::counting) emulation::count_store(p, sizeof(T));
+  if (emulation::counting) emulation::count_store(p, sizeof(T), kStreaming<kCache>);
   memcpy(static_cast<void*>(p), &value, sizeof value);
 }
 

@@ -8,6 +8,7 @@ namespace singd::emulation {
 namespace {
 
 constexpr uint32_t kWhole = 0xFFFFFFFFu;
+constexpr int64_t kStreamingShare = 32;
 
 size_t power_of_two(size_t at_least) {
   size_t n = 1;
@@ -18,9 +19,12 @@ size_t power_of_two(size_t at_least) {
 }  // namespace
 
 SectorCache::SectorCache(int64_t bytes, std::function<void(int owner, bool write)> on_dram)
-    : capacity_(static_cast<size_t>(std::max<int64_t>(bytes / kSectorBytes, 1))),
-      on_dram_(std::move(on_dram)),
-      buckets_(power_of_two(2 * capacity_), -1) {}
+    : on_dram_(std::move(on_dram)) {
+  const int64_t sectors = bytes / kSectorBytes;
+  streaming_.capacity = static_cast<size_t>(std::max<int64_t>(sectors / kStreamingShare, 1));
+  kept_.capacity = static_cast<size_t>(std::max<int64_t>(sectors - sectors / kStreamingShare, 1));
+  buckets_.assign(power_of_two(2 * (kept_.capacity + streaming_.capacity)), -1);
+}
 
 size_t SectorCache::bucket_of(uint64_t sector) const {
   return static_cast<size_t>(sector * 0x9E3779B97F4A7C15u >> 20) & (buckets_.size() - 1);
@@ -34,19 +38,24 @@ int SectorCache::find(uint64_t sector) const {
   return node;
 }
 
-void SectorCache::link_newest(int index) {
+void SectorCache::link_newest(int index, bool streaming) {
   Node& node = nodes_[static_cast<size_t>(index)];
+  Order& order = order_of(streaming);
+  node.streaming = streaming;
   node.newer = -1;
-  node.older = newest_;
-  if (newest_ >= 0) nodes_[static_cast<size_t>(newest_)].newer = index;
-  newest_ = index;
-  if (oldest_ < 0) oldest_ = index;
+  node.older = order.newest;
+  if (order.newest >= 0) nodes_[static_cast<size_t>(order.newest)].newer = index;
+  order.newest = index;
+  if (order.oldest < 0) order.oldest = index;
+  ++order.count;
 }
 
 void SectorCache::unlink(int index) {
   const Node& node = nodes_[static_cast<size_t>(index)];
-  (node.newer < 0 ? newest_ : nodes_[static_cast<size_t>(node.newer)].older) = node.older;
-  (node.older < 0 ? oldest_ : nodes_[static_cast<size_t>(node.older)].newer) = node.newer;
+  Order& order = order_of(node.streaming);
+  (node.newer < 0 ? order.newest : nodes_[static_cast<size_t>(node.newer)].older) = node.older;
+  (node.older < 0 ? order.oldest : nodes_[static_cast<size_t>(node.older)].newer) = node.newer;
+  --order.count;
 }
 
 void SectorCache::remove_from_bucket(int index) {
@@ -62,31 +71,40 @@ void SectorCache::write_back(Node& node) {
   node.dirty = 0;
 }
 
-int SectorCache::insert(uint64_t sector) {
-  int index = static_cast<int>(nodes_.size());
-  if (nodes_.size() < capacity_) {
-    nodes_.emplace_back();
-  } else {
-    index = oldest_;
-    write_back(nodes_[static_cast<size_t>(index)]);
-    unlink(index);
-    remove_from_bucket(index);
-  }
-  int& bucket = buckets_[bucket_of(sector)];
-  nodes_[static_cast<size_t>(index)] = {sector, 0, 0, 0, bucket, -1, -1};
-  bucket = index;
-  link_newest(index);
+int SectorCache::evict(Order& order) {
+  const int index = order.oldest;
+  write_back(nodes_[static_cast<size_t>(index)]);
+  unlink(index);
+  remove_from_bucket(index);
   return index;
 }
 
-void SectorCache::access(uint64_t sector, uint32_t bytes, bool write, int owner) {
+int SectorCache::insert(uint64_t sector, bool streaming) {
+  int index;
+  if (!free_.empty()) {
+    index = free_.back();
+    free_.pop_back();
+  } else {
+    index = static_cast<int>(nodes_.size());
+    nodes_.emplace_back();
+  }
+  int& bucket = buckets_[bucket_of(sector)];
+  nodes_[static_cast<size_t>(index)] = {sector, 0, 0, 0, bucket, -1, -1, streaming};
+  bucket = index;
+  link_newest(index, streaming);
+  return index;
+}
+
+void SectorCache::access(uint64_t sector, uint32_t bytes, bool write, bool streaming, int owner) {
   int index = find(sector);
   if (index < 0) {
-    index = insert(sector);
-  } else if (index != newest_) {
+    index = insert(sector, streaming);
+  } else {
     unlink(index);
-    link_newest(index);
+    link_newest(index, streaming);
   }
+  Order& order = order_of(streaming);
+  if (order.count > order.capacity) free_.push_back(evict(order));
   Node& node = nodes_[static_cast<size_t>(index)];
   if (write) {
     node.valid |= bytes;

@@ -180,7 +180,7 @@ void test_least_recently_used() {
                                [&](int, bool write) { ++(write ? writes : reads); });
   const auto reads_of = [&](uint64_t sector, bool write = false) {
     const int before = reads;
-    cache.access(sector, kWhole, write, 0);
+    cache.access(sector, kWhole, write, false, 0);
     return reads - before;
   };
   check_equal(reads_of(1), 1, "L2, sector 1 misses");
@@ -192,6 +192,27 @@ void test_least_recently_used() {
   check_equal(reads_of(2), 1, "L2, sector 2 is not");
   cache.flush();
   check_equal(writes, 1, "L2, nothing is left to write");
+}
+
+void test_streaming_goes_first() {
+  constexpr uint32_t kWhole = 0xFFFFFFFFu;
+  int reads = 0;
+  emulation::SectorCache cache(64 * emulation::kSectorBytes,  // 62 sectors to keep, 2 for streams
+                               [&](int, bool write) { reads += write ? 0 : 1; });
+  const auto reads_of = [&](uint64_t first, uint64_t count, bool streaming) {
+    const int before = reads;
+    for (uint64_t sector = first; sector < first + count; ++sector) {
+      cache.access(sector, kWhole, false, streaming, 0);
+    }
+    return reads - before;
+  };
+  check_equal(reads_of(0, 62, false), 62, "streaming, what is to be kept misses once");
+  check_equal(reads_of(100, 500, true), 500, "streaming, a stream misses");
+  check_equal(reads_of(598, 2, true), 0, "streaming, its last sectors are there");
+  check_equal(reads_of(0, 62, false), 0, "streaming, a stream throws out nothing else");
+  check_equal(reads_of(0, 1, true), 0, "streaming, the last use of a sector hits");
+  check_equal(reads_of(700, 2, true), 2, "streaming, others follow");
+  check_equal(reads_of(0, 1, false), 1, "streaming, after its last use it goes first");
 }
 
 __global__ void add_up(int* p) { atomicAdd(p, 1); }
@@ -216,6 +237,7 @@ int main() {
   test_counts_of_wmma();
   test_dram();
   test_least_recently_used();
+  test_streaming_goes_first();
   test_atomics();
   return singd::tests::failures;
 }

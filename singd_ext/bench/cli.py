@@ -26,7 +26,7 @@ _TAKES = {
     "training": "preset model small batch structures T dtypes rivals rounds steps device seed",
     "kernels": "operators structures shapes dtypes rounds device small",
     "traffic": "preset structures T tokens bandwidth",
-    "profile": "preset model small batch structures T dtypes device seed",
+    "profile": "preset model small batch structures T dtypes rounds device seed",
     "show": "",
 }
 
@@ -50,8 +50,10 @@ def parser() -> argparse.ArgumentParser:
     modes.add_argument(
         "--profile",
         type=Path,
+        nargs="?",
+        const=Path("trace.json"),
         metavar="TRACE.json",
-        help="time by phase; writes a trace for chrome://tracing",
+        help="time by phase; writes a trace for chrome://tracing (default: trace.json)",
     )
     modes.add_argument(
         "--show", type=Path, metavar="RUN.json", help="show a saved run instead of a new one"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -33,8 +33,7 @@ class Setting:
     """
 
     def __init__(self, task: Task, dtype: str, device: torch.device, seed: int) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}")
+        check_dtypes([dtype])
         self.task, self.dtype, self.device = task, dtype, device
         self.tensor_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
         self.trained = task.trained_names()
@@ -133,6 +132,13 @@ class Contender:
             start = dict(self._setting.start.named_parameters())
             same = [name for name, p in self._trained.items() if torch.equal(p, start[name])]
             assert not same, f"{label}: the parameters {same} did not move in {self._done} steps"
+
+
+def check_dtypes(names: Sequence[str]) -> None:
+    """Raise ValueError for the name of a dtype that a model is not trained in."""
+    for name in names:
+        if name not in DTYPES:
+            raise ValueError(f"dtype is '{name}'; it must be one of {', '.join(DTYPES)}")
 
 
 def checked_device(name: str) -> torch.device:

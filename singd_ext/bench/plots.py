@@ -7,11 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import ceilings, kernels
-from .results import OF_ADAMW, PEAK_MEMORY, RATIO_TO_ADAMW, STATE, Result, Row
+from . import ceilings, kernels, profiling, rivals
+from .results import OF_ADAMW, PEAK_MEMORY, RATIO_TO_ADAMW, STATE, TIME, Result, Row
 
 Panel = Callable[[Any], None]
-COLOURS = ("#3b6ea8", "#d98032", "#5a9a5a", "#a85a8c", "#7f7f7f", "#b8a13c")
+COLOURS = ("#3b6ea8", "#d98032", "#5a9a5a", "#a85a8c")
+RIVAL_COLOURS = {rivals.OURS: COLOURS[0], rivals.PYPI: COLOURS[1]}
+OTHER_COLOUR = "#8f8f8f"
 
 
 def require() -> None:
@@ -21,7 +23,7 @@ def require() -> None:
 
 
 def save(result: Result, path: Path) -> None:
-    """Draw the panels that the run has figures for, one below the other.
+    """Draw the panels that the run has figures for.
 
     Raises:
         ValueError: If there is nothing to draw.
@@ -32,12 +34,17 @@ def save(result: Result, path: Path) -> None:
     panels = _panels(result)
     if not panels:
         raise ValueError("--plot: the run has no figures to draw")
-    heights = [height for height, _ in panels]
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
-    for axis, (_, draw) in zip(axes[:, 0], panels, strict=True):
+    columns = 2 if len(panels) > 1 else 1
+    heights = [
+        max(height for height, _ in panels[i : i + columns]) for i in range(0, len(panels), columns)
+    ]
+    figure = Figure(figsize=(8 * columns, sum(heights) + 0.4), layout="constrained")
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).flat
+    for axis, (_, draw) in zip(axes, panels, strict=False):
         draw(axis)
         axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(axes)[len(panels) :]:
+        axis.set_visible(False)
     words = (result.machine.get(name, "") for name in ("device", "processor", "torch"))
     device, processor, torch_version = words
     hardware = processor if device == "CPU" else device
@@ -53,15 +60,20 @@ def _panels(result: Result) -> list[tuple[float, Panel]]:
     limits = [row for row in result.rows if row.group == ceilings.GROUP]
     if dots:
         panels.append((5.5, lambda axis: _roofline(axis, dots, limits)))
+    drawn = set()
     for group, rows in result.groups().items():
         for name, unit, scale in (
             (RATIO_TO_ADAMW, "time over fused AdamW's (1 = as fast)", 1.0),
             (STATE, "optimizer state, MiB", 2.0**20),
             (PEAK_MEMORY, "peak memory, MiB", 2.0**20),
+            (TIME, "ms a step", 1e-3),
             (OF_ADAMW, "bytes moved, over fused AdamW's", 1.0),
         ):
             bars = [row for row in rows if name in row.figures]
-            if bars:
+            if name == TIME and group != profiling.GROUP:
+                continue
+            if bars and (name != STATE or name not in drawn):  # the state is that of all groups
+                drawn.add(name)
                 panels.append((1.2 + 0.22 * len(bars), _bars(group, bars, name, unit, scale)))
     return panels
 
@@ -74,23 +86,34 @@ def _bars(group: str, rows: Sequence[Row], name: str, unit: str, scale: float) -
             if len({row.labels.get(label) for row in rows}) > 1
         ]
         texts = [
-            ", ".join([row.name, *(row.labels[v] for v in varying if v in row.labels)])
+            ", ".join([row.name, *(_label(row, v) for v in varying if row.labels.get(v))])
             for row in rows
         ]
         values = [row.figures[name].value / scale for row in rows]
         errors = [v * row.spread.get(name, 0) / 2 for v, row in zip(values, rows, strict=True)]
-        bars = axis.barh(range(len(rows)), values, xerr=errors, color=COLOURS[0], height=0.7)
-        axis.bar_label(bars, [f" {value:.3g}" for value in values], fontsize=7)
+        logarithmic = max(values) > 20 * min(values) > 0
+        base = 1.0 if logarithmic and name in (RATIO_TO_ADAMW, OF_ADAMW) else 0.0
+        colours = [RIVAL_COLOURS.get(row.name, OTHER_COLOUR) for row in rows]
+        widths = [value - base for value in values]
+        axis.barh(range(len(rows)), widths, left=base, xerr=errors, color=colours, height=0.7)
+        for index, (value, error) in enumerate(zip(values, errors, strict=True)):
+            axis.text(max(value + error, base), index, f" {value:.3g}", va="center", fontsize=7)
         axis.set_yticks(range(len(rows)), texts, fontsize=7)
         axis.invert_yaxis()
         axis.set_xlabel(f"{unit} ({rows[0].figures[name].kind})", fontsize=8)
         axis.set_title(f"{group}: {name}", fontsize=9, loc="left")
         if name in (RATIO_TO_ADAMW, OF_ADAMW):
             axis.axvline(1, color="black", linewidth=0.8)
-        if max(values) > 20 * min(values) > 0:
+        if logarithmic:
             axis.set_xscale("log")
 
     return draw
+
+
+def _label(row: Row, name: str) -> str:
+    """A number needs its name."""
+    value = row.labels[name]
+    return f"{name} = {value}" if value.isdecimal() else value
 
 
 def _roofline(axis: Any, rows: Sequence[Row], limits: Sequence[Row]) -> None:

@@ -19,11 +19,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from .. import curvature, ops
 from . import presets, timing
-from .clock import Clock, Mark, Span
+from .clock import Clock, Mark
 from .contender import Contender, Setting, check_dtypes, checked_device
 from .memory import quiet_profiler
-from .results import COUNT, SECONDS, TIME, Row, counted, measured
-from .rivals import pair, rivals
+from .results import NUMBER, PERCENT, SECONDS, TIME, Row, counted, measured
+from .rivals import ours, pair
 
 Say = Callable[[str], None]
 
@@ -169,9 +169,9 @@ def run(
         setting = Setting(task, dtype, checked_device(options.device), options.seed)
         if not rows:
             note(f"{title}: {task.description}; everything else is frozen")
-            note("the phases exclude the phases inside them; times are per step, without profiler")
-        _, *chosen = [r for r in rivals((), options.structures, ())[0] if r.has_period or False]
-        for rival in chosen:
+            note("a phase excludes the phases inside it; times are per step, without the profiler")
+            note("step: what is in none of the others, such as K Kᵀ of dense factors, kept for T")
+        for rival in ours(options.structures):
             contender = Contender(rival, setting)
             for T in options.periods:
                 label = f"{dtype}: {rival.label}, T = {T}"
@@ -187,3 +187,54 @@ def run(
         _write_trace(options.trace, profiled)
         note(f"the trace of a step with an update and one without is in {options.trace}")
     return rows
+
+
+def _table(
+    contender: Contender, T: int, rounds: int, clock: Clock, labels: dict[str, str]
+) -> list[Row]:
+    """Time cycles of T steps by phase."""
+    samples: dict[str, list[float]] = {phase: [] for phase in (*PHASES, REST, WHOLE)}
+    calls: dict[str, int] = {}
+    for _ in range(1 + rounds):  # the first one warms up
+        ranges = Ranges(clock)
+        contender.steps.begin_cycle(T)
+        with wrapped(ranges):
+            marks = [contender.train_step(ranges) for _ in range(T)]
+        seconds, calls = ranges.exclusive_seconds(), ranges.calls()
+        whole = clock.seconds([m.whole for m in marks])
+        for phase in PHASES:
+            samples[phase].append(seconds.get(phase, 0.0) / T)
+        samples[REST].append(whole - sum(samples[phase][-1] for phase in PHASES))
+        samples[WHOLE].append(whole)
+    contender.check()
+    medians = {phase: timing.median(times[1:]) for phase, times in samples.items()}
+    return [
+        Row(
+            GROUP,
+            phase,
+            labels,
+            {
+                TIME: measured(medians[phase], SECONDS),
+                "share": measured(100 * medians[phase] / medians[WHOLE], PERCENT),
+                "calls": counted(calls.get(phase, T) / T, NUMBER),
+            },
+            {TIME: timing.spread(times[1:])},
+        )
+        for phase, times in samples.items()
+        if medians[phase] > 0
+    ]
+
+
+def _write_trace(path: Path, profiled: Sequence[tuple[str, Contender, int]]) -> None:
+    """Write a trace of a step with an update of the factors and, if T > 1, of one without."""
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    quiet_profiler()
+    with profile(activities=activities, acc_events=True) as record, wrapped(record_function):
+        for label, contender, T in profiled:
+            contender.steps.begin_cycle(T)
+            with record_function(label):
+                for _ in range(min(T, 2)):
+                    contender.train_step(record_function)
+    record.export_chrome_trace(str(path))

@@ -1,6 +1,7 @@
 """What a run looks like: tables by rich on a terminal, plain text elsewhere; and its progress.
 
-Every column says whether its figures are measured, counted or implied.
+Every column says whether its figures are measured, counted or implied; a figure of another kind
+than its column is marked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any, TextIO
 
 from .compare import Change, Comparison
@@ -61,18 +63,19 @@ def table_of(group: str, rows: Sequence[Row]) -> Table:
     title = ", ".join([group, *_missing(group, [rows[0].labels[label] for label in common])])
     labels = [label for label in labels if label not in common]
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
-    kinds = {name: {r.figures[name].kind for r in rows if name in r.figures} for name in names}
+    kinds = {name: [r.figures[name].kind for r in rows if name in r.figures] for name in names}
+    usual = {name: max(kinds[name], key=kinds[name].count) for name in names}
 
     def cell(row: Row, name: str) -> str:
         if name not in row.figures:
             return "-"
         figure = row.figures[name]
-        mark = f" ({figure.kind})" if len(kinds[name]) > 1 else ""
+        mark = f" ({figure.kind})" if figure.kind != usual[name] else ""
         noise = row.spread.get(name) if figure.kind == "measured" else None
         return text_of(figure, noise) + mark
 
     headings = ["", *labels]
-    headings += [f"{n}\n{'' if len(kinds[n]) > 1 else min(kinds[n])}" for n in names]
+    headings += [f"{name}\n{usual[name]}" for name in names]
     cells = [
         [row.name, *(row.labels.get(label, "") for label in labels), *(cell(row, n) for n in names)]
         for row in rows
@@ -103,9 +106,9 @@ def table_of_changes(changes: Sequence[Change]) -> Table:
     return "changes beyond the spread", headings, cells, 3
 
 
-def show(result: Result, stream: TextIO = sys.stdout) -> None:
+def show(result: Result, stream: TextIO | None = None) -> None:
     """Print machine, tables and notes."""
-    write = _Writer(stream)
+    write = _Writer(stream or sys.stdout)
     for name, fact in result.machine.items():
         write.line(f"{name}: {fact}")
     for group, rows in result.groups().items():
@@ -117,9 +120,9 @@ def show(result: Result, stream: TextIO = sys.stdout) -> None:
         write.line(LEGEND)
 
 
-def show_comparison(comparison: Comparison, stream: TextIO = sys.stdout) -> None:
+def show_comparison(comparison: Comparison, stream: TextIO | None = None) -> None:
     """Print what changed beyond the spread."""
-    write = _Writer(stream)
+    write = _Writer(stream or sys.stdout)
     if comparison.machine:
         write.line("The machine differs: " + "; ".join(comparison.machine))
     changes = comparison.beyond_noise()
@@ -164,16 +167,17 @@ def _rich_table(table: Table) -> Any:
     from rich.text import Text
 
     title, headings, cells, words = table
-    rich_table = RichTable(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    style = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "title_justify": "left"}
+    rich_table = RichTable(title=title, pad_edge=False, **style)  # type: ignore[arg-type]
     for index, heading in enumerate(headings):
-        side = "left" if index < words else "right"
-        rich_table.add_column(Text(heading), justify=side, overflow="fold")  # type: ignore[arg-type]
-    previous = None
-    for row in cells:
-        if previous not in (None, row[0]):
-            rich_table.add_section()
-        previous = row[0]
-        rich_table.add_row(*map(Text, row))
+        if index < words:
+            rich_table.add_column(Text(heading), no_wrap=True)
+        else:
+            rich_table.add_column(Text(heading), justify="right", overflow="fold")
+    names = [row[0] for row in cells]
+    grouped = any(one == other for one, other in pairwise(names))
+    for row, next_name in zip(cells, [*names[1:], None], strict=True):
+        rich_table.add_row(*map(Text, row), end_section=grouped and row[0] != next_name)
     return rich_table
 
 
@@ -193,11 +197,12 @@ def _plain_table(table: Table) -> str:
 
 
 @contextmanager
-def progress(stream: TextIO = sys.stderr) -> Iterator[Callable[[str], None]]:
+def progress(stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
     """Yield a function that shows what is being done: a bar on a terminal, else lines of text.
 
     A message "[3/40] words" fills the bar; one without a count leaves it moving to and fro.
     """
+    stream = stream or sys.stderr
     if not (stream.isatty() and find_spec("rich")):
         yield lambda message: print(f"... {message}", file=stream, flush=True)
         return

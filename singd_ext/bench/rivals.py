@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import SINGD
 from ..structured import canonical_spec
 
-ADAMW, SGD, MUON = "AdamW (fused)", "SGD (fused)", "Muon"
+ADAMW, SGD, MUON = "AdamW (fused)", "SGD", "Muon"
 OURS, PYPI, NONE = "singd_ext", "singd (PyPI)", "no optimizer"
 
 # Every structure of the paper, in default sizes.
@@ -137,14 +137,14 @@ def pair(structure: str) -> tuple[str, str]:
 
 
 def rivals(
-    wanted: Sequence[str], structures: Sequence[str], shapes: Iterable[torch.Size]
+    wanted: Sequence[str], structures: Sequence[str], parameters: Sequence[nn.Parameter]
 ) -> tuple[list[Rival], list[str]]:
     """Return the optimizers to compare, fused AdamW first, and why others are absent.
 
     Args:
         wanted: Of "sgd", "muon", "singd", beside AdamW and singd_ext.
         structures: Of SINGD.
-        shapes: Of the trained parameters.
+        parameters: The trained ones, for what they are like.
 
     Raises:
         ValueError: For an unknown name or structure.
@@ -156,21 +156,28 @@ def rivals(
     notes = []
     if "sgd" in wanted:
         chosen.append(Rival(SGD, "", _sgd))
+        if not _fused_sgd_works(parameters):
+            notes.append(
+                f"{SGD} is the foreach one: in 16 bits on CPU, the fused one moves nothing"
+            )
     if "muon" in wanted:
-        reason = _why_no_muon(shapes)
+        reason = _why_no_muon(parameters)
         if reason:
             notes.append(f"{MUON} is absent: {reason}")
         else:
             notes.append(f"{MUON} trains the weights, fused AdamW the biases")
             chosen.append(Rival(MUON, "", _muon))
-    for structure in structures:
-        specs = pair(structure)
-        chosen.append(Rival(OURS, _title(specs), _ours(specs)))
+    chosen += ours(structures)
     if "singd" in wanted:
         theirs, reasons = _pypi_rivals(structures)
         chosen += theirs
         notes += reasons
     return chosen, notes
+
+
+def ours(structures: Sequence[str]) -> list[Rival]:
+    """Return singd_ext with each of the structures."""
+    return [Rival(OURS, _title(pair(s)), _ours(pair(s))) for s in structures]
 
 
 def _pypi_rivals(structures: Sequence[str]) -> tuple[list[Rival], list[str]]:
@@ -192,10 +199,10 @@ def _pypi_rivals(structures: Sequence[str]) -> tuple[list[Rival], list[str]]:
     return list(found.values()), notes
 
 
-def _why_no_muon(shapes: Iterable[torch.Size]) -> str:
+def _why_no_muon(parameters: Sequence[nn.Parameter]) -> str:
     if not hasattr(torch.optim, "Muon"):
         return f"torch {torch.__version__} has no torch.optim.Muon"
-    if any(len(shape) > 2 for shape in shapes):
+    if any(p.ndim > 2 for p in parameters):
         return "torch.optim.Muon takes matrices only, and here convolutions are trained"
     return ""
 
@@ -216,7 +223,14 @@ def _adamw(model: nn.Module, parameters: list[nn.Parameter], loss_average: str |
 
 
 def _sgd(model: nn.Module, parameters: list[nn.Parameter], loss_average: str | None) -> Steps:
-    return Steps(torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-2, fused=True))
+    how = "fused" if _fused_sgd_works(parameters) else "foreach"
+    options: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-2, how: True}
+    return Steps(torch.optim.SGD(parameters, lr=0.05, **options))
+
+
+def _fused_sgd_works(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether fused SGD trains: of 16-bit numbers on CPU it skips most (pytorch issue 191763)."""
+    return not any(p.device.type == "cpu" and p.element_size() < 4 for p in parameters)
 
 
 def _muon(model: nn.Module, parameters: list[nn.Parameter], loss_average: str | None) -> Steps:

@@ -17,7 +17,7 @@ from math import ceil
 
 from . import presets, timing
 from .clock import Clock, Span
-from .contender import DTYPES, Contender, Setting, checked_device
+from .contender import Contender, Setting, check_dtypes, checked_device
 from .memory import measure
 from .results import (
     BYTES,
@@ -94,9 +94,7 @@ class TrainingOptions:
             raise ValueError(f"seconds is {self.seconds}; it must be more than 0")
         if any(T < 1 for T in self.periods) or not self.periods:
             raise ValueError(f"T is {self.periods}; each must be at least 1")
-        for dtype in self.dtypes:
-            if dtype not in DTYPES:
-                raise ValueError(f"dtype is '{dtype}'; it must be one of {', '.join(DTYPES)}")
+        check_dtypes(self.dtypes)
         for structure in self.structures:
             pair(structure)
         checked_device(self.device)
@@ -180,8 +178,8 @@ def _compare(dtype: str, options: TrainingOptions, progress: Say, note: Say) -> 
     )
     setting = Setting(task, dtype, checked_device(options.device), options.seed)
     note(f"{title}: {task.description}; everything else is frozen")
-    shapes = [setting.start.get_parameter(name).shape for name in setting.trained]
-    chosen, reasons = rivals(options.rivals, options.structures, shapes)
+    trained = [setting.start.get_parameter(name) for name in setting.trained]
+    chosen, reasons = rivals(options.rivals, options.structures, trained)
     for reason in reasons:
         note(reason)
     entries = _sampled(chosen, setting, options, lambda text: progress(f"{dtype}: {text}"))
