@@ -219,6 +219,13 @@ def test_compare_names_what_is_gone_and_new_and_another_machine() -> None:
     assert "0 of 5 figures changed beyond the spread; 1 are gone, 1 are new." in stream.getvalue()
 
 
+def test_compare_does_not_take_a_measured_figure_for_an_implied_one() -> None:
+    old, new = make_result(), make_result()
+    new.rows[1].figures["time"] = implied(1.2e-3, "s")
+    found = compare.compare(old, new)
+    assert len(found.changes) == 5 and len(found.gone) == len(found.added) == 1
+
+
 def test_compare_shows_a_table() -> None:
     stream = io.StringIO()
     report.show_comparison(compare.compare(make_result(), make_result(time=3e-3)), stream)

@@ -44,15 +44,13 @@ def test_the_goals_against_fused_adamw() -> None:
     structures = {"diagonal": 0.75, "block_diagonal:32": 0.75, "hierarchical:16,16": 0.92}
     options = traffic.TrafficOptions(structures=tuple(structures))
     for row in traffic.run(options):
-        if row.labels["structure"] in structures:
-            share = row.figures["of fused AdamW"].value
-            goal = structures[row.labels["structure"]] if row.name == "step" else LEAST_STATISTICS
-            print(f"{row.labels['structure']}, {row.name}: {share:.3f} of fused AdamW's bytes")
-            assert share <= goal
-
-
-# Reading every activation once, over T = 10, is 0.152 of the bytes of AdamW's step already.
-LEAST_STATISTICS = 0.16
+        spec, share = row.labels["structure"], row.figures["of fused AdamW"].value
+        if spec in structures and row.name == "step":
+            assert share <= structures[spec]
+        elif spec in structures:
+            # To read every activation once, over T = 10, is 0.152 of AdamW's bytes already.
+            assert row.figures["over the minimum"].value <= 1.05
+            assert 0.15 < share < 0.17
 
 
 def train_step(net: nn.Module, optimizer: SINGD) -> None:

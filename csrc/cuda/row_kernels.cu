@@ -126,12 +126,13 @@ __global__ __launch_bounds__(kThreads) void strided_column_sums_kernel(Rows rows
 
 template <class A>
 __global__ __launch_bounds__(kThreads) void add_partials_kernel(const A* partial, int64_t count,
-                                                                int64_t size, A* to) {
+                                                                int64_t stride, int64_t size,
+                                                                A* to) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= size) return;
   A sum = A(0);
 #pragma unroll 8
-  for (int64_t s = 0; s < count; ++s) sum += load(partial + s * size + i);
+  for (int64_t s = 0; s < count; ++s) sum += load(partial + s * stride + i);
   store(to + i, load(to + i) + sum);
 }
 
@@ -216,12 +217,12 @@ void column_sums(const Rows& rows, const SegmentSums& sums, Stream stream) {
   });
 }
 
-void add_partials(const void* partial, int64_t count, int64_t size, void* to, Dtype dtype,
-                  Stream stream) {
+void add_partials(const void* partial, int64_t count, int64_t stride, int64_t size, void* to,
+                  Dtype dtype, Stream stream) {
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     launch(Launch{"add_partials", divide_up(size, kThreads), kThreads, stream},
-           add_partials_kernel<A>, static_cast<const A*>(partial), count, size,
+           add_partials_kernel<A>, static_cast<const A*>(partial), count, stride, size,
            static_cast<A*>(to));
   };
   dtype == Dtype::kFloat64 ? run(double()) : run(float());

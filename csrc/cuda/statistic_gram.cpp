@@ -39,14 +39,16 @@ void add_grams(std::initializer_list<Gram> grams, int64_t first_row, const at::T
   }
   const bool narrow = first.narrow && fits(first);
   at::Tensor sums = statistic;
-  if (splits.count > 1) sums = at::empty({splits.count, size}, statistic.options());
+  const int64_t stride = padded_width(size);  // every split begins at a sector of its own
+  if (splits.count > 1) sums = at::empty({splits.count, stride}, statistic.options());
   void* out = sums.mutable_data_ptr();
   for (Gram gram : grams) {
     gram.narrow = narrow;
-    accumulate(gram, GramSums{first_row, splits.count, splits.rows, out, size}, stream);
+    accumulate(gram, GramSums{first_row, splits.count, splits.rows, out, stride}, stream);
   }
   if (splits.count == 1) return;
-  add_partials(out, splits.count, size, statistic.mutable_data_ptr(), dtype_of(statistic), stream);
+  add_partials(out, splits.count, stride, size, statistic.mutable_data_ptr(), dtype_of(statistic),
+               stream);
 }
 
 // squares[j] += sum over rows of x[:, j]^2.
@@ -65,8 +67,8 @@ void add_column_squares(const Rows& x, const at::Tensor& squares, Stream stream)
   sums.out_dtype = dtype_of(squares);
   sums.out_stride = x.features;
   column_sums(x, sums, stream);
-  add_partials(sums.out, splits.count, x.features, squares.mutable_data_ptr(), sums.out_dtype,
-               stream);
+  add_partials(sums.out, splits.count, x.features, x.features, squares.mutable_data_ptr(),
+               sums.out_dtype, stream);
 }
 
 // f(chunk) with the rows in the compute type, [m, dim], a chunk at a time.

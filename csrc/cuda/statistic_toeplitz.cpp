@@ -48,8 +48,8 @@ void add_power(const at::Tensor& spectrum, const at::Tensor& power, Stream strea
   sums.out_dtype = Dtype::kFloat64;
   sums.out_stride = x.rows.features;
   column_sums(x.rows, sums, stream);
-  add_partials(sums.out, splits.count, x.rows.features, power.mutable_data_ptr(), Dtype::kFloat64,
-               stream);
+  add_partials(sums.out, splits.count, x.rows.features, x.rows.features, power.mutable_data_ptr(),
+               Dtype::kFloat64, stream);
 }
 
 }  // namespace

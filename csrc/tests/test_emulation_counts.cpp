@@ -157,18 +157,18 @@ void test_dram() {
         },
         l2_bytes);
   };
-  const Counters hit = twice(kBytes, strided_load<float>, x, 1);
+  const Counters hit = twice(2 * kBytes, strided_load<float>, x, 1);
   check_equal(hit.bytes_read, 2 * kBytes, "requested bytes of two launches");
   check_equal(hit.dram_bytes_read, kBytes, "DRAM, the second read hits");
   const Counters miss = twice(kBytes / 2, strided_load<float>, x, 1);
   check_equal(miss.dram_bytes_read, 2 * kBytes, "DRAM, the second read misses");
   check_equal(miss.dram_bytes_written, 0, "DRAM, what is only read is not written");
-  const Counters merged = twice(kBytes, strided_store<float>, y, 1);
+  const Counters merged = twice(2 * kBytes, strided_store<float>, y, 1);
   check_equal(merged.dram_bytes_written, kBytes, "DRAM, two writes of a sector become one");
   check_equal(merged.dram_bytes_read, 0, "DRAM, whole sectors are written without a read");
   const Counters evicted = twice(kBytes / 2, strided_store<float>, y, 1);
   check_equal(evicted.dram_bytes_written, 2 * kBytes, "DRAM, evicted writes");
-  const Counters partial = twice(8 * kBytes, strided_store<float>, y, 8);
+  const Counters partial = twice(16 * kBytes, strided_store<float>, y, 8);
   check_equal(partial.dram_bytes_written, 8 * kBytes, "DRAM, partly written sectors");
   check_equal(partial.dram_bytes_read, 8 * kBytes, "DRAM, partly written sectors are read");
 }

@@ -1,8 +1,7 @@
 """Every operator on operands of one shape: how to call it, and the same in plain PyTorch.
 
 Factors are near the identity and rows are correlated, so that a wrong weight or a missing entry
-shows in the results. Least bytes count what an operator must read and write, once; operations are
-2 per multiply-add of the leading terms in docs/structures.md, 5 n log₂ n for an FFT.
+shows in the results. Least bytes count what an operator must read and write, once.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import StructuredMatrix, ops
-from . import plain
+from . import plain, work
 from .plain import Plain, Toeplitz
 
 Operands = Mapping[str, Any]  # a tensor, or a list of one tensor a layer
@@ -105,13 +104,13 @@ def project(s: Setting) -> Case:
     d = s.K.dim
     square = s.normal(d, d)
     symmetric = (square + square.mT).contiguous()
-    pattern = d * (d + 1) // 2 if isinstance(s.K, Toeplitz) else _stored(s.K)
+    pattern = d * (d + 1) // 2 if isinstance(s.K, Toeplitz) else work.stored(s.K)
     return Case(
         f"{d} x {d}",
         {"S": symmetric},
         lambda x: [ops.project(x["S"], s.spec)],
         lambda x: [s.K.project(x["S"])],
-        (pattern + _stored(s.K)) * s.dtype.itemsize,
+        (pattern + work.stored(s.K)) * s.dtype.itemsize,
         0,
     )
 
@@ -124,7 +123,7 @@ def extract(s: Setting) -> Case:
         {"S": s.normal(d, d)},
         lambda x: [ops.extract(x["S"], s.spec)],
         lambda x: [s.K.extract(x["S"])],
-        2 * _stored(s.K) * s.dtype.itemsize,
+        2 * work.stored(s.K) * s.dtype.itemsize,
         0,
     )
 
@@ -137,7 +136,7 @@ def to_dense(s: Setting) -> Case:
         {"K": s.factor(s.K)},
         lambda x: [ops.to_dense(x["K"], d, s.spec)],
         lambda x: [s.K.to_dense(x["K"])],
-        (_stored(s.K) + d * d) * s.dtype.itemsize,
+        (work.stored(s.K) + d * d) * s.dtype.itemsize,
         0,
     )
 
@@ -150,8 +149,8 @@ def project_gram(s: Setting) -> Case:
         {"X": rows},
         lambda x: [ops.project_gram(x["X"], s.spec)],
         lambda x: [s.K.project_gram(x["X"])],
-        _nbytes(rows) + _stored(s.K) * s.wide.itemsize,
-        _row_products(s.K, s.shape.rows, with_factor=False),
+        work.nbytes_of(rows) + work.stored(s.K) * s.wide.itemsize,
+        work.row_products(s.K, s.shape.rows, with_factor=False),
     )
 
 
@@ -163,8 +162,8 @@ def structured_matmul(s: Setting) -> Case:
         {"K": factor, "X": rows},
         lambda x: [ops.structured_matmul(x["K"], d, s.spec, x["X"], side="right")],
         lambda x: [s.K.right(x["K"], x["X"])],
-        2 * _nbytes(rows) + _nbytes(factor),
-        _apply_factor(s.K, s.shape.rows),
+        2 * work.nbytes_of(rows) + work.nbytes_of(factor),
+        work.apply_factor(s.K, s.shape.rows),
     )
 
 
@@ -176,8 +175,8 @@ def structured_product(s: Setting) -> Case:
         {"A": a, "B": b},
         lambda x: [ops.structured_product(x["A"], x["B"], d, s.spec)],
         lambda x: [s.K.product(x["A"], x["B"])],
-        3 * _nbytes(a),
-        _apply_factor(s.K, _thin(s.K)),
+        3 * work.nbytes_of(a),
+        work.apply_factor(s.K, work.thin_rows(s.K)),
     )
 
 
@@ -189,8 +188,8 @@ def factor_gram(s: Setting) -> Case:
         {"K": factor},
         lambda x: [ops.factor_gram(x["K"], d, s.spec)],
         lambda x: [s.K.factor_gram(x["K"])],
-        2 * _nbytes(factor),
-        _apply_factor(s.K, _thin(s.K)),
+        2 * work.nbytes_of(factor),
+        work.apply_factor(s.K, work.thin_rows(s.K)),
     )
 
 
@@ -212,8 +211,10 @@ def accumulate_statistic(s: Setting) -> Case:
         {"statistic": statistic, "X": rows, "K": factor},
         ours,
         rival,
-        _nbytes(rows) + 2 * _nbytes(statistic) + (not s.K.keeps_statistic_of_u) * _nbytes(factor),
-        _row_products(s.K, s.shape.rows, with_factor=True),
+        work.nbytes_of(rows)
+        + 2 * work.nbytes_of(statistic)
+        + (not s.K.keeps_statistic_of_u) * work.nbytes_of(factor),
+        work.row_products(s.K, s.shape.rows, with_factor=True),
     )
 
 
@@ -249,8 +250,8 @@ def update_factors(s: Setting) -> Case:
 
     # Factors and momenta are read and written, statistics read.
     changed = [t for name in ("K", "C", "m_K", "m_C") for t in operands[name]]
-    nbytes = 2 * _nbytes(*changed) + _nbytes(*operands["s_K"], *operands["s_C"])
-    flop = sum(n * 2 * _apply_factor(p, _thin(p)) for p in (s.K, s.C))
+    nbytes = 2 * work.nbytes_of(*changed) + work.nbytes_of(*operands["s_K"], *operands["s_C"])
+    flop = sum(n * 2 * work.apply_factor(p, work.thin_rows(p)) for p in (s.K, s.C))
     return Case(f"{d_o} x {d_i}, {n} layers", operands, ours, rival, nbytes, flop)
 
 
@@ -310,8 +311,8 @@ def preconditioned_update(s: Setting) -> Case:
     # W and M are read and written, G is read; of a dense factor the cached product is.
     factors = [p if p.numel() else k for p, k in zip(operands["P_K"], K, strict=True)]
     factors += [p if p.numel() else c for p, c in zip(operands["P_C"], C, strict=True)]
-    nbytes = 5 * _nbytes(*operands["G"]) + _nbytes(*factors)
-    flop = n * (_step_products(s.K, d_o) + _step_products(s.C, d_i))
+    nbytes = 5 * work.nbytes_of(*operands["G"]) + work.nbytes_of(*factors)
+    flop = n * (work.step_products(s.K, d_o) + work.step_products(s.C, d_i))
     return Case(f"{d_o} x {d_i}, {n} layers", operands, ours, rival, nbytes, flop)
 
 
@@ -342,54 +343,6 @@ def _memory(layers: int, device: torch.device) -> dict[str, Any]:
         "outcomes": torch.empty(layers, dtype=torch.int64, device=device),
         "workspace": torch.empty(0, dtype=torch.uint8, device=device),
     }
-
-
-def _stored(p: Plain) -> int:
-    return sum(torch.Size(shape).numel() for _, _, shape in p.sections)
-
-
-def _nbytes(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _thin(p: Plain) -> int:
-    """Rows of a factor that a product of two factors multiplies by the other one."""
-    if isinstance(p, plain.Bordered):
-        return p.sections[0][2][0]
-    if isinstance(p, plain.BlockDiagonal):
-        return p.sizes[0]
-    return p.dim if isinstance(p, plain.Dense) else 1
-
-
-def _fft(p: Plain, count: float) -> float:
-    length = 2 * p.dim
-    return count * 2.5 * length * math.log2(length)  # real numbers: half of 5 n log₂ n
-
-
-def _apply_factor(p: Plain, rows: int) -> float:
-    """Operations of K times so many rows; a triangular factor's zeros are not counted."""
-    if isinstance(p, Toeplitz):
-        return _fft(p, 2 * rows)
-    stored = _stored(p)
-    if p.name in ("tril", "triu"):
-        stored = p.dim * (p.dim + 1) // 2
-    return 2.0 * rows * stored
-
-
-def _step_products(p: Plain, rows: int) -> float:
-    """Operations of K Kᵀ on one side of a gradient; of dense factors one product."""
-    if isinstance(p, plain.Dense):
-        return 2.0 * rows * p.dim**2
-    return 2 * _apply_factor(p, rows)
-
-
-def _row_products(p: Plain, rows: int, with_factor: bool) -> float:
-    """Operations of a Gram matrix of rows, on the pattern; of a dense one, of a triangle."""
-    if isinstance(p, plain.Dense):
-        gram = 1.0 * rows * p.dim**2
-        return gram + with_factor * min(4.0 * p.dim**3, 2.0 * rows * p.dim**2)
-    gram = _fft(p, rows) if isinstance(p, Toeplitz) else 2.0 * rows * _stored(p)
-    return gram + (with_factor and not p.keeps_statistic_of_u) * _apply_factor(p, rows)
 
 
 OPERATORS: dict[str, Callable[[Setting], Case]] = {

@@ -33,7 +33,7 @@ def busy() -> str | None:
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     if load < 0.5 * cores:
         return None
-    return f"before the run the load was {load:.1f} on {cores} cores: other programs may have cost time"
+    return f"the load before the run was {load:.1f} on {cores} cores: other programs may cost time"
 
 
 def _processor() -> str:

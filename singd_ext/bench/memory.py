@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass
 class Memory:
-    """Bytes above those in use before: the largest number, and what is still in use at the end."""
+    """The largest number of bytes in use, above those in use before."""
 
     peak: int = 0
-    kept: int = 0
 
 
 @contextmanager
@@ -27,7 +25,6 @@ def measure(device: torch.device) -> Iterator[Memory]:
     On CUDA by the allocator's statistics. On CPU by the profiler's record of every allocation of a
     tensor: what a kernel allocates by other means (a few rows of scratch) is not seen.
     """
-    gc.collect()
     memory = Memory()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -36,17 +33,16 @@ def measure(device: torch.device) -> Iterator[Memory]:
         yield memory
         torch.cuda.synchronize(device)
         memory.peak = torch.cuda.max_memory_allocated(device) - before
-        memory.kept = torch.cuda.memory_allocated(device) - before
         return
     quiet_profiler()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         yield memory
-        gc.collect()
     assert record.profiler is not None and record.profiler.kineto_results is not None
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    in_use = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        memory.kept += event.nbytes()
-        memory.peak = max(memory.peak, memory.kept)
+        in_use += event.nbytes()
+        memory.peak = max(memory.peak, in_use)
 
 
 def quiet_profiler() -> None:

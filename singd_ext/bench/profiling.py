@@ -231,7 +231,7 @@ def _write_trace(path: Path, profiled: Sequence[tuple[str, Contender, int]]) -> 
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     quiet_profiler()
-    with profile(activities=activities, acc_events=True) as record, wrapped(record_function):
+    with profile(activities=activities) as record, wrapped(record_function):
         for label, contender, T in profiled:
             contender.steps.begin_cycle(T)
             with record_function(label):

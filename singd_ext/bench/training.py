@@ -10,6 +10,7 @@ step alone.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -165,14 +166,22 @@ def run(options: TrainingOptions, progress: Say = _silent, note: Say = _silent) 
         AssertionError: If an optimizer left a parameter where it was, or training went wrong; see
             `Contender.check`.
     """
+    said: set[str] = set()
+
+    def once(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            note(text)
+
     with warnings.catch_warnings():
         # PyPI says so where a structure has no code of its own for a product: the time shows it.
         warnings.filterwarnings("ignore", message="Calling naive implementation")
-        return [row for dtype in options.dtypes for row in _compare(dtype, options, progress, note)]
+        return [row for dtype in options.dtypes for row in _compare(dtype, options, progress, once)]
 
 
 def _compare(dtype: str, options: TrainingOptions, progress: Say, note: Say) -> list[Row]:
     """Time all optimizers in one dtype."""
+    gc.collect()  # what is left of another dtype would show in the memory of this one
     title, task = presets.build(
         options.preset, options.model, small=options.small, batch=options.batch, seed=options.seed
     )

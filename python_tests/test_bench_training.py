@@ -1,0 +1,401 @@
+"""The bench of training: models, rivals, samples and checks, in a small form. No times are tested."""
+
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from singd_ext import SINGD, ops
+from singd_ext.bench import memory, presets, rivals, training
+from singd_ext.bench.clock import Clock
+from singd_ext.bench.contender import DTYPES, Contender, Setting, StepMarks
+from singd_ext.bench.results import PEAK_MEMORY, RATIO_TO_ADAMW, STATE, TIME
+from singd_ext.bench.training import Plan, TrainingOptions
+
+CPU = torch.device("cpu")
+QUICK = {"small": True, "rounds": 2, "steps": 1, "periods": (1, 2), "structures": ("diagonal",)}
+FACTORY = """
+import torch
+from torch import nn
+from singd_ext.bench.presets import Task
+
+def batch():
+    return torch.randn(4, 5, dtype=torch.float64), torch.randint(3, (4,))
+
+def net():
+    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 3))
+
+def make():
+    return net(), batch, nn.functional.cross_entropy
+
+def make_task():
+    model = net()
+    return Task(model, batch, nn.functional.cross_entropy, "a net", trained=[model[3]])
+
+def wrong():
+    return net()
+
+def broken():
+    import no_such_module
+
+number = 1
+"""
+
+
+def quick(**changes) -> TrainingOptions:
+    return TrainingOptions(**(QUICK | changes))
+
+
+def run(**changes) -> tuple[list, list[str]]:
+    """Rows and notes of a quick run."""
+    notes: list[str] = []
+    return training.run(quick(**changes), note=notes.append), notes
+
+
+def setting(preset: str = "tiny", dtype: str = "fp32") -> Setting:
+    return Setting(presets.preset(preset, small=True), dtype, CPU, seed=0)
+
+
+def contender(name: str, structure: str = "") -> Contender:
+    """One optimizer on the small form of "tiny"."""
+    start = setting()
+    wanted = ("sgd", "muon", "singd")
+    chosen, _ = rivals.rivals(wanted, [structure or "diagonal"], list(start.start.parameters()))
+    return Contender(next(r for r in chosen if r.name == name), start)
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "user_module_of_the_bench.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "user_module_of_the_bench"
+
+
+# ---------------------------------------------------------------- models and tasks
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("gpt2-small", 124_439_808),
+        ("gpt2-medium", 354_823_168),
+        ("vit-b", 86_567_656),
+        ("resnet50", 25_557_032),
+    ],
+)
+def test_presets_are_the_published_networks(preset: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = presets.preset(preset).model
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("preset", ["tiny", "gpt2-small", "vit-b"])
+def test_transformers_train_the_linear_layers_of_the_blocks(preset: str) -> None:
+    task = presets.preset(preset, small=True)
+    names = task.trained_names()
+    blocks = len(task.model.blocks)
+    layers = ("qkv", "project", "expand", "contract")
+    expected = [
+        f"blocks.{block}.{layer}.{part}"
+        for block in range(blocks)
+        for layer in layers
+        for part in ("weight", "bias")
+    ]
+    assert sorted(names) == sorted(expected)
+
+
+def test_resnet_trains_convolutions_and_classifier() -> None:
+    task = presets.preset("resnet50", small=True)
+    modules = {name.rpartition(".")[0] for name in task.trained_names()}
+    assert modules == {
+        name for name, m in task.model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))
+    }
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_causal_models_alone_hide_the_future(preset: str) -> None:
+    task = presets.preset(preset, small=True)
+    inputs, targets = task.batch()
+    output = task.model.eval()(inputs)
+    assert task.loss(output, targets).isfinite()
+    if task.loss_average == "batch+sequence":
+        changed = inputs.clone()
+        changed[:, -1] = (changed[:, -1] + 1) % 16
+        other = task.model(changed)
+        assert torch.equal(other[:, :-1], output[:, :-1])
+        assert not torch.equal(other[:, -1], output[:, -1])
+
+
+def test_batch_can_be_chosen() -> None:
+    assert len(presets.preset("tiny", batch=3).batch()[0]) == 3
+    with pytest.raises(ValueError, match="batch is 0"):
+        presets.preset("tiny", batch=0)
+    with pytest.raises(ValueError, match="no preset 'huge'; presets are tiny"):
+        presets.preset("huge")
+
+
+def test_seeds_give_the_weights_and_leave_the_generator_alone() -> None:
+    before = torch.get_rng_state()
+    built = [
+        presets.build("tiny", None, small=True, batch=None, seed=seed)[1].model.state_dict()
+        for seed in (3, 3, 4)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(built[0][name], built[1][name]) for name in built[0])
+    assert any(not torch.equal(built[0][name], built[2][name]) for name in built[0])
+
+
+def test_a_factory_of_the_user(user_module: str) -> None:
+    changes = {"model": f"{user_module}:make", "small": False, "dtypes": DTYPES}
+    rows, notes = run(**changes)
+    assert {row.labels["preset"] for row in rows} == {f"{user_module}:make"}
+    assert {row.labels["dtype"] for row in rows} == set(DTYPES)
+    assert any("Sequential" in note for note in notes)
+    assert presets.load(f"{user_module}:make_task").trained_names() == ["3.weight", "3.bias"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nothing", "must be like 'module:factory'"),
+        ("no_such_module:make", "no module 'no_such_module'"),
+        ("{}:absent", "has no 'absent'"),
+        ("{}:wrong", "must return .* not Sequential"),
+    ],
+)
+def test_a_wrong_factory_is_named(user_module: str, spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        presets.load(spec.format(user_module))
+
+
+def test_an_error_of_the_user_is_shown_as_it_is(user_module: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        presets.load(f"{user_module}:broken")
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    task = presets.Task(nn.Embedding(3, 3), lambda: None, lambda: None, "an embedding")
+    with pytest.raises(ValueError, match="an embedding: no layer"):
+        Setting(task, "fp32", CPU, seed=0)
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_every_preset_runs_in_every_dtype(preset: str, dtype: str) -> None:
+    rows, notes = run(preset=preset, dtypes=(dtype,), structures=("diagonal", "dense/diagonal"))
+    names = {rivals.NONE, rivals.ADAMW, rivals.SGD, rivals.OURS, rivals.PYPI}
+    names |= {rivals.MUON} if preset != "resnet50" else set()
+    training_rows = [row for row in rows if row.group == training.TRAINING_STEP]
+    step_rows = [row for row in rows if row.group == training.OPTIMIZER_STEP]
+    assert {row.name for row in training_rows} == names
+    assert {row.name for row in step_rows} == names - {rivals.NONE}
+    for row in rows:
+        assert row.labels["dtype"] == dtype
+        assert row.figures[TIME].value > 0 and row.figures[TIME].unit == "s"
+        assert set(row.spread) == {TIME, RATIO_TO_ADAMW}
+        assert (STATE in row.figures) == (row.name != rivals.NONE)
+        assert (PEAK_MEMORY in row.figures) == (row.group == training.TRAINING_STEP)
+    adamw = [row for row in rows if row.name == rivals.ADAMW]
+    assert [row.figures[RATIO_TO_ADAMW].value for row in adamw] == [1, 1]
+    assert any("Muon is absent" in note for note in notes) == (preset == "resnet50")
+    ours = {(r.labels["structure"], r.labels["T"]) for r in step_rows if r.name == rivals.OURS}
+    assert ours == {(s, T) for s in ("diagonal", "dense/diagonal") for T in ("1", "2")}
+    keys = [row.key for row in rows]
+    assert len(keys) == len(set(keys))
+
+
+def test_every_structure_runs() -> None:
+    rows, notes = run(structures=rivals.STRUCTURES, periods=(1,))
+    of = {name: {r.labels["structure"] for r in rows if r.name == name} for name in
+          (rivals.OURS, rivals.PYPI)}  # fmt: skip
+    assert of[rivals.OURS] == set(rivals.STRUCTURES)
+    assert of[rivals.PYPI] == {
+        "dense", "diagonal", "block_diagonal:30", "hierarchical:15,15", "triu_toeplitz",
+        "tril_toeplitz",
+    }  # fmt: skip
+    assert any("does not have rank_triu:1" in note for note in notes)
+
+
+def test_rivals_can_be_left_out() -> None:
+    rows, _ = run(rivals=())
+    assert {row.name for row in rows} == {rivals.NONE, rivals.ADAMW, rivals.OURS}
+    with pytest.raises(ValueError, match=r"unknown rivals \['adam'\]"):
+        run(rivals=("adam",))
+
+
+def test_a_rival_that_is_not_installed_is_absent_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rivals, "find_spec", lambda name: None)
+    monkeypatch.delattr(torch.optim, "Muon")
+    rows, notes = run()
+    assert not {rivals.PYPI, rivals.MUON} & {row.name for row in rows}
+    assert any("singd (PyPI) is absent: not installed" in note for note in notes)
+    assert any("Muon is absent: torch" in note for note in notes)
+
+
+def test_long_cycles_are_implied_by_fewer_steps() -> None:
+    rows, _ = run(periods=(1, 50), seconds=1e-9, rivals=())
+    kinds = {row.labels["T"]: row.figures[TIME].kind for row in rows if row.name == rivals.OURS}
+    assert kinds == {"1": "measured", "50": "implied"}
+    rows, _ = run(periods=(1, 3), seconds=10.0, rivals=())
+    assert {row.figures[TIME].kind for row in rows} == {"measured"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rounds": 1}, "rounds is 1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"seconds": 0.0}, "seconds is 0"),
+        ({"periods": (0,)}, "T is"),
+        ({"periods": ()}, "T is"),
+        ({"dtypes": ("fp8",)}, "dtype is 'fp8'"),
+        ({"structures": ("round",)}, "round"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"device": "meta"}, "device is 'meta'"),
+        ({"model": "a:b"}, "small and batch"),
+    ],
+)
+def test_a_bad_option_is_named(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quick(**change)
+
+
+# ---------------------------------------------------------------- what makes it honest
+
+
+def test_a_parameter_that_stays_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgets_one(model, parameters, loss_average):
+        return rivals.Steps(torch.optim.SGD(parameters[1:], lr=0.1))
+
+    monkeypatch.setattr(rivals, "_sgd", forgets_one)
+    message = r"SGD: the parameters \['blocks.0.qkv.weight'\] did not move"
+    with pytest.raises(AssertionError, match=message):
+        run()
+
+
+def test_training_that_breaks_down_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explodes(model, parameters, loss_average):
+        return rivals.Steps(torch.optim.SGD(parameters, lr=1e30))
+
+    monkeypatch.setattr(rivals, "_sgd", explodes)
+    with pytest.raises(AssertionError, match="SGD: the loss is .* not finite"):
+        run()
+
+
+def test_layers_that_singd_leaves_out_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SINGD, "rejections", lambda self: {"a": (0, 0), "b": (1, 0)})
+    with pytest.raises(AssertionError, match=r"singd_ext diagonal: .* layers \['b'\]"):
+        run()
+
+
+@pytest.mark.parametrize("name", [rivals.OURS, rivals.PYPI])
+def test_factors_change_in_the_first_step_of_a_cycle_alone(name: str) -> None:
+    one = contender(name, "diagonal")
+
+    def factors() -> torch.Tensor:
+        (optimizer,) = one.steps.optimizers
+        if isinstance(optimizer, SINGD):
+            return next(K.data for K, _ in optimizer.factors().values()).clone()
+        return next(iter(optimizer.Ks.values())).to_dense().diagonal().clone()
+
+    for T, steps in ((1, 2), (3, 6), (2, 3), (5, 5), (1, 1)):
+        one.steps.begin_cycle(T)
+        for step in range(steps):
+            before = factors()
+            one.train_step()
+            assert torch.equal(before, factors()) == (step % T != 0), (T, step)
+
+
+def test_every_contender_has_parameters_of_its_own_and_shares_the_frozen_ones() -> None:
+    start = setting()
+    models = [start.copy(), start.copy(), start.start]
+    for name, p in models[0].named_parameters():
+        others = [dict(model.named_parameters())[name] for model in models[1:]]
+        same = {p.data_ptr() == q.data_ptr() for q in others}
+        assert same == {name not in start.trained}
+        assert p.requires_grad == (name in start.trained)
+        assert all(torch.equal(p, q) for q in others)
+
+
+def test_statistics_are_gathered_by_real_backward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, seen = contender(rivals.OURS), []
+    accumulate = ops.accumulate_statistic_
+
+    def spy(statistic, rows, *args, **kwargs):
+        seen.append(bool(rows.any()))
+        accumulate(statistic, rows, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "accumulate_statistic_", spy)
+    one.steps.begin_cycle(1)
+    one.train_step()
+    assert seen == [True] * 2 * 4  # K and C of four layers
+
+
+def test_state_is_counted_to_the_byte() -> None:
+    numbers = sum(p.numel() for p in contender(rivals.ADAMW)._trained.values())
+    expected = {rivals.ADAMW: 2 * 4 * numbers + 8 * 4, rivals.SGD: 4 * numbers, rivals.NONE: 0}
+    for name, nbytes in expected.items():
+        one = contender(name)
+        one.train_step()
+        assert one.steps.state_bytes() == nbytes, name
+    ours = contender(rivals.OURS, "diagonal")
+    ours.train_step()
+    dims = sum(K.dim + C.dim for K, C in ours.steps.optimizers[0].factors().values())
+    assert ours.steps.state_bytes() == 4 * (numbers + 2 * dims) + 4 * 2 * 8  # and two counters
+
+
+def test_peak_memory_is_that_of_the_allocator() -> None:
+    with memory.measure(CPU) as measured:
+        kept = torch.zeros(1000)
+        for _ in range(3):
+            torch.ones(500)  # freed at once
+    assert measured.peak == 4 * 1500
+    assert kept.numel() == 1000
+
+
+def test_steps_of_a_cycle_have_their_share() -> None:
+    """A cycle of 1 + 4 steps, of which an update and two others are timed, in two samples."""
+    moments = count()
+
+    class Scripted:
+        rival = SimpleNamespace(label="x", has_period=True)
+        steps = SimpleNamespace(begin_cycle=lambda T: next(moments))
+
+        def __init__(self) -> None:
+            self.lengths = iter([10.0, 2.0, 4.0, 11.0, 3.0, 3.0])
+
+        def train_step(self) -> StepMarks:
+            length = next(self.lengths)
+            return StepMarks(0.0, 0.75 * length, length)
+
+    entry = training.Entry(Scripted(), 5, Plan(1, 2), None, None)
+    call = training._sample(entry, Clock(CPU), lambda text: None)
+    call(), call()
+    assert entry.training == [(10 + 4 * 3) / 5, (11 + 4 * 3) / 5]
+    assert entry.optimizer == [entry.training[0] / 4, entry.training[1] / 4]
+    assert entry.time(1.0, "s").kind == "implied"
+
+
+@pytest.mark.parametrize(
+    ("T", "update", "other", "plan"),
+    [
+        (1, 1.0, 1.0, Plan(3, 0)),  # three of ten steps fit into the time
+        (1, 0.1, 0.1, Plan(10, 0)),
+        (1, 9.0, 9.0, Plan(1, 0)),  # never less than one
+        (10, 0.1, 0.1, Plan(1, 9)),
+        (5, 0.1, 0.1, Plan(2, 4)),
+        (50, 0.5, 0.1, Plan(1, 25)),  # a whole cycle does not fit
+        (10, 9.0, 9.0, Plan(1, 1)),
+        (2, 9.0, 9.0, Plan(1, 1)),  # a whole cycle, since nothing is left to leave out
+    ],
+)
+def test_samples_are_planned(T: int, update: float, other: float, plan: Plan) -> None:
+    assert Plan.of(T, update, other, steps=10, seconds=3.0 if other != 0.1 else 3.05) == plan
