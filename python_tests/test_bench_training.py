@@ -1,4 +1,4 @@
-"""The bench of training: models, rivals, samples and checks, in a small form. No times are tested."""
+"""The bench of training in a small form: models, rivals, samples and checks; no times."""
 
 from itertools import count
 from pathlib import Path
@@ -240,6 +240,37 @@ def test_a_rival_that_is_not_installed_is_absent_with_a_reason(
     assert any("Muon is absent: torch" in note for note in notes)
 
 
+def test_a_rival_that_fails_is_absent_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(structures):
+        def build(*args):
+            raise RuntimeError("no kernel")
+
+        return build
+
+    monkeypatch.setattr(rivals, "_pypi", fails)
+    rows, notes = run()
+    assert rivals.PYPI not in {row.name for row in rows}
+    assert "singd (PyPI) diagonal, fp32, is absent: RuntimeError: no kernel" in notes
+    monkeypatch.setattr(rivals, "_ours", fails)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        run()
+
+
+def test_pypi_does_not_take_every_convolution() -> None:
+    parameters = list(nn.Conv1d(2, 3, 2).parameters())
+    chosen, notes = rivals.rivals(("muon", "singd"), ["diagonal"], parameters)
+    assert [rival.name for rival in chosen] == [rivals.NONE, rivals.ADAMW, rivals.OURS]
+    assert [note.split(":")[0] for note in notes] == ["Muon is absent", "singd (PyPI) is absent"]
+
+
+def test_what_is_named_twice_is_timed_once() -> None:
+    rows, _ = run(
+        structures=("diagonal", "diagonal/diagonal"), periods=(2, 2), dtypes=("fp32", "fp32")
+    )
+    keys = [row.key for row in rows]
+    assert len(keys) == len(set(keys))
+
+
 def test_long_cycles_are_implied_by_fewer_steps() -> None:
     rows, _ = run(periods=(1, 50), seconds=1e-9, rivals=())
     kinds = {row.labels["T"]: row.figures[TIME].kind for row in rows if row.name == rivals.OURS}
@@ -286,7 +317,7 @@ def test_training_that_breaks_down_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         return rivals.Steps(torch.optim.SGD(parameters, lr=1e30))
 
     monkeypatch.setattr(rivals, "_sgd", explodes)
-    with pytest.raises(AssertionError, match="SGD: the loss is .* not finite"):
+    with pytest.raises(AssertionError, match=r"SGD: the loss is .* not finite"):
         run()
 
 

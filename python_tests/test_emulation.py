@@ -70,10 +70,14 @@ def test_statistics(spec: str, dtype: torch.dtype, shared: str) -> None:
 
 @every_structure
 @every_dtype
-@pytest.mark.parametrize("order", [1, 2])
-def test_factor_updates(spec: str, dtype: torch.dtype, order: int) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"expm_order": 1}, {"expm_order": 2, "step_cap": 1e-3}, {"normalize_lr_cov": True}],
+    ids=["first order", "second order, capped", "normalized"],
+)
+def test_factor_updates(spec: str, dtype: torch.dtype, options: dict[str, object]) -> None:
     other = STRUCTURES[(STRUCTURES.index(spec) + 5) % len(STRUCTURES)]
-    compare(lambda t: calls.update_factors(spec, other, calls.SHAPES, t, expm_order=order), dtype)
+    compare(lambda t: calls.update_factors(spec, other, calls.SHAPES, t, **options), dtype)
 
 
 @every_structure

@@ -89,8 +89,8 @@ def run(
             progress(f"[{done}/{count}] {name}, {spec}, {_name(dtype)}")
             rows.append(_time(name, setting, limits, options.rounds))
     note(
-        "plain PyTorch runs in the dtype of its operands, where the operators go on in float32 from "
-        "16-bit ones, and without the checks of a transaction"
+        "plain PyTorch runs in the dtype of its operands, where the operators sum in float32, and "
+        "without the checks of a transaction"
     )
     if device.type == "cpu":
         note("operands that fit into a cache may exceed the copy rate, which is that of memory")

@@ -161,7 +161,7 @@ def run(
     """
     rows: list[Row] = []
     profiled: list[tuple[str, Contender, int]] = []
-    for dtype in options.dtypes:
+    for dtype in dict.fromkeys(options.dtypes):
         title, task = presets.build(
             options.preset, options.model, small=options.small, batch=options.batch,
             seed=options.seed,
@@ -173,7 +173,7 @@ def run(
             note("step: what is in none of the others, such as K Kᵀ of dense factors, kept for T")
         for rival in ours(options.structures):
             contender = Contender(rival, setting)
-            for T in options.periods:
+            for T in dict.fromkeys(options.periods):
                 label = f"{dtype}: {rival.label}, T = {T}"
                 progress(label)
                 labels = {
@@ -215,7 +215,7 @@ def _table(
             labels,
             {
                 TIME: measured(medians[phase], SECONDS),
-                "share": measured(100 * medians[phase] / medians[WHOLE], PERCENT),
+                "share": measured(100 * (medians[phase] / medians[WHOLE]), PERCENT),
                 "calls": counted(calls.get(phase, T) / T, NUMBER),
             },
             {TIME: timing.spread(times[1:])},

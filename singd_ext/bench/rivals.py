@@ -169,7 +169,7 @@ def rivals(
             chosen.append(Rival(MUON, "", _muon))
     chosen += ours(structures)
     if "singd" in wanted:
-        theirs, reasons = _pypi_rivals(structures)
+        theirs, reasons = _pypi_rivals(structures, parameters)
         chosen += theirs
         notes += reasons
     return chosen, notes
@@ -177,12 +177,17 @@ def rivals(
 
 def ours(structures: Sequence[str]) -> list[Rival]:
     """Return singd_ext with each of the structures."""
-    return [Rival(OURS, _title(pair(s)), _ours(pair(s))) for s in structures]
+    pairs = dict.fromkeys(pair(structure) for structure in structures)
+    return [Rival(OURS, _title(specs), _ours(specs)) for specs in pairs]
 
 
-def _pypi_rivals(structures: Sequence[str]) -> tuple[list[Rival], list[str]]:
+def _pypi_rivals(
+    structures: Sequence[str], parameters: Sequence[nn.Parameter]
+) -> tuple[list[Rival], list[str]]:
     if find_spec("singd") is None:
         return [], [f"{PYPI} is absent: not installed (`pip install singd`)"]
+    if any(p.ndim not in (1, 2, 4) for p in parameters):
+        return [], [f"{PYPI} is absent: it trains Linear and Conv2d, not Conv1d and Conv3d"]
     found: dict[str, Rival] = {}
     missing = []
     for structure in structures:

@@ -34,7 +34,7 @@ from .results import (
     implied,
     measured,
 )
-from .rivals import ADAMW, STRUCTURES, Rival, pair, rivals
+from .rivals import ADAMW, PYPI, STRUCTURES, Rival, pair, rivals
 
 Say = Callable[[str], None]
 
@@ -176,7 +176,11 @@ def run(options: TrainingOptions, progress: Say = _silent, note: Say = _silent) 
     with warnings.catch_warnings():
         # PyPI says so where a structure has no code of its own for a product: the time shows it.
         warnings.filterwarnings("ignore", message="Calling naive implementation")
-        return [row for dtype in options.dtypes for row in _compare(dtype, options, progress, once)]
+        return [
+            row
+            for dtype in dict.fromkeys(options.dtypes)
+            for row in _compare(dtype, options, progress, once)
+        ]
 
 
 def _compare(dtype: str, options: TrainingOptions, progress: Say, note: Say) -> list[Row]:
@@ -191,20 +195,26 @@ def _compare(dtype: str, options: TrainingOptions, progress: Say, note: Say) -> 
     chosen, reasons = rivals(options.rivals, options.structures, trained)
     for reason in reasons:
         note(reason)
-    entries = _sampled(chosen, setting, options, lambda text: progress(f"{dtype}: {text}"))
+    entries = _sampled(chosen, setting, options, lambda text: progress(f"{dtype}: {text}"), note)
     labels = {"preset": title, "dtype": dtype, "device": options.device}
     base = next(entry for entry in entries if entry.contender.rival.name == ADAMW)
     return [row for entry in entries for row in _rows(entry, base, labels)]
 
 
 def _sampled(
-    chosen: Sequence[Rival], setting: Setting, options: TrainingOptions, progress: Say
+    chosen: Sequence[Rival], setting: Setting, options: TrainingOptions, progress: Say, note: Say
 ) -> list[Entry]:
     """Build the contenders, let them take turns, and check that they all trained."""
     clock = Clock(setting.device)
-    entries = [
-        entry for rival in chosen for entry in _entries(rival, setting, options, clock, progress)
-    ]
+    entries: list[Entry] = []
+    for rival in chosen:
+        progress(f"{rival.label}, memory")
+        try:
+            entries += _entries(rival, setting, options, clock)
+        except Exception as error:
+            if rival.name != PYPI:
+                raise
+            note(f"{rival.label}, {setting.dtype}, is absent: {type(error).__name__}: {error}")
     calls = {entry.title: _sample(entry, clock, progress) for entry in entries}
     timing.interleaved(calls, options.rounds, setting.device)
     for entry in entries:
@@ -212,11 +222,8 @@ def _sampled(
     return entries
 
 
-def _entries(
-    rival: Rival, setting: Setting, options: TrainingOptions, clock: Clock, progress: Say
-) -> list[Entry]:
+def _entries(rival: Rival, setting: Setting, options: TrainingOptions, clock: Clock) -> list[Entry]:
     """Build a contender, measure its memory in steps that update the factors, and plan."""
-    progress(f"{rival.label}, memory")
     with measure(setting.device) as memory:
         contender = Contender(rival, setting)
         contender.steps.begin_cycle(1)
@@ -234,7 +241,7 @@ def _entries(
             state,
             peak,
         )
-        for T in (options.periods if rival.has_period else (1,))
+        for T in (dict.fromkeys(options.periods) if rival.has_period else (1,))
     ]
 
 

@@ -38,13 +38,11 @@ def _fft(p: Plain, count: float) -> float:
 
 
 def apply_factor(p: Plain, rows: int) -> float:
-    """Return the operations of K times so many rows; a triangular factor's zeros are not counted."""
+    """Return the operations of K times so many rows, without those on a triangle's zeros."""
     if isinstance(p, Toeplitz):
         return _fft(p, 2 * rows)
-    stored = stored(p)
-    if p.name in ("tril", "triu"):
-        stored = p.dim * (p.dim + 1) // 2
-    return 2.0 * rows * stored
+    is_triangle = p.name in ("tril", "triu")
+    return 2.0 * rows * (p.dim * (p.dim + 1) // 2 if is_triangle else stored(p))
 
 
 def step_products(p: Plain, rows: int) -> float:
@@ -55,7 +53,7 @@ def step_products(p: Plain, rows: int) -> float:
 
 
 def row_products(p: Plain, rows: int, with_factor: bool) -> float:
-    """Return the operations of a Gram matrix of rows, on the pattern; of a dense one, of a triangle."""
+    """Return the operations of a Gram matrix of rows on the pattern; a dense one is symmetric."""
     if isinstance(p, Dense):
         gram = 1.0 * rows * p.dim**2
         return gram + with_factor * min(4.0 * p.dim**3, 2.0 * rows * p.dim**2)
