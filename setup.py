@@ -86,6 +86,7 @@ def emulation(toolkit: cuda_build.Toolkit | None) -> CppExtension:
             *sources("plain", "launcher", "emulation"),
             "csrc/schemas.cpp",
             "csrc/op_checks.cpp",
+            "csrc/call_checks.cpp",
             *cuda_build.wrappers(sources("kernel"), folder),
         ],
         depends=headers() + sources("kernel"),

@@ -40,25 +40,15 @@ void check_factor(const char* op, const char* name, const at::Tensor& factor,
                     " must be contiguous, but has strides ", factor.strides());
 }
 
-void check_same_device(const char* op, const at::Tensor& a, const at::Tensor& b) {
-  TORCH_CHECK_VALUE(a.device() == b.device(), "singd_ext::", op, ": tensors on different devices, ",
-                    a.device(), " and ", b.device());
+void check_on_device(const char* op, const char* name, const at::Tensor& tensor,
+                     const at::Device& device) {
+  TORCH_CHECK_VALUE(tensor.device() == device, "singd_ext::", op, ": ", name, " is on ",
+                    tensor.device(), ", but the operator runs on ", device);
 }
 
 void check_length(const char* op, const char* name, size_t length, size_t expected) {
   TORCH_CHECK_VALUE(length == expected, "singd_ext::", op, ": list ", name, " has ", length,
                     " entries, expected ", expected);
-}
-
-void check_cached_product(const char* op, const char* name, const at::Tensor& product,
-                          const Layout& layout) {
-  check_dtype(op, name, product);
-  TORCH_CHECK_VALUE(layout.family == Family::kDense, "singd_ext::", op, ": P_", name,
-                    " is only kept for dense and triangular factors");
-  TORCH_CHECK_VALUE(product.dim() == 2 && product.size(0) == layout.dim &&
-                        product.size(1) == layout.dim && product.is_contiguous(),
-                    "singd_ext::", op, ": P_", name, " has shape ", product.sizes(),
-                    ", expected a contiguous [", layout.dim, ", ", layout.dim, "]");
 }
 
 void check_outcomes(const char* op, const at::Tensor& outcomes, size_t layers) {
@@ -79,6 +69,12 @@ Scaler checked_scaler(const char* op, const std::optional<at::Tensor>& grad_scal
                       const std::optional<at::Tensor>& found_inf) {
   return {grad_scale.has_value() ? 1.0 / checked_scalar(op, "grad_scale", *grad_scale) : 1.0,
           found_inf.has_value() && checked_scalar(op, "found_inf", *found_inf) != 0};
+}
+
+RoundingKey checked_rounding_key(const char* op, const std::optional<at::IntArrayRef>& key) {
+  if (!key.has_value()) return {};
+  TORCH_CHECK_VALUE(key->size() == 2, "singd_ext::", op, ": rounding_key must be [seed, step]");
+  return RoundingKey::make((*key)[0], (*key)[1]);
 }
 
 Side checked_side(const char* op, const std::string& side) {

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "structures/layout.h"
+#include "structures/rounding.h"
 
 namespace singd {
 
@@ -24,15 +25,12 @@ void check_ndim(const char* op, const char* name, const at::Tensor& tensor, int6
 void check_factor(const char* op, const char* name, const at::Tensor& factor,
                   const std::string& structure, const Layout& layout);
 
-// Two tensors on the same device.
-void check_same_device(const char* op, const at::Tensor& a, const at::Tensor& b);
+// Every tensor of an operator lies on the device that the operator runs on.
+void check_on_device(const char* op, const char* name, const at::Tensor& tensor,
+                     const at::Device& device);
 
 // Lists of the same length.
 void check_length(const char* op, const char* name, size_t length, size_t expected);
-
-// `product` is a cached F F^T of a dense-family factor F of this layout.
-void check_cached_product(const char* op, const char* name, const at::Tensor& product,
-                          const Layout& layout);
 
 // `outcomes` takes an int64 code for every layer.
 void check_outcomes(const char* op, const at::Tensor& outcomes, size_t layers);
@@ -48,6 +46,9 @@ struct Scaler {
 };
 Scaler checked_scaler(const char* op, const std::optional<at::Tensor>& grad_scale,
                       const std::optional<at::Tensor>& found_inf);
+
+// The optional rounding_key is [seed, step]; without it stores round to nearest.
+RoundingKey checked_rounding_key(const char* op, const std::optional<at::IntArrayRef>& key);
 
 Side checked_side(const char* op, const std::string& side);
 

@@ -12,7 +12,7 @@ from singd_ext import SINGD, ops
 from singd_ext.bench import memory, presets, rivals, training
 from singd_ext.bench.clock import Clock
 from singd_ext.bench.contender import DTYPES, Contender, Setting, StepMarks
-from singd_ext.bench.results import PEAK_MEMORY, RATIO_TO_ADAMW, STATE, TIME
+from singd_ext.bench.results import PEAK_MEMORY, RATIO_TO_ADAMW, STATE, TIME, measured
 from singd_ext.bench.training import Plan, TrainingOptions
 
 CPU = torch.device("cpu")
@@ -381,14 +381,34 @@ def test_state_is_counted_to_the_byte() -> None:
     ours.train_step()
     dims = sum(K.dim + C.dim for K, C in ours.steps.optimizers[0].factors().values())
     assert ours.steps.state_bytes() == 4 * (numbers + 2 * dims) + 4 * 2 * 8  # and two counters
+    theirs = contender(rivals.PYPI, "diagonal")
+    theirs.train_step()
+    assert theirs.steps.state_bytes() == 4 * (numbers + 2 * dims)
+
+
+def test_gradients_are_those_of_one_batch() -> None:
+    one = contender(rivals.NONE)
+    gradients = []
+    for _ in range(5):  # four batches take turns
+        one.train_step()
+        gradients.append(one._trained["blocks.0.qkv.weight"].grad.clone())
+    assert torch.equal(gradients[0], gradients[4])
+    assert not torch.equal(gradients[0], gradients[1])
+
+
+def test_the_first_turn_is_left_out() -> None:
+    entry = SimpleNamespace(time=measured)
+    figures, spread = training._times(entry, [100.0, 2.0, 2.0, 4.0], [100.0, 1.0, 1.0, 1.0])
+    assert {name: figure.value for name, figure in figures.items()} == {TIME: 2, RATIO_TO_ADAMW: 2}
+    assert spread == {TIME: 0.5, RATIO_TO_ADAMW: 0.5}
 
 
 def test_peak_memory_is_that_of_the_allocator() -> None:
-    with memory.measure(CPU) as measured:
+    with memory.measure(CPU) as found:
         kept = torch.zeros(1000)
         for _ in range(3):
             torch.ones(500)  # freed at once
-    assert measured.peak == 4 * 1500
+    assert found.peak == 4 * 1500
     assert kept.numel() == 1000
 
 

@@ -3,7 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include "../op_checks.h"
+#include "../call_checks.h"
 #include "../structures/registry.h"
 #include "math.h"
 #include "rows.h"
@@ -16,20 +16,9 @@ void accumulate_statistic_(at::Tensor& statistic, const at::Tensor& rows, const 
                            const std::string& shared) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const char* op = "accumulate_statistic_";
-  const Layout layout = checked_layout(op, structure, dim);
-  check_factor(op, "statistic", statistic, structure, layout);
-  check_factor(op, "factor", factor, structure, layout);
-  check_dtype(op, "rows", rows);
-  check_ndim(op, "rows", rows, 3);
-  check_same_device(op, statistic, rows);
-  check_same_device(op, statistic, factor);
+  const Layout layout = checked_statistic(op, statistic, rows, factor, dim, structure, ones_column);
   const auto dtype = statistic.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "singd_ext::", op,
-                   ": statistic has dtype ", dtype, "; sums need float32 or float64");
   const Rows source(rows, ones_column, checked_shared(op, shared));
-  TORCH_CHECK_VALUE(source.dim() == dim, "singd_ext::", op, ": rows of shape ", rows.sizes(),
-                    ones_column ? " with a column of ones" : "", " do not fit a factor '",
-                    structure, "' of dimension ", dim);
   const at::Tensor k = factor.to(dtype);
   dispatch_compute(dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -5,22 +5,13 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include "../op_checks.h"
+#include "../call_checks.h"
 #include "../structures/registry.h"
 #include "math.h"
 #include "rows.h"
 
 namespace singd::cpu {
 namespace {
-
-Layout checked_square(const char* op, const char* name, const at::Tensor& matrix,
-                      const std::string& structure) {
-  check_dtype(op, name, matrix);
-  check_ndim(op, name, matrix, 2);
-  TORCH_CHECK_VALUE(matrix.size(0) == matrix.size(1), "singd_ext::", op, ": ", name,
-                    " must be square, but has shape ", matrix.sizes());
-  return checked_layout(op, structure, matrix.size(0));
-}
 
 // The storage that fill(family, matrix, storage) makes of a square matrix, in the matrix's dtype.
 template <class Fill>
@@ -58,9 +49,7 @@ at::Tensor extract(const at::Tensor& dense, const std::string& structure) {
 at::Tensor project_gram(const at::Tensor& rows, const std::string& structure) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const char* op = "project_gram";
-  check_dtype(op, "rows", rows);
-  check_ndim(op, "rows", rows, 2);
-  const Layout layout = checked_layout(op, structure, rows.size(1));
+  const Layout layout = checked_rows(op, rows, structure);
   const auto options = rows.options().dtype(compute_type(rows.scalar_type()));
   at::Tensor statistic = at::zeros({storage_size(layout)}, options);
   at::Tensor identity = at::zeros_like(statistic), out = at::zeros_like(statistic);

@@ -6,18 +6,10 @@
 
 #include <cmath>
 #include <cstring>
-#include <optional>
 
 #include "../structures/rounding.h"
 
 namespace singd::cpu {
-
-// The optional rounding_key of an operator is [seed, step]; without it stores round to nearest.
-inline RoundingKey rounding_key(const char* op, std::optional<at::IntArrayRef> key) {
-  if (!key.has_value()) return {};
-  TORCH_CHECK_VALUE(key->size() == 2, "singd_ext::", op, ": rounding_key must be [seed, step]");
-  return RoundingKey::make((*key)[0], (*key)[1]);
-}
 
 // value in the narrow type; bfloat16 rounds stochastically where the key asks for it.
 template <class Narrow, class T>

@@ -5,7 +5,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include "../op_checks.h"
+#include "../call_checks.h"
 #include "../structures/registry.h"
 #include "math.h"
 
@@ -16,16 +16,9 @@ at::Tensor structured_matmul(const at::Tensor& factor, int64_t dim, const std::s
                              const at::Tensor& other, const std::string& side, bool transpose) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const char* op = "structured_matmul";
-  const Layout layout = checked_layout(op, structure, dim);
-  check_factor(op, "factor", factor, structure, layout);
-  check_dtype(op, "other", other);
-  check_ndim(op, "other", other, 2);
-  check_same_device(op, factor, other);
-  const Side where = checked_side(op, side);
-  const int64_t inner = where == Side::kLeft ? other.size(0) : other.size(1);
-  TORCH_CHECK_VALUE(inner == dim, "singd_ext::", op, ": a factor of dimension ", dim, " ('",
-                    structure, "') on the ", side, " does not fit a matrix of shape ",
-                    other.sizes());
+  const Matmul checked = checked_matmul(op, factor, dim, structure, other, side);
+  const Layout& layout = checked.layout;
+  const Side where = checked.side;
   const auto result = c10::promoteTypes(factor.scalar_type(), other.scalar_type());
   const auto dtype = compute_type(result);
   const at::Tensor k = factor.to(dtype), x = other.to(dtype).contiguous();
@@ -45,10 +38,7 @@ at::Tensor structured_product(const at::Tensor& a, const at::Tensor& b, int64_t 
                               const std::string& structure) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const char* op = "structured_product";
-  const Layout layout = checked_layout(op, structure, dim);
-  check_factor(op, "a", a, structure, layout);
-  check_factor(op, "b", b, structure, layout);
-  check_same_device(op, a, b);
+  const Layout layout = checked_product(op, a, b, dim, structure);
   const auto result = c10::promoteTypes(a.scalar_type(), b.scalar_type());
   const auto dtype = compute_type(result);
   const at::Tensor left = a.to(dtype), right = b.to(dtype);

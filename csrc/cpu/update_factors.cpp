@@ -15,7 +15,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../op_checks.h"
+#include "../call_checks.h"
 #include "../structures/registry.h"
 #include "../structures/spec.h"
 #include "math.h"
@@ -48,18 +48,6 @@ struct Candidate {
   at::Tensor k, momentum;
   bool finite = false, capped = false;
 };
-
-void check_arguments(const char* name, const at::Tensor& state, const at::Tensor& momentum,
-                     const at::Tensor& statistic, int64_t dim, const std::string& structure) {
-  const Layout layout = checked_layout(kOp, structure, dim);
-  check_factor(kOp, name, state, structure, layout);
-  check_factor(kOp, name, statistic, structure, layout);
-  check_same_device(kOp, state, statistic);
-  if (momentum.defined()) check_factor(kOp, name, momentum, structure, layout);
-  const auto dtype = statistic.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "singd_ext::", kOp, ": statistic_",
-                   name, " has dtype ", dtype, "; sums need float32 or float64");
-}
 
 Factor make_factor(const at::Tensor& state, const at::Tensor& momentum, const at::Tensor& statistic,
                    double scale, int64_t dim, const std::string& structure) {
@@ -170,13 +158,6 @@ Outcome commit(const Factor& k, const Factor& c, const Candidate& new_k, const C
   return new_k.capped || new_c.capped ? kCapped : kCommitted;
 }
 
-void check_options(const Options& o) {
-  TORCH_CHECK_VALUE(o.expm_order == 1 || o.expm_order == 2, "singd_ext::", kOp, ": expm_order is ",
-                    o.expm_order, "; allowed are 1 and 2");
-  TORCH_CHECK_VALUE(o.step_cap > 0, "singd_ext::", kOp, ": step_cap is ", o.step_cap,
-                    "; it must be positive (infinity switches it off)");
-}
-
 void update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_K, at::TensorList m_C,
                      at::TensorList rejected, at::TensorList statistic_K,
                      at::TensorList statistic_C, at::ArrayRef<double> scale_K,
@@ -189,19 +170,12 @@ void update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_K, at:
                      const std::optional<at::Tensor>& found_inf,
                      std::optional<at::IntArrayRef> rounding) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  const size_t layers = K.size();
-  const size_t momenta = alpha1 != 0 ? layers : 0;
-  check_length(kOp, "C", C.size(), layers);
-  check_length(kOp, "m_K", m_K.size(), momenta);
-  check_length(kOp, "m_C", m_C.size(), momenta);
-  check_length(kOp, "rejected", rejected.size(), layers);
-  check_length(kOp, "statistic_K", statistic_K.size(), layers);
-  check_length(kOp, "statistic_C", statistic_C.size(), layers);
-  check_length(kOp, "scale_K", scale_K.size(), layers);
-  check_length(kOp, "scale_C", scale_C.size(), layers);
-  check_length(kOp, "dim_K", dim_K.size(), layers);
-  check_length(kOp, "dim_C", dim_C.size(), layers);
-  check_outcomes(kOp, outcomes, layers);
+  const FactorLists lists{K,       C,       m_K,   m_C,   rejected,    statistic_K, statistic_C,
+                          scale_K, scale_C, dim_K, dim_C, structure_K, structure_C};
+  const bool has_momenta = alpha1 != 0;
+  check_factor_lists(kOp, lists, has_momenta, outcomes.device());
+  check_outcomes(kOp, outcomes, K.size());
+  check_factor_options(kOp, expm_order, step_cap);
   const Options options{checked_scalar(kOp, "lr_cov", lr_cov),
                         damping,
                         alpha1,
@@ -209,20 +183,14 @@ void update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_K, at:
                         kfac_like,
                         normalize_lr_cov,
                         expm_order};
-  check_options(options);
   const Scaler scaler = checked_scaler(kOp, grad_scale, found_inf);
-  const RoundingKey key = rounding_key(kOp, rounding);
+  const RoundingKey key = checked_rounding_key(kOp, rounding);
 
   const auto momentum_of = [&](at::TensorList list, size_t i) {
-    return momenta ? list[i] : at::Tensor();
+    return has_momenta ? list[i] : at::Tensor();
   };
-  for (size_t i = 0; i < layers; ++i) {
-    check_arguments("K", K[i], momentum_of(m_K, i), statistic_K[i], dim_K[i], structure_K);
-    check_arguments("C", C[i], momentum_of(m_C, i), statistic_C[i], dim_C[i], structure_C);
-  }
-
   outcomes.zero_();
-  for (size_t i = 0; i < layers && !scaler.found_inf; ++i) {
+  for (size_t i = 0; i < K.size() && !scaler.found_inf; ++i) {
     const Factor k =
         make_factor(K[i], momentum_of(m_K, i), statistic_K[i], scale_K[i], dim_K[i], structure_K);
     const Factor c =

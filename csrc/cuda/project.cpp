@@ -2,6 +2,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include "../call_checks.h"
 #include "../structures/spec.h"
 #include "elementwise.h"
 #include "runtime.h"
@@ -15,11 +16,7 @@ using FromDense = void (*)(const Layout&, Dtype, const DenseMatrix&, void*, Stre
 at::Tensor from_dense(const char* op, const char* name, const at::Tensor& matrix,
                       const std::string& structure, FromDense kernel) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  check_dtype(op, name, matrix);
-  check_ndim(op, name, matrix, 2);
-  TORCH_CHECK_VALUE(matrix.size(0) == matrix.size(1), "singd_ext::", op, ": ", name,
-                    " must be square, but has shape ", matrix.sizes());
-  const Layout layout = checked_layout(op, structure, matrix.size(0));
+  const Layout layout = checked_square(op, name, matrix, structure);
   const c10::DeviceGuard device_guard(matrix.device());
   at::Tensor out = at::empty({storage_size(layout)}, matrix.options());
   const DenseMatrix source{matrix.const_data_ptr(), matrix.stride(0), matrix.stride(1)};

@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "../call_checks.h"
 #include "../structures/spec.h"
 #include "row_kernels.h"
 #include "runtime.h"
@@ -15,9 +16,7 @@ namespace {
 at::Tensor project_gram(const at::Tensor& rows, const std::string& structure) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const char* op = "project_gram";
-  check_dtype(op, "rows", rows);
-  check_ndim(op, "rows", rows, 2);
-  const Layout layout = checked_layout(op, structure, rows.size(1));
+  const Layout layout = checked_rows(op, rows, structure);
   const auto dtype = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const c10::DeviceGuard device_guard(rows.device());
   const at::Tensor out = at::zeros({storage_size(layout)}, rows.options().dtype(dtype));

@@ -41,13 +41,6 @@ inline Stream current_stream(const at::Tensor& tensor) {
 #endif
 }
 
-// Every tensor of an operator lies on the device that the operator runs on.
-inline void check_on_device(const char* op, const char* name, const at::Tensor& tensor,
-                            const at::Device& device) {
-  TORCH_CHECK_VALUE(tensor.device() == device, "singd_ext::", op, ": ", name, " is on ",
-                    tensor.device(), ", but the operator runs on ", device);
-}
-
 inline Dtype dtype_of(at::ScalarType type) {
   switch (type) {
     case at::kDouble:

@@ -57,13 +57,12 @@ StepFactor factor_of(const StepSide& side, int64_t dim, bool is_left) {
   return factor;
 }
 
-Dtype compute_dtype(const std::vector<StepPart>& parts, const StepSide& right,
-                    const StepSide& left) {
+Dtype compute_dtype(const std::vector<Part>& parts, const StepSide& right, const StepSide& left) {
   const auto is_double = [](const at::Tensor& t) {
     return t.defined() && t.scalar_type() == at::kDouble;
   };
   bool any = is_double(right.factor) || is_double(left.factor);
-  for (const StepPart& part : parts) {
+  for (const Part& part : parts) {
     any = any || is_double(part.parameter) || is_double(part.gradient);
   }
   return any ? Dtype::kFloat64 : Dtype::kFloat32;
@@ -90,7 +89,7 @@ StepBatch::Group& StepBatch::group_of(const StepKind& kind, bool tiled) {
   return groups_.back();
 }
 
-void StepBatch::add(int64_t index, const std::vector<StepPart>& parts, const at::Tensor& skipped,
+void StepBatch::add(int64_t index, const std::vector<Part>& parts, const at::Tensor& skipped,
                     const StepSide& right, const StepSide& left) {
   StepLayer l;
   l.index = static_cast<int32_t>(index);

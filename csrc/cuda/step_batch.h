@@ -5,16 +5,11 @@
 
 #include <vector>
 
+#include "../call_checks.h"
 #include "../structures/layout.h"
 #include "preconditioned_update.h"
 
 namespace singd::cuda {
-
-// The columns of W that one parameter holds: the weight, or the bias as the last column.
-struct StepPart {
-  at::Tensor parameter, momentum, gradient;  // momentum is undefined for alpha2 = 0
-  int64_t width;
-};
 
 // A side of a layer: its factor, or the identity if the factor is undefined.
 struct StepSide {
@@ -29,7 +24,7 @@ class StepBatch {
       : workspace_(workspace), arguments_(a), stream_(stream) {}
 
   // Layer `index` of the call. The gradients of the parts are what the sides act on.
-  void add(int64_t index, const std::vector<StepPart>& parts, const at::Tensor& skipped,
+  void add(int64_t index, const std::vector<Part>& parts, const at::Tensor& skipped,
            const StepSide& right, const StepSide& left);
   // Updates all layers added so far, in a number of launches that does not grow with theirs (as
   // long as they fit a kernel's arguments).

@@ -5,6 +5,7 @@
 #include <c10/core/ScalarType.h>
 #include <torch/library.h>
 
+#include "../call_checks.h"
 #include "pattern_product.h"
 #include "runtime.h"
 #include "wide_blocks.h"
@@ -28,10 +29,7 @@ at::Tensor structured_product(const at::Tensor& a, const at::Tensor& b, int64_t 
                               const std::string& structure) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const char* op = "structured_product";
-  const Layout layout = checked_layout(op, structure, dim);
-  check_factor(op, "a", a, structure, layout);
-  check_factor(op, "b", b, structure, layout);
-  check_same_device(op, a, b);
+  const Layout layout = checked_product(op, a, b, dim, structure);
   const c10::DeviceGuard device_guard(a.device());
   const auto result = c10::promoteTypes(a.scalar_type(), b.scalar_type());
   const auto dtype = compute_type(result);

@@ -7,6 +7,7 @@
 #include <limits>
 #include <vector>
 
+#include "../call_checks.h"
 #include "factor_update.h"
 #include "runtime.h"
 #include "wide_blocks.h"
@@ -36,24 +37,11 @@ struct Factor {
 // Factor 2 i is K of layer i, factor 2 i + 1 its C.
 using Factors = std::vector<Factor>;
 
-Factor checked_factor(const char* name, const at::Tensor& state, const at::Tensor& momentum,
-                      const at::Tensor& statistic, double scale, int64_t dim,
-                      const std::string& structure, const at::Device& device) {
-  const Layout layout = checked_layout(kOp, structure, dim);
-  TORCH_CHECK_VALUE(dim <= std::numeric_limits<int32_t>::max(), "singd_ext::", kOp, ": ", name,
-                    " has dimension ", dim, ", which does not fit 32 bits");
-  check_factor(kOp, name, state, structure, layout);
-  check_factor(kOp, name, statistic, structure, layout);
-  check_on_device(kOp, name, state, device);
-  check_same_device(kOp, state, statistic);
-  if (momentum.defined()) {
-    check_factor(kOp, name, momentum, structure, layout);
-    check_same_device(kOp, state, momentum);
-  }
-  const auto dtype = statistic.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "singd_ext::", kOp, ": statistic_",
-                   name, " has dtype ", dtype, "; sums need float32 or float64");
-  return {state, momentum, statistic, scale, layout};
+Factor make_factor(const at::Tensor& state, const at::Tensor& momentum, const at::Tensor& statistic,
+                   double scale, int64_t dim, const std::string& structure) {
+  TORCH_CHECK_VALUE(dim <= std::numeric_limits<int32_t>::max(), "singd_ext::", kOp,
+                    ": a factor has dimension ", dim, ", which does not fit 32 bits");
+  return {state, momentum, statistic, scale, checked_layout(kOp, structure, dim)};
 }
 
 FactorItem item_of(const Factor& f, size_t id, void* arrays) {
@@ -165,20 +153,6 @@ std::vector<size_t> split(const Factors& factors, int64_t& most_bytes) {
   return ends;
 }
 
-RoundingKey rounding_key(std::optional<at::IntArrayRef> key) {
-  if (!key.has_value()) return {};
-  TORCH_CHECK_VALUE(key->size() == 2, "singd_ext::", kOp, ": rounding_key must be [seed, step]");
-  return RoundingKey::make((*key)[0], (*key)[1]);
-}
-
-void check_counter(const at::Tensor& rejected, const at::Device& device) {
-  TORCH_CHECK_VALUE(rejected.scalar_type() == at::kLong && rejected.numel() == 1,
-                    "singd_ext::", kOp,
-                    ": rejected must be one int64 number a layer, but has dtype ",
-                    rejected.scalar_type(), " and shape ", rejected.sizes());
-  check_on_device(kOp, "rejected", rejected, device);
-}
-
 void update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_K, at::TensorList m_C,
                      at::TensorList rejected, at::TensorList statistic_K,
                      at::TensorList statistic_C, at::ArrayRef<double> scale_K,
@@ -193,24 +167,13 @@ void update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_K, at:
   const at::AutoDispatchBelowADInplaceOrView guard;
   const at::Device device = outcomes.device();
   const c10::DeviceGuard device_guard(device);
-  const size_t layers = K.size();
-  const size_t momenta = alpha1 != 0 ? layers : 0;
-  check_length(kOp, "C", C.size(), layers);
-  check_length(kOp, "m_K", m_K.size(), momenta);
-  check_length(kOp, "m_C", m_C.size(), momenta);
-  check_length(kOp, "rejected", rejected.size(), layers);
-  check_length(kOp, "statistic_K", statistic_K.size(), layers);
-  check_length(kOp, "statistic_C", statistic_C.size(), layers);
-  check_length(kOp, "scale_K", scale_K.size(), layers);
-  check_length(kOp, "scale_C", scale_C.size(), layers);
-  check_length(kOp, "dim_K", dim_K.size(), layers);
-  check_length(kOp, "dim_C", dim_C.size(), layers);
-  check_outcomes(kOp, outcomes, layers);
+  const FactorLists lists{K,       C,       m_K,   m_C,   rejected,    statistic_K, statistic_C,
+                          scale_K, scale_C, dim_K, dim_C, structure_K, structure_C};
+  const bool has_momenta = alpha1 != 0;
+  check_factor_lists(kOp, lists, has_momenta, device);
+  check_outcomes(kOp, outcomes, K.size());
+  check_factor_options(kOp, expm_order, step_cap);
   check_on_device(kOp, "workspace", workspace, device);
-  TORCH_CHECK_VALUE(expm_order == 1 || expm_order == 2, "singd_ext::", kOp, ": expm_order is ",
-                    expm_order, "; allowed are 1 and 2");
-  TORCH_CHECK_VALUE(step_cap > 0, "singd_ext::", kOp, ": step_cap is ", step_cap,
-                    "; it must be positive (infinity switches it off)");
   FactorOptions options = {};
   options.lr_cov = scalar_argument(kOp, "lr_cov", lr_cov, device);
   options.grad_scale = scalar_argument(kOp, "grad_scale", grad_scale, device, 1.0);
@@ -221,16 +184,15 @@ void update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_K, at:
   options.kfac_like = kfac_like;
   options.normalize_lr_cov = normalize_lr_cov;
   options.second_order = expm_order == 2;
-  options.rounding = rounding_key(rounding);
+  options.rounding = checked_rounding_key(kOp, rounding);
   options.outcomes = outcomes.mutable_data_ptr<int64_t>();
 
   Factors factors;
-  for (size_t i = 0; i < layers; ++i) {
-    factors.push_back(checked_factor("K", K[i], momenta ? m_K[i] : at::Tensor(), statistic_K[i],
-                                     scale_K[i], dim_K[i], structure_K, device));
-    factors.push_back(checked_factor("C", C[i], momenta ? m_C[i] : at::Tensor(), statistic_C[i],
-                                     scale_C[i], dim_C[i], structure_C, device));
-    check_counter(rejected[i], device);
+  for (size_t i = 0; i < K.size(); ++i) {
+    factors.push_back(make_factor(K[i], has_momenta ? m_K[i] : at::Tensor(), statistic_K[i],
+                                  scale_K[i], dim_K[i], structure_K));
+    factors.push_back(make_factor(C[i], has_momenta ? m_C[i] : at::Tensor(), statistic_C[i],
+                                  scale_C[i], dim_C[i], structure_C));
   }
   int64_t bytes = 0;
   const std::vector<size_t> ends = split(factors, bytes);
