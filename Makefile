@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -18,7 +19,7 @@ BUILT := $(VENV)/.built
 EMULATED := $(VENV)/.emulated
 SANITIZED := build/sanitized
 
-.PHONY: help demo test lint ctest sanitize clean
+.PHONY: help demo test lint ctest sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +27,7 @@ help:
 	@echo 'make test    set up .venv, compile, lint, C++ tests, pytest (PYTEST_ARGS: its options)'
 	@echo 'make lint    ruff, mypy and clang-format, nothing changed'
 	@echo 'make ctest   the C++ tests alone'
+	@echo 'make bench   what SINGD costs on this machine (BENCH_ARGS: options of singd_ext.bench)'
 	@echo 'make sanitize  a short list of emulated CUDA kernels under AddressSanitizer and UBSan'
 	@echo 'make clean   remove .venv and everything that was built'
 	@echo 'PYTHON=$(PYTHON) makes .venv, with torch TORCH=$(TORCH)'
@@ -47,6 +49,9 @@ ctest: $(BUILT)
 	cmake --build build/cmake
 	ctest --test-dir build/cmake --output-on-failure
 
+bench: $(BUILT)
+	python -m singd_ext.bench $(BENCH_ARGS)
+
 sanitize: $(BUILT)
 	SINGD_EMULATION=1 SINGD_SANITIZE=1 python setup.py build_ext \
 	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
@@ -67,7 +72,7 @@ $(CREATED):
 	echo '$(WANTED)' > $@
 
 $(INSTALLED): setup.py pyproject.toml $(CREATED)
-	python -m pip install --quiet --no-build-isolation -e '.[test,demo]'
+	python -m pip install --quiet --no-build-isolation -e '.[test,demo,bench]'
 	touch $@
 
 # pip has just compiled when $@ is missing; later, only what changed is compiled.

@@ -105,7 +105,8 @@ def counting() -> Iterator[dict[str, Any]]:
 
     Its keys are the kernels and "total"; docs/cuda.md names the counts.
     """
-    library, before, result = emulation(), ops._ops, {}
+    library, before = emulation(), ops._ops
+    result: dict[str, Any] = {}
     library.set_seed(0)
     library.start_counting(CACHE)
     ops._ops = torch.ops.singd_emulated
