@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 BENCH_ARGS ?=
 
 VENV := .venv
@@ -24,7 +25,7 @@ SANITIZED := build/sanitized
 
 help:
 	@echo 'make demo    set up .venv, compile, train the example (DEMO_ARGS: its options)'
-	@echo 'make test    set up .venv, compile, lint, C++ tests, pytest (PYTEST_ARGS: its options)'
+	@echo 'make test    set up .venv, compile, lint, C++ tests, pytest (PYTEST_ARGS: its options, WORKERS: 2)'
 	@echo 'make lint    ruff, mypy and clang-format, nothing changed'
 	@echo 'make ctest   the C++ tests alone'
 	@echo 'make bench   what SINGD costs on this machine (BENCH_ARGS: options of singd_ext.bench)'
@@ -36,7 +37,7 @@ demo: $(BUILT)
 	python examples/mnist_cnn.py $(DEMO_ARGS)
 
 test: lint ctest $(EMULATED)
-	python -m pytest $(PYTEST_ARGS)
+	python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(BUILT)
 	ruff check .

@@ -49,7 +49,7 @@ def test_the_goals_against_fused_adamw() -> None:
             assert share <= structures[spec]
         elif spec in structures:
             # To read every activation once, over T = 10, is 0.152 of AdamW's bytes already.
-            assert row.figures["over the minimum"].value <= 1.05
+            assert row.figures["over the minimum"].value <= 1.06
             assert 0.15 < share < 0.17
 
 

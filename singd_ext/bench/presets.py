@@ -181,7 +181,8 @@ def build(
         torch.manual_seed(seed)
         if model is not None:
             return model, load(model)
-        return f"{name}, small form" if small else name, preset(name, small=small, batch=batch)
+        title = name + (", small form" if small else "") + (f", batch {batch}" if batch else "")
+        return title, preset(name, small=small, batch=batch)
 
 
 def load(spec: str) -> Task:
