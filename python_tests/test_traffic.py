@@ -1,6 +1,7 @@
 """What the CUDA kernels move and launch, counted by the emulator, against what they must."""
 
-from dataclasses import replace
+import subprocess
+import sys
 
 import backends
 import pytest
@@ -49,7 +50,7 @@ def test_the_goals_against_fused_adamw() -> None:
             assert share <= structures[spec]
         elif spec in structures:
             # To read every activation once, over T = 10, is 0.152 of AdamW's bytes already.
-            assert row.figures["over the minimum"].value <= 1.06
+            assert row.figures["over the minimum"].value <= 1.05
             assert 0.15 < share < 0.17
 
 
@@ -95,9 +96,20 @@ def test_a_steady_step_neither_allocates_nor_waits(spec: str) -> None:
         assert [child.name for child in called[0].cpu_children] == []
 
 
+COUNT = """
+from singd_ext.bench import traffic
+print(traffic.run(traffic.TrafficOptions(preset="tiny", tokens=256)))
+"""
+
+
 def test_counts_repeat_to_the_byte() -> None:
-    options = replace(traffic.TrafficOptions(), preset="tiny", tokens=256)
-    assert traffic.run(options) == traffic.run(options)
+    """In another process too, where code and data lie elsewhere."""
+    first, second = (
+        subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    )
+    assert "DRAM bytes" in first.stdout
+    assert first.stdout == second.stdout
 
 
 def test_unknown_presets_and_structures_are_named() -> None:

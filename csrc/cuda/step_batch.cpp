@@ -159,7 +159,10 @@ void StepBatch::launch(Group& group, size_t begin, int count) {
   }
   prepare_step(factors, 2 * count, group.kind.compute, arguments.counters, stream_);
   if (!group.tiled) return stream_update(layers, count, group.kind, arguments, ticket, stream_);
+  // From the last layer to the first, whose G is then in the cache when the updates begin.
+  std::reverse(layers, layers + count);
   thin_products(layers, count, group.kind, arguments, ticket + 1, stream_);
+  std::reverse(layers, layers + count);
   thin_row_products(layers, count, group.kind.compute, stream_);
   tiled_update(layers, count, group.kind, arguments, ticket, stream_);
 }

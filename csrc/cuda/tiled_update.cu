@@ -28,7 +28,9 @@ __device__ __forceinline__ void update_thin_rows(const StepLayer& l, const Tile&
   const T* const thin = s.workspace + s.offsets.thin;
   const T* const products = s.workspace + s.offsets.thin_products;
   T* const result = s.workspace + s.offsets.thin_result;
-  const auto value = [&](int64_t i, int j) { return load(thin + i * pitch + j); };
+  const auto value = [&](int64_t i, int j) {
+    return load<Cache::kStreaming>(thin + i * pitch + j);  // for the last time
+  };
   for (int at = threadIdx.x; at < tile.rows * tile.columns; at += kStepThreads) {
     const int row = at / tile.columns, j = tile.column + at % tile.columns;
     s.put(row, j, value(tile.row + row, j));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "emulator.h"
@@ -23,6 +24,7 @@ enum class Kind { kLoad, kStore, kAtomic, kShared };
 
 // One access of a warp: the lanes that have come to it so far.
 struct Access {
+  uint64_t number = 0;  // in the order of their first lanes
   uint32_t lanes = 0;
   uintptr_t address[kWarp];
 };
@@ -77,7 +79,10 @@ class Counting {
     place.bytes = bytes;
     place.streaming = streaming;
     const size_t at = place.head + (place.times[lane]++ - place.first);
-    if (at == place.accesses.size()) place.accesses.emplace_back();
+    if (at == place.accesses.size()) {
+      place.accesses.emplace_back();
+      place.accesses.back().number = next_number_++;
+    }
     Access& access = place.accesses[at];
     access.lanes |= 1u << lane;
     access.address[lane] = reinterpret_cast<uintptr_t>(p);
@@ -90,10 +95,20 @@ class Counting {
     }
   }
 
+  // Accesses that not all lanes have come to, in the order in which they began.
   void converge(size_t warp) {
+    pending_.clear();
     for (auto& item : warps_[warp].places) {
       Place& place = item.second;
-      for (size_t i = place.head; i < place.accesses.size(); ++i) finish(place, place.accesses[i]);
+      for (size_t i = place.head; i < place.accesses.size(); ++i) {
+        pending_.emplace_back(&place, place.accesses[i]);
+      }
+    }
+    std::sort(pending_.begin(), pending_.end(),
+              [](const auto& a, const auto& b) { return a.second.number < b.second.number; });
+    for (const auto& [place, access] : pending_) finish(*place, access);
+    for (auto& item : warps_[warp].places) {
+      Place& place = item.second;
       place.accesses.clear();
       place.head = 0;
       place.first = 0;
@@ -226,6 +241,8 @@ class Counting {
   std::vector<Counters> kernels_;
   int kernel_ = 0;
   int threads_ = 0;
+  uint64_t next_number_ = 0;
+  std::vector<std::pair<const Place*, Access>> pending_;
   std::vector<Warp> warps_;
   Sector sectors_[2 * kWarp];  // those of the access at hand; a matrix of float touches 32 to 48
   int sector_count_ = 0;
