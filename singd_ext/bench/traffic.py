@@ -57,7 +57,7 @@ def transformer(blocks: int, width: int) -> Stack:
 
 
 STACKS = {
-    "tiny": transformer(4, 64),
+    "tiny": transformer(2, 64),
     "gpt2-small": transformer(12, 768),
     "gpt2-medium": transformer(24, 1024),
     "vit-b": transformer(12, 768),
