@@ -53,12 +53,17 @@ ctest: $(BUILT)
 bench: $(BUILT)
 	python -m singd_ext.bench $(BENCH_ARGS)
 
+ifeq ($(EMULATION),1)
 sanitize: $(BUILT)
 	SINGD_EMULATION=1 SINGD_SANITIZE=1 python setup.py build_ext \
 	  --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  SINGD_EMULATION_FOLDER=$(SANITIZED) python -m pytest -n $(WORKERS) -m short \
 	  python_tests/test_emulation.py
+else
+sanitize:
+	@echo 'No CUDA toolkit found: there are no kernels to run under sanitizers.'
+endif
 
 clean:
 	rm -rf $(VENV) build *.egg-info singd_ext/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

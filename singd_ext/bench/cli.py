@@ -23,7 +23,8 @@ preset, SINGD and its rivals interleaved in one run."""
 
 # Which options a mode takes, beside --json and the like. Any other one is an error.
 _TAKES = {
-    "training": "preset model small batch structures T dtypes rivals rounds steps device seed",
+    "training": "preset model small batch structures T dtypes rivals rounds steps seconds device "
+    "seed",
     "kernels": "operators structures shapes dtypes rounds device small",
     "traffic": "preset structures T tokens bandwidth",
     "profile": "preset model small batch structures T dtypes rounds device seed",
@@ -76,6 +77,7 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     add("--rivals", nargs="*", metavar="NAME", help="sgd, muon, singd, beside fused AdamW")
     add("--rounds", type=int, help="samples of each")
     add("--steps", type=int, help="training steps that a sample has at least")
+    add("--seconds", type=float, help="about how long a sample may take at most")
     add("--device", help="cpu, cuda (default: cuda where it can be used)")
     add("--seed", type=int, help="of weights and batches")
     add("--operators", nargs="+", metavar="NAME", help=f"of --kernels: {', '.join(OPERATORS)}")

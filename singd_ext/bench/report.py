@@ -71,8 +71,7 @@ def table_of(group: str, rows: Sequence[Row]) -> Table:
             return "-"
         figure = row.figures[name]
         mark = f" ({figure.kind})" if figure.kind != usual[name] else ""
-        noise = row.spread.get(name) if figure.kind == "measured" else None
-        return text_of(figure, noise) + mark
+        return text_of(figure, row.spread.get(name)) + mark
 
     headings = ["", *labels]
     headings += [f"{name}\n{usual[name]}" for name in names]
