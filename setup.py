@@ -7,8 +7,8 @@ The environment decides what is built:
     CUDA_HOME               the CUDA toolkit, 12.1 or later
     TORCH_CUDA_ARCH_LIST    architectures, as torch reads them: "8.0;9.0+PTX"
     MAX_JOBS                compilers at a time
-    SINGD_EMULATION=1       also `singd_ext._emulation`, which runs the CUDA kernels on a CPU
-                            (for tests); SINGD_SANITIZE=1 compiles it with sanitizers
+    SINGD_EMULATION=1       `singd_ext._emulation` instead, which runs the CUDA kernels on a CPU (for
+                            tests and the bench); SINGD_SANITIZE=1 compiles it with sanitizers
 """
 
 import os
@@ -102,11 +102,10 @@ class Build(BuildExtension):
 
     def build_extensions(self) -> None:
         if TOOLKIT is not None:
-            for ext in self.extensions:
-                if ext.name == "singd_ext._C":
-                    ext.extra_objects += TOOLKIT.compile(
-                        sources("kernel"), headers(), Path(self.build_temp) / "cuda"
-                    )
+            (ext,) = self.extensions
+            ext.extra_objects += TOOLKIT.compile(
+                sources("kernel"), headers(), Path(self.build_temp) / "cuda"
+            )
         super().build_extensions()
 
     def build_extension(self, ext: CppExtension) -> None:
@@ -120,12 +119,12 @@ class Build(BuildExtension):
 COMPILE_ARGS = ["/O2"] if sys.platform == "win32" else ["-O3", "-g0", "-fno-math-errno", "-Wall"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 major, minor = torch_release()
-TOOLKIT = cuda_build.requested_toolkit(torch.version.cuda)
-extensions = [extension(TOOLKIT)]
 if os.environ.get("SINGD_EMULATION") == "1":
-    extensions.append(emulation(cuda_build.find_toolkit()))
-if os.environ.get("SINGD_SANITIZE") == "1":  # the sanitized library alone, into --build-lib
-    extensions = extensions[1:]
+    TOOLKIT = None
+    extensions = [emulation(cuda_build.find_toolkit())]
+else:
+    TOOLKIT = cuda_build.requested_toolkit(torch.version.cuda)
+    extensions = [extension(TOOLKIT)]
 setup(
     # The binary works with the torch minor release that it was compiled against, and no other.
     install_requires=[f"torch~={major}.{minor}.0"],
