@@ -7,8 +7,8 @@ The environment decides what is built:
     CUDA_HOME               the CUDA toolkit, 12.1 or later
     TORCH_CUDA_ARCH_LIST    architectures, as torch reads them: "8.0;9.0+PTX"
     MAX_JOBS                compilers at a time
-    SINGD_EMULATION=1       `singd_ext._emulation` instead, which runs the CUDA kernels on a CPU (for
-                            tests and the bench); SINGD_SANITIZE=1 compiles it with sanitizers
+    SINGD_EMULATION=1       `singd_ext._emulation` instead, which runs the CUDA kernels on a CPU,
+                            for tests and the bench; SINGD_SANITIZE=1 adds sanitizers
 """
 
 import os
