@@ -8,13 +8,15 @@ docs/structures.md describes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
 
 from .. import _C
 
 
-class Plain:
+class Plain(ABC):
     """A structure at a dimension; R below is what is stored, K or its transpose."""
 
     keeps_statistic_of_u = True  # else the statistic is one of KᵀUK
@@ -32,9 +34,9 @@ class Plain:
             for _, offset, shape in self.sections
         ]
 
+    @abstractmethod
     def extract(self, dense: Tensor) -> Tensor:
         """Return the entries of a matrix [d, d] on the pattern."""
-        raise NotImplementedError
 
     def project(self, symmetric: Tensor) -> Tensor:
         """Return Π(S)."""
@@ -44,33 +46,33 @@ class Plain:
         """Return the storage times Table 1's weights."""
         return storage
 
+    @abstractmethod
     def to_dense(self, storage: Tensor) -> Tensor:
         """Return the matrix [d, d]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def left(self, storage: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
         """Return op(K) X for X [d, n]."""
-        raise NotImplementedError
 
     def right(self, storage: Tensor, x: Tensor, transpose: bool = False) -> Tensor:
         """Return X op(K) for X [n, d]."""
         return self.left(storage, x.mT, not transpose).mT
 
+    @abstractmethod
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the storage of A B."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gram_of_rows(self, rows: Tensor) -> Tensor:
         """Return the entries of XᵀX on the pattern, of X [m, d]."""
-        raise NotImplementedError
 
     def statistic(self, rows: Tensor, factor: Tensor) -> Tensor:
         """Return what `accumulate_statistic_` adds for X [m, d]."""
         return self.gram_of_rows(rows)
 
+    @abstractmethod
     def curvature(self, statistic: Tensor, factor: Tensor) -> Tensor:
         """Return Π(KᵀUK) from the statistic."""
-        raise NotImplementedError
 
     def project_gram(self, rows: Tensor) -> Tensor:
         """Return Π(XᵀX) for X [m, d]."""
@@ -81,9 +83,9 @@ class Plain:
         eye = self.extract(torch.eye(self.dim, dtype=factor.dtype, device=factor.device))
         return self.curvature(eye, factor)
 
+    @abstractmethod
     def trace(self, storage: Tensor) -> Tensor:
         """Return the trace."""
-        raise NotImplementedError
 
 
 class Diagonal(Plain):
