@@ -9,6 +9,7 @@ docs/structures.md describes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -369,7 +370,7 @@ class Toeplitz(Plain):
         return self.dim * storage[0]
 
 
-_FAMILIES = {
+_FAMILIES: dict[str, Callable[[str, int], Plain]] = {
     "dense": Dense,
     "diagonal": Diagonal,
     "blocks": BlockDiagonal,
