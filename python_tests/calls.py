@@ -86,6 +86,7 @@ def update_parameters(
     shapes: list[Shape],
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None = None,
+    keep_products: bool = False,
     **options: Any,
 ) -> dict[str, list[Tensor]]:
     """Weights, biases and momenta after a step with random gradients."""
@@ -107,6 +108,13 @@ def update_parameters(
     factor_dtype = factor_dtype or dtype
     K = [factor(spec_K, s.d_i, 7, factor_dtype) for s in shapes]
     C = [factor(spec_C, s.d_o, 8, factor_dtype) for s in shapes]
+    if keep_products:  # of dense factors
+        options["P_K"] = [
+            k.view(s.d_i, s.d_i) @ k.view(s.d_i, s.d_i).T for k, s in zip(K, shapes, strict=True)
+        ]
+        options["P_C"] = [
+            c.view(s.d_o, s.d_o) @ c.view(s.d_o, s.d_o).T for c, s in zip(C, shapes, strict=True)
+        ]
     skipped = [torch.zeros((), dtype=torch.int64) for _ in shapes]
     arguments = {"lr": torch.tensor(0.125), "momentum": 0.75, "weight_decay": 0.25} | options
     outcomes = ops.preconditioned_update_(

@@ -95,6 +95,54 @@ def test_parameter_updates(spec: str, dtype: torch.dtype, offset: int) -> None:
     compare(lambda t: calls.update_parameters(spec, other, calls.SHAPES, t), dtype)
 
 
+@every_dtype
+def test_kept_products_take_the_place_of_dense_factors(dtype: torch.dtype) -> None:
+    compare(
+        lambda t: calls.update_parameters("dense", "triu", calls.SHAPES, t, keep_products=True),
+        dtype,
+    )
+
+
+def test_a_wrong_kept_product_is_noticed() -> None:
+    """It is what acts, where a factor is too large for the fused step."""
+    with backends.use("cuda-emulated"):
+        shapes = [calls.Shape(70, 130)]
+        zeros = {"P_K": [torch.zeros(130, 130)], "P_C": [torch.zeros(70, 70)]}
+        kept = calls.update_parameters("dense", "dense", shapes, torch.float32, **zeros)
+        plain = calls.update_parameters("dense", "dense", shapes, torch.float32)
+    assert not torch.equal(kept["weight"][0], plain["weight"][0])
+
+
+FUSED = ["diagonal", "block_diagonal:30", "hierarchical:16,16", "rank_tril:2", "dense"]
+
+
+@pytest.mark.parametrize("spec", FUSED)
+def test_gradient_scales_are_read_on_the_device(spec: str) -> None:
+    scale = {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(0.0)}
+    compare(lambda t: calls.update_parameters(spec, spec, calls.SHAPES, t, **scale), torch.float32)
+    compare(lambda t: calls.update_factors(spec, spec, calls.SHAPES, t, **scale), torch.float32)
+
+
+@pytest.mark.parametrize("spec", FUSED)
+def test_nothing_is_done_where_an_infinity_was_found(spec: str) -> None:
+    lr = {"lr": torch.tensor(0.0), "momentum": 1.0, "weight_decay": 0.0}
+    shapes = calls.SHAPES
+    with backends.use("cuda-emulated"):
+        found = {"found_inf": torch.tensor(1.0)}
+        stepped = calls.update_parameters(spec, spec, shapes, torch.float32, **found)
+        other = calls.update_parameters(spec, spec, shapes, torch.float32, **found, **lr)
+        updated = calls.update_factors(spec, spec, shapes, torch.float32, **found)
+        again = calls.update_factors(
+            spec, spec, shapes, torch.float32, **found, lr_cov=torch.tensor(0.5)
+        )
+    for first, second in ((stepped, other), (updated, again)):
+        for name in first:
+            assert all(map(torch.equal, first[name], second[name])), name
+    on_the_cpu = calls.update_parameters(spec, spec, shapes, torch.float32, **found)
+    assert all(map(torch.equal, stepped["weight"], on_the_cpu["weight"]))
+    assert not stepped["outcomes"][0].any() and not updated["outcomes"][0].any()
+
+
 @pytest.mark.parametrize("spec", ["dense", "block_diagonal:3", "hierarchical:2,1", "rank_tril:2"])
 def test_many_orders_of_the_threads_give_the_same_bits(spec: str) -> None:
     """A barrier that only separates two uses of the same memory shows at few seeds."""

@@ -86,6 +86,22 @@ MUTATIONS = [
         "test_parameter_updates and diagonal",
     ),
     Mutation(
+        "an infinity that was found is not heeded",
+        "step_work.cuh",
+        "read(a.found_inf) != 0",
+        "false",
+        ("stream_update",),
+        "infinity and diagonal",
+    ),
+    Mutation(
+        "gradient scale forgotten",
+        "step.cuh",
+        "1.0 / read(a.grad_scale)",
+        "1.0",
+        ("stream_update",),
+        "scales and diagonal",
+    ),
+    Mutation(
         "no barrier in a norm",
         "factor_norms.cu",
         f"shares + threadIdx.x, share);\n  {BARRIER}",
