@@ -98,7 +98,7 @@ MUTATIONS = [
         "step.cuh",
         "1.0 / read(a.grad_scale)",
         "1.0",
-        ("stream_update",),
+        ("stream_update", "tiled_update"),  # functions that are not inlined are shared
         "scales and diagonal",
     ),
     Mutation(
