@@ -59,7 +59,7 @@ def extension(toolkit: cuda_build.Toolkit | None) -> CppExtension:
     """`singd_ext._C`, with CUDA kernels where there is a toolkit."""
     ext = CppExtension(
         "singd_ext._C",
-        sources("plain", "torch", "python"),
+        sources("plain", "torch", "simd", "python"),
         depends=headers(),
         define_macros=[("SINGD_TORCH_VERSION", torch.__version__)],
         extra_compile_args=COMPILE_ARGS,
@@ -116,7 +116,7 @@ class Build(BuildExtension):
         self.build_temp = temp
 
 
-COMPILE_ARGS = ["/O2"] if sys.platform == "win32" else ["-O3", "-g0", "-fno-math-errno", "-Wall"]
+COMPILE_ARGS = ["/O2"] if sys.platform == "win32" else ["-O3", "-g0", "-fno-math-errno", "-fopenmp", "-Wall"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 major, minor = torch_release()
 if os.environ.get("SINGD_EMULATION") == "1":

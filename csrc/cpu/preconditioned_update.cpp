@@ -4,20 +4,24 @@
 //
 // with W = [weight, bias] as one d_o x d_i matrix that is never put together in memory. A layer
 // whose preconditioned gradient is not finite keeps W and M bit for bit.
-#include <ATen/Dispatch.h>
+//
+// Products with diagonal, block-diagonal and bordered factors are local: all such layers go through
+// the vectorised kernels together (local_step.h). Dense and Toeplitz factors need the whole
+// gradient: ATen's products leave the preconditioned gradient in the workspace, and the same kernels
+// write it.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include <atomic>
-#include <cmath>
+#include <vector>
 
 #include "../call_checks.h"
 #include "../structures/registry.h"
+#include "arrays.h"
+#include "local_step.h"
 #include "math.h"
-#include "store.h"
 
 namespace singd::cpu {
 namespace {
@@ -25,82 +29,82 @@ namespace {
 constexpr const char* kOp = "preconditioned_update_";
 
 struct Options {
-  double lr, momentum, weight_decay;
+  double lr, momentum, weight_decay, unscale;
 };
 
-// The gradient of one part into its columns of the rows x columns matrix p, times `scale`.
-template <class T>
-void load_gradient(const Part& part, int64_t rows, int64_t columns, double scale, T* p) {
-  const at::Tensor gradient = part.gradient.contiguous();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gradient.scalar_type(), "load", [&] {
-    const scalar_t* from = gradient.const_data_ptr<scalar_t>();
-    AtenMath::parallel_for(rows, part.width, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        T* to = p + i * columns + part.begin;
-        for (int64_t j = 0; j < part.width; ++j) {
-          to[j] = static_cast<T>(from[i * part.width + j]) * static_cast<T>(scale);
-        }
-      }
-    });
-  });
+bool is_local(const Layout& layout) {
+  return layout.family != Family::kDense && layout.family != Family::kToeplitz;
 }
 
-template <class T>
-bool all_finite(const T* p, int64_t size) {
-  std::atomic<bool> finite{true};
-  AtenMath::parallel_for(size, 1, [&](int64_t begin, int64_t end) {
-    bool ok = true;
-    for (int64_t i = begin; i < end; ++i) ok &= std::isfinite(p[i]);
-    if (!ok) finite = false;
-  });
-  return finite;
+LocalKind local_kind(const Layout& layout) {
+  switch (layout.family) {
+    case Family::kDiagonal: return LocalKind::kDiagonal;
+    case Family::kBlockDiagonal: return LocalKind::kBlocks;
+    default: return layout.transposed ? LocalKind::kColumnBorder : LocalKind::kRowBorder;
+  }
 }
 
-// M <- alpha2 M + P + gamma W and W <- W - beta2 M for one part; M stays in registers for the
-// second. Strided parameters are updated in a contiguous copy.
+at::ScalarType step_type(const LayerStep& layer) {
+  auto dtype = c10::promoteTypes(layer.K.storage.scalar_type(), layer.C.storage.scalar_type());
+  for (const Part& part : layer.parts) {
+    dtype = c10::promoteTypes(dtype, part.parameter.scalar_type());
+  }
+  return compute_type(dtype);
+}
+
+// The contiguous tensors that the kernels work on: the layer's own, or copies of strided ones.
+struct Staged {
+  at::Tensor parameter, momentum, gradient;
+
+  explicit Staged(const Part& part)
+      : parameter(part.parameter.contiguous()),
+        momentum(part.momentum.defined() ? part.momentum.contiguous() : at::Tensor()),
+        gradient(part.gradient.contiguous()) {}
+
+  void copy_back(const Part& part) const {
+    if (!parameter.is_same(part.parameter)) part.parameter.copy_(parameter);
+    if (momentum.defined() && !momentum.is_same(part.momentum)) part.momentum.copy_(momentum);
+  }
+};
+
 template <class T>
-void write_part(const Part& part, int64_t rows, int64_t columns, const T* p, const Options& o,
-                const RoundingKey& key) {
-  at::Tensor parameter = part.parameter.contiguous();
-  at::Tensor momentum = part.momentum.defined() ? part.momentum.contiguous() : at::Tensor();
-  const T lr = static_cast<T>(o.lr), alpha = static_cast<T>(o.momentum);
-  const T decay = static_cast<T>(o.weight_decay);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, parameter.scalar_type(), "write", [&] {
-    using Weight = scalar_t;
-    Weight* w = parameter.mutable_data_ptr<Weight>();
-    const auto momentum_type = momentum.defined() ? momentum.scalar_type() : at::kFloat;
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, momentum_type, "write", [&] {
-      scalar_t* m = momentum.defined() ? momentum.mutable_data_ptr<scalar_t>() : nullptr;
-      AtenMath::parallel_for(rows, part.width, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const T* gradient = p + i * columns + part.begin;
-          for (int64_t j = 0; j < part.width; ++j) {
-            const int64_t at = i * part.width + j;
-            const T weight = static_cast<T>(w[at]);
-            T step = gradient[j] + decay * weight;
-            if (m != nullptr) {
-              step += alpha * static_cast<T>(m[at]);
-              m[at] = rounded<scalar_t>(step, key.stream(0), at);
-            }
-            w[at] = rounded<Weight>(weight - lr * step, key.stream(1), at);
-          }
-        }
-      });
-    });
-  });
-  if (!parameter.is_same(part.parameter)) part.parameter.copy_(parameter);
-  if (momentum.defined() && !momentum.is_same(part.momentum)) part.momentum.copy_(momentum);
+StepLayer<T> step_layer(const LayerStep& layer, const std::vector<Staged>& staged,
+                        const Options& options, const RoundingKey& key) {
+  StepLayer<T> step;
+  step.rows = layer.C.layout.dim;
+  step.columns = layer.K.layout.dim;
+  step.options = {options.lr, options.momentum, options.weight_decay, options.unscale};
+  for (size_t i = 0; i < layer.parts.size(); ++i) {
+    StepPart& part = step.parts[step.num_parts++];
+    part.weight = array_of(staged[i].parameter);
+    if (staged[i].momentum.defined()) part.momentum = array_of(staged[i].momentum);
+    part.gradient = const_array_of(staged[i].gradient);
+    part.begin = layer.parts[i].begin;
+    part.width = part.gradient_stride = layer.parts[i].width;
+    part.key = key.stream(i);
+  }
+  return step;
+}
+
+// The step's gradient is the matrix p from now on.
+template <class T>
+void use_matrix(StepLayer<T>& step, ConstArray p, int64_t element_size) {
+  for (int i = 0; i < step.num_parts; ++i) {
+    StepPart& part = step.parts[i];
+    part.gradient = {static_cast<const char*>(p.data) + part.begin * element_size, p.type};
+    part.gradient_stride = step.columns;
+  }
 }
 
 // P <- F F^T P on the left or P F F^T on the right. The result is in p; scratch is as large.
 template <class T>
-void precondition(const LayerFactor& factor, at::ScalarType dtype, Side side, int64_t other, T*& p,
-                  T*& scratch) {
+void precondition(const LayerFactor& factor, Side side, int64_t other, T*& p, T*& scratch) {
   const Layout& layout = factor.layout;
+  const int64_t d = layout.dim;
+  const auto dtype = scalar_type<T>();
   if (factor.product.defined()) {
     const at::Tensor product = factor.product.to(dtype);
-    const MatrixView<const T> square{product.const_data_ptr<T>(), layout.dim};
-    const int64_t d = layout.dim;
+    const MatrixView<const T> square{product.const_data_ptr<T>(), d};
     if (side == Side::kLeft) {
       AtenMath::multiply(d, other, d, square, MatrixView<const T>{p, other},
                          MatrixView<T>{scratch, other});
@@ -118,28 +122,94 @@ void precondition(const LayerFactor& factor, at::ScalarType dtype, Side side, in
   });
 }
 
-// False if the layer was left as it was because its preconditioned gradient is not finite.
-bool update_layer(const LayerStep& layer, double unscale, const Options& options,
-                  const RoundingKey& key) {
+// Whether ATen can multiply in bfloat16, with sums in float32: it rounds what lies between the two
+// products, which saves three quarters of their time.
+bool multiplies_in_bfloat16(const LayerStep& layer, const std::vector<Staged>& staged) {
+  bool all = layer.K.product.defined() && layer.C.product.defined() &&
+             layer.K.product.scalar_type() == at::kBFloat16 &&
+             layer.C.product.scalar_type() == at::kBFloat16;
+  for (const Staged& part : staged) all &= part.gradient.scalar_type() == at::kBFloat16;
+  return all;
+}
+
+at::Tensor precondition_bfloat16(const LayerStep& layer, const std::vector<Staged>& staged) {
   const int64_t rows = layer.C.layout.dim, columns = layer.K.layout.dim;
-  auto dtype = c10::promoteTypes(layer.K.storage.scalar_type(), layer.C.storage.scalar_type());
-  for (const Part& part : layer.parts) {
-    dtype = c10::promoteTypes(dtype, part.parameter.scalar_type());
-  }
-  dtype = compute_type(dtype);
-  return dispatch_compute(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    at::Tensor gradient = at::empty({rows, columns}, layer.K.storage.options().dtype(dtype));
-    at::Tensor scratch = at::empty_like(gradient);
-    T *p = gradient.mutable_data_ptr<T>(), *tmp = scratch.mutable_data_ptr<T>();
-    for (const Part& part : layer.parts) load_gradient(part, rows, columns, unscale, p);
-    precondition(layer.C, dtype, Side::kLeft, columns, p, tmp);
-    precondition(layer.K, dtype, Side::kRight, rows, p, tmp);
-    if (!all_finite(p, rows * columns)) return false;
-    for (size_t i = 0; i < layer.parts.size(); ++i) {
-      write_part(layer.parts[i], rows, columns, p, options, key.stream(i));
+  at::Tensor gradient = staged[0].gradient.view({rows, layer.parts[0].width});
+  if (staged.size() > 1) {
+    gradient = gradient.new_empty({rows, columns});
+    for (size_t i = 0; i < staged.size(); ++i) {
+      const int64_t width = layer.parts[i].width;
+      gradient.narrow(1, layer.parts[i].begin, width).copy_(staged[i].gradient.view({rows, width}));
     }
-    return true;
+  }
+  return at::mm(at::mm(layer.C.product, gradient), layer.K.product);
+}
+
+// A layer with a dense or Toeplitz factor; `workspaces` are two pieces of memory.
+template <class T>
+bool update_whole(const LayerStep& layer, const Options& options, const RoundingKey& key,
+                  at::Tensor& matrices, at::Tensor& workspace) {
+  const std::vector<Staged> staged(layer.parts.begin(), layer.parts.end());
+  StepLayer<T> step = step_layer<T>(layer, staged, options, key);
+  at::Tensor result;
+  if (multiplies_in_bfloat16(layer, staged)) {
+    result = precondition_bfloat16(layer, staged);
+    use_matrix(step, const_array_of(result), result.element_size());
+  } else {
+    T *p = nullptr, *scratch = nullptr;
+    Arena::run(matrices, [&](Arena& arena) {
+      p = arena.take<T>(step.rows * step.columns);
+      scratch = arena.take<T>(step.rows * step.columns);
+    });
+    AtenMath::parallel_for(step.rows, step.columns, [&](int64_t begin, int64_t end) {
+      kernels().step<T>().load(step, {begin, end, 0, step.columns}, p + begin * step.columns,
+                               step.columns);
+    });
+    step.options.unscale = 1;
+    precondition(layer.C, Side::kLeft, step.columns, p, scratch);
+    precondition(layer.K, Side::kRight, step.rows, p, scratch);
+    use_matrix(step, {p, array_type<T>()}, sizeof(T));
+  }
+  LocalStep<T> local(workspace);
+  local.add(step, {}, 0, {}, 0);
+  bool updated = false;
+  local.run([&](size_t, bool ok) { updated = ok; });
+  for (size_t i = 0; i < staged.size() && updated; ++i) staged[i].copy_back(layer.parts[i]);
+  return updated;
+}
+
+// The layers that compute in T; report(index, whether it was updated).
+template <class T, class Function>
+void update_layers(const std::vector<LayerStep>& layers, const Options& options,
+                   const RoundingKey& key, at::Tensor& workspace, Function report) {
+  LocalStep<T> local(workspace);
+  std::vector<std::vector<Staged>> staged;
+  std::vector<size_t> indices;
+  at::Tensor matrices;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const LayerStep& layer = layers[i];
+    if (step_type(layer) != scalar_type<T>()) continue;
+    if (!is_local(layer.K.layout) || !is_local(layer.C.layout)) {
+      if (!matrices.defined()) matrices = workspace.new_empty({0});
+      report(i, update_whole<T>(layer, options, key.stream(i), matrices, workspace));
+      continue;
+    }
+    staged.emplace_back(layer.parts.begin(), layer.parts.end());
+    StepLayer<T> step = step_layer<T>(layer, staged.back(), options, key.stream(i));
+    step.left.layout = layer.C.layout;
+    step.left.kind = local_kind(layer.C.layout);
+    step.right.layout = layer.K.layout;
+    step.right.kind = local_kind(layer.K.layout);
+    local.add(step, const_array_of(layer.C.storage), layer.C.storage.numel(),
+              const_array_of(layer.K.storage), layer.K.storage.numel());
+    indices.push_back(i);
+  }
+  local.run([&](size_t local_index, bool updated) {
+    const size_t i = indices[local_index];
+    for (size_t part = 0; part < layers[i].parts.size() && updated; ++part) {
+      staged[local_index][part].copy_back(layers[i].parts[part]);
+    }
+    report(i, updated);
   });
 }
 
@@ -149,7 +219,7 @@ void preconditioned_update_(at::TensorList weight, at::TensorList bias,
                             at::TensorList grad_bias, at::TensorList K, at::TensorList C,
                             at::TensorList P_K, at::TensorList P_C, const std::string& structure_K,
                             const std::string& structure_C, const at::Tensor& lr, double momentum,
-                            double weight_decay, at::Tensor& outcomes, at::Tensor& /*workspace*/,
+                            double weight_decay, at::Tensor& outcomes, at::Tensor& workspace,
                             const std::optional<at::Tensor>& grad_scale,
                             const std::optional<at::Tensor>& found_inf,
                             std::optional<at::IntArrayRef> rounding) {
@@ -159,17 +229,20 @@ void preconditioned_update_(at::TensorList weight, at::TensorList bias,
       P_K,    P_C,  structure_K,     structure_C};
   const std::vector<LayerStep> layers = checked_steps(kOp, lists, momentum != 0, outcomes.device());
   check_outcomes(kOp, outcomes, layers.size());
-  const Options options{checked_scalar(kOp, "lr", lr), momentum, weight_decay};
+  check_on_device(kOp, "workspace", workspace, outcomes.device());
   const Scaler scaler = checked_scaler(kOp, grad_scale, found_inf);
+  const Options options{checked_scalar(kOp, "lr", lr), momentum, weight_decay, scaler.unscale};
   const RoundingKey key = checked_rounding_key(kOp, rounding);
 
   outcomes.zero_();
-  for (size_t i = 0; i < layers.size() && !scaler.found_inf; ++i) {
-    if (!update_layer(layers[i], scaler.unscale, options, key.stream(i))) {
-      skipped[i].add_(1);
-      outcomes.mutable_data_ptr<int64_t>()[i] = 1;
-    }
-  }
+  if (scaler.found_inf) return;
+  const auto report = [&](size_t i, bool updated) {
+    if (updated) return;
+    skipped[i].add_(1);
+    outcomes.mutable_data_ptr<int64_t>()[i] = 1;
+  };
+  update_layers<float>(layers, options, key, workspace, report);
+  update_layers<double>(layers, options, key, workspace, report);
 }
 
 }  // namespace

@@ -1,0 +1,136 @@
+// The vectorised kernels of the CPU: plain functions over raw pointers, compiled once per
+// instruction set (simd_*.cpp) and chosen at run time. Torch-free.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../structures/layout.h"
+#include "../structures/rounding.h"
+
+namespace singd::cpu {
+
+enum class Scalar { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+// A typed array.
+struct Array {
+  void* data = nullptr;
+  Scalar type = Scalar::kFloat32;
+};
+struct ConstArray {
+  const void* data = nullptr;
+  Scalar type = Scalar::kFloat32;
+};
+
+// Rows of small matrices are padded to whole vectors of every instruction set, with zeros.
+inline constexpr int64_t kPadding = 16;
+SINGD_HOST_DEVICE inline constexpr int64_t padded(int64_t n) {
+  return (n + kPadding - 1) / kPadding * kPadding;
+}
+
+// P = F F^T of a factor whose products are local: what a step multiplies gradients by.
+//
+//   kIdentity      nothing
+//   kDiagonal      diagonal[dim]
+//   kBlocks        blocks of width x padded(width), one after the other
+//   kRowBorder     an arrowhead: P[B, :] in `wide` [border, padded(dim)], its transpose in `thin`
+//                  [dim, padded(border)], P[i, i] in `diagonal`, which is 0 for i in B
+//   kColumnBorder  thin wide + diag(diagonal): `thin` is F[:, B], `wide` its transpose
+enum class LocalKind { kIdentity, kDiagonal, kBlocks, kRowBorder, kColumnBorder };
+
+template <class T>
+struct LocalProduct {
+  LocalKind kind = LocalKind::kIdentity;
+  Layout layout;
+  T *diagonal = nullptr, *blocks = nullptr, *thin = nullptr, *wide = nullptr;
+  double norm = 1;  // bounds every sum of |terms| that a multiplication by P takes, over max |x|
+
+  int64_t border() const { return layout.head + layout.tail; }
+  bool has_border() const {
+    return kind == LocalKind::kRowBorder || kind == LocalKind::kColumnBorder;
+  }
+};
+
+// Columns [begin, begin + width) of a layer's matrix W: a parameter with its momentum and gradient.
+struct StepPart {
+  Array weight, momentum;  // contiguous; momentum.data is null if alpha2 = 0
+  ConstArray gradient;     // rows `gradient_stride` apart
+  int64_t begin = 0, width = 0, gradient_stride = 0;
+  RoundingKey key;
+};
+
+struct StepOptions {
+  double lr, momentum, weight_decay, unscale;
+};
+
+// One layer of a step: M <- alpha2 M + C C^T G K K^T + gamma W and W <- W - beta2 M.
+template <class T>
+struct StepLayer {
+  StepPart parts[2];
+  int num_parts = 0;
+  int64_t rows = 0, columns = 0;
+  LocalProduct<T> left, right;  // C C^T and K K^T
+  // With a border on the left: the rows P[B, :] G, and for an arrowhead the rows G[B, :] too.
+  T *border_products = nullptr, *border_rows = nullptr;  // [border, padded(columns)] each
+  StepOptions options;
+};
+
+// A rectangle of a layer's matrix. With blocks on a side it holds whole blocks, with a border on
+// the right whole rows.
+struct Panel {
+  int64_t row_begin, row_end, column_begin, column_end;
+
+  int64_t stride() const { return padded(column_end - column_begin) + kPadding; }
+  int64_t scratch() const { return (row_end - row_begin) * stride(); }
+};
+
+template <class T>
+struct StepKernels {
+  // Fills a LocalProduct, whose arrays are allocated, from the factor's storage of `size` numbers;
+  // scratch: size + padded(block)^2 or dim * padded(border).
+  void (*prepare)(LocalProduct<T>& product, ConstArray storage, int64_t size, T* scratch);
+  // Rows of unscale G, `stride` apart.
+  void (*load)(const StepLayer<T>& layer, const Panel& panel, T* to, int64_t stride);
+  // max |unscale G| over the rows of a panel; infinite if not finite.
+  double (*largest)(const StepLayer<T>& layer, const Panel& panel);
+  // border_products and border_rows of columns [column_begin, column_end), and max |unscale G|;
+  // scratch: kThinRows * panel.stride().
+  double (*thin)(const StepLayer<T>& layer, const Panel& panel, T* scratch);
+  // The step of a panel; with `check_only`, only whether its preconditioned gradient is finite.
+  // scratch: 2 * panel.scratch() + rows * padded(border of the right side) * 2.
+  bool (*step)(const StepLayer<T>& layer, const Panel& panel, bool check_only, T* scratch);
+};
+inline constexpr int64_t kThinRows = 64;
+
+struct Kernels {
+  const char* name;
+  StepKernels<float> step_float;
+  StepKernels<double> step_double;
+
+  template <class T>
+  const StepKernels<T>& step() const {
+    if constexpr (sizeof(T) == sizeof(double)) {
+      return step_double;
+    } else {
+      return step_float;
+    }
+  }
+};
+
+namespace plain {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+// The kernels for this processor; ATEN_CPU_CAPABILITY (avx512, avx2, default) chooses lesser ones,
+// as it does for torch.
+const Kernels& kernels();
+
+}  // namespace singd::cpu

@@ -1,0 +1,240 @@
+// The step of many layers at once with the vectorised kernels: what every thread does, and when.
+//
+//   prepare   P = F F^T of all factors
+//   read      the largest gradient of a layer, and with a border on the left its thin products
+//   write     momentum and weight, unless the preconditioned gradient is not finite
+//
+// Layers are read and written in groups that stay in the last cache from the one to the other.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <vector>
+
+#include "arena.h"
+#include "kernels.h"
+
+namespace singd::cpu {
+
+
+template <class T>
+class LocalStep {
+ public:
+  explicit LocalStep(at::Tensor& workspace) : workspace_(workspace), kernels_(kernels().step<T>()) {}
+
+  // Adds a layer; the factors' storages are null where the side is the identity.
+  void add(const StepLayer<T>& layer, ConstArray left, int64_t left_size, ConstArray right,
+           int64_t right_size) {
+    layers_.push_back(layer);
+    storages_.push_back({left, left_size});
+    storages_.push_back({right, right_size});
+  }
+
+  // updated(index, whether the layer was updated) for every layer, in their order.
+  template <class Function>
+  void run(Function updated) {
+    if (layers_.empty()) return;
+    for (size_t i = 0; i < layers_.size(); ++i) plan_panels(i);
+    Arena::run(workspace_, [&](Arena& arena) { allocate(arena); });
+    prepare();
+    for (size_t begin = 0; begin < layers_.size();) {
+      const size_t end = group_end(begin);
+      read(begin, end);
+      for (size_t i = begin; i < end; ++i) writes_[i] = is_finite(i);
+      write(begin, end);
+      for (size_t i = begin; i < end; ++i) updated(i, static_cast<bool>(writes_[i]));
+      begin = end;
+    }
+  }
+
+ private:
+  struct Storage {
+    ConstArray array;
+    int64_t size;
+  };
+  struct Task {
+    size_t layer;
+    Panel panel;
+    double largest = 0;
+  };
+
+  // Elements of a panel: two of them fit the second cache; without products one fits the first.
+  static constexpr int64_t kPanel = 16384, kPointwisePanel = 4096, kPanelRows = 12;
+  static constexpr int64_t kThinColumns = 128;
+  // Elements of the gradients of a group: they, weight and momentum should fit the last cache.
+  static constexpr int64_t kGroup = int64_t{1} << 20;
+  // Elements below which a further thread costs more than it saves.
+  static constexpr int64_t kGrain = 16384;
+
+  void plan_panels(size_t index) {
+    const StepLayer<T>& layer = layers_[index];
+    const bool pointwise = is_pointwise(layer.left) && is_pointwise(layer.right);
+    const int64_t target = pointwise ? kPointwisePanel : kPanel;
+    const int64_t row_unit = unit(layer.left), column_unit = unit(layer.right);
+    int64_t width = layer.columns;
+    if (!layer.right.has_border()) {
+      width = std::min(width, std::max(column_unit, target / row_unit / column_unit * column_unit));
+    }
+    const int64_t smallest = pointwise ? 1 : kPanelRows;
+    int64_t height = std::max(target / width, smallest);
+    height = (height + row_unit - 1) / row_unit * row_unit;
+    first_write_.push_back(write_tasks_.size());
+    for (int64_t i = 0; i < layer.rows; i += height) {
+      for (int64_t j = 0; j < layer.columns; j += width) {
+        const Panel panel{i, std::min(i + height, layer.rows), j,
+                          std::min(j + width, layer.columns)};
+        write_tasks_.push_back({index, panel});
+        scratch_ = std::max(scratch_, step_scratch(layer, panel));
+      }
+    }
+    first_read_.push_back(read_tasks_.size());
+    if (!layer.left.has_border()) {
+      read_tasks_.insert(read_tasks_.end(), write_tasks_.begin() + first_write_.back(),
+                         write_tasks_.end());
+      return;
+    }
+    for (int64_t j = 0; j < layer.columns; j += kThinColumns) {
+      const Panel panel{0, layer.rows, j, std::min(j + kThinColumns, layer.columns)};
+      read_tasks_.push_back({index, panel});
+      scratch_ = std::max(scratch_, kThinRows * panel.stride());
+    }
+  }
+
+  static bool is_pointwise(const LocalProduct<T>& product) {
+    return product.kind == LocalKind::kIdentity || product.kind == LocalKind::kDiagonal;
+  }
+  static int64_t unit(const LocalProduct<T>& product) {
+    return product.kind == LocalKind::kBlocks ? product.layout.block : 1;
+  }
+  static int64_t step_scratch(const StepLayer<T>& layer, const Panel& panel) {
+    const int64_t thin =
+        layer.right.has_border() ? (panel.row_end - panel.row_begin) * padded(layer.right.border())
+                                 : 0;
+    return 2 * (panel.scratch() + thin);
+  }
+
+  void allocate(Arena& arena) {
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      StepLayer<T>& layer = layers_[i];
+      for (LocalProduct<T>* product : {&layer.left, &layer.right}) allocate(*product, arena);
+      for (const int side : {0, 1}) {
+        const LocalProduct<T>& product = side == 0 ? layer.left : layer.right;
+        const int64_t square = padded(product.layout.block) * padded(product.layout.block);
+        const int64_t strip = product.layout.dim * padded(product.border());
+        scratch_ = std::max(scratch_, storages_[2 * i + side].size + std::max(square, strip));
+      }
+      if (layer.left.has_border()) {
+        const int64_t size = layer.left.border() * padded(layer.columns);
+        layer.border_products = arena.take<T>(size);
+        layer.border_rows = arena.take<T>(size);
+      }
+    }
+    scratch_ = (scratch_ + 63) / 64 * 64;
+    memory_ = arena.take<T>(scratch_ * at::get_num_threads());
+  }
+
+  static void allocate(LocalProduct<T>& product, Arena& arena) {
+    const int64_t d = product.layout.dim, k = product.layout.block;
+    if (product.kind == LocalKind::kDiagonal || product.has_border()) {
+      product.diagonal = arena.take<T>(d);
+    }
+    if (product.kind == LocalKind::kBlocks) {
+      product.blocks = arena.take<T>(d / k * k * padded(k) + d % k * padded(d % k));
+    }
+    if (product.has_border()) {
+      product.thin = arena.take<T>(d * padded(product.border()));
+      product.wide = arena.take<T>(product.border() * padded(d));
+    }
+  }
+
+  T* scratch() const { return memory_ + at::get_thread_num() * scratch_; }
+
+  // f(index) for [begin, end) in threads; `elements` is the work of all.
+  template <class Function>
+  static void parallel(size_t begin, size_t end, int64_t elements, Function f) {
+    const int64_t count = static_cast<int64_t>(end - begin);
+    const int64_t grain = std::max<int64_t>(1, count * kGrain / std::max<int64_t>(1, elements));
+    at::parallel_for(0, count, grain, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) f(begin + static_cast<size_t>(i));
+    });
+  }
+
+  void prepare() {
+    int64_t elements = 0;
+    for (const Storage& storage : storages_) elements += storage.size;
+    parallel(0, storages_.size(), elements, [&](size_t i) {
+      StepLayer<T>& layer = layers_[i / 2];
+      LocalProduct<T>& product = i % 2 == 0 ? layer.left : layer.right;
+      if (product.kind == LocalKind::kIdentity) return;
+      kernels_.prepare(product, storages_[i].array, storages_[i].size, scratch());
+    });
+    writes_.assign(layers_.size(), 1);
+    first_read_.push_back(read_tasks_.size());
+    first_write_.push_back(write_tasks_.size());
+  }
+
+  int64_t elements(size_t begin, size_t end) const {
+    int64_t sum = 0;
+    for (size_t i = begin; i < end; ++i) sum += layers_[i].rows * layers_[i].columns;
+    return sum;
+  }
+
+  size_t group_end(size_t begin) const {
+    size_t end = begin + 1;
+    while (end < layers_.size() && elements(begin, end + 1) <= kGroup) ++end;
+    return end;
+  }
+
+  void read(size_t begin, size_t end) {
+    parallel(first_read_[begin], first_read_[end], elements(begin, end), [&](size_t i) {
+      Task& task = read_tasks_[i];
+      const StepLayer<T>& layer = layers_[task.layer];
+      task.largest = layer.left.has_border() ? kernels_.thin(layer, task.panel, scratch())
+                                             : kernels_.largest(layer, task.panel);
+    });
+  }
+
+  // A bound tells, but near overflow, where the products themselves are looked at.
+  bool is_finite(size_t index) {
+    const StepLayer<T>& layer = layers_[index];
+    double largest = 0;
+    for (size_t i = first_read_[index]; i < first_read_[index + 1]; ++i) {
+      largest = std::max(largest, read_tasks_[i].largest);
+    }
+    const double limit = static_cast<double>(std::numeric_limits<T>::max()) / 2;
+    if (largest <= limit && largest * layer.left.norm <= limit &&
+        largest * layer.left.norm * layer.right.norm <= limit) {
+      return true;
+    }
+    std::atomic<bool> finite{true};
+    parallel(first_write_[index], first_write_[index + 1], elements(index, index + 1),
+             [&](size_t i) {
+               if (!kernels_.step(layer, write_tasks_[i].panel, true, scratch())) finite = false;
+             });
+    return finite;
+  }
+
+  void write(size_t begin, size_t end) {
+    parallel(first_write_[begin], first_write_[end], elements(begin, end), [&](size_t i) {
+      const Task& task = write_tasks_[i];
+      if (writes_[task.layer]) {
+        kernels_.step(layers_[task.layer], task.panel, false, scratch());
+      }
+    });
+  }
+
+  at::Tensor& workspace_;
+  const StepKernels<T>& kernels_;
+  std::vector<StepLayer<T>> layers_;
+  std::vector<Storage> storages_;
+  std::vector<Task> read_tasks_, write_tasks_;
+  std::vector<size_t> first_read_, first_write_;  // of every layer, and one past the last
+  std::vector<char> writes_;
+  int64_t scratch_ = 0;  // of one thread
+  T* memory_ = nullptr;
+};
+
+}  // namespace singd::cpu

@@ -1,0 +1,20 @@
+// All kernels of one instruction set; simd_*.cpp say which.
+namespace singd::cpu::SINGD_INSTRUCTIONS {
+namespace {
+
+#include "vector.h"
+// vector.h comes first.
+#include "product.h"
+// product.h comes before what multiplies.
+#include "prepare.h"
+#include "step.h"
+
+#define SINGD_STRING(name) SINGD_STRING_(name)
+#define SINGD_STRING_(name) #name
+
+}  // namespace
+
+const Kernels kernels{SINGD_STRING(SINGD_INSTRUCTIONS), step_kernels<float>(),
+                      step_kernels<double>()};
+
+}  // namespace singd::cpu::SINGD_INSTRUCTIONS

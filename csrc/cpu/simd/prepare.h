@@ -1,0 +1,118 @@
+// P = F F^T of a diagonal, block-diagonal or bordered factor, laid out for products with it.
+
+template <class T>
+void transpose_padded(const T* from, int64_t rows, int64_t columns, int64_t from_stride, T* to,
+                      int64_t to_stride) {
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t i = 0; i < rows; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+    for (int64_t i = rows; i < to_stride; ++i) to[j * to_stride + i] = T(0);
+  }
+}
+
+template <class T>
+double largest_row_sum(const T* matrix, int64_t rows, int64_t columns, int64_t stride) {
+  double most = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < columns; ++j) {
+      const double value = static_cast<double>(matrix[i * stride + j]);
+      sum += value < 0 ? -value : value;
+    }
+    most = larger(most, sum);
+  }
+  return most;
+}
+
+template <class T>
+void prepare_diagonal(LocalProduct<T>& product, const T* factor) {
+  T most = 0;
+  for (int64_t j = 0; j < product.layout.dim; ++j) {
+    product.diagonal[j] = factor[j] * factor[j];
+    most = larger(most, product.diagonal[j]);
+  }
+  product.norm = static_cast<double>(most);
+}
+
+// f(first row, rows, offset in the factor's storage, offset in product.blocks) for every block.
+template <class Function>
+SINGD_INLINE void for_each_block(const Layout& layout, Function f) {
+  const int64_t k = layout.block;
+  int64_t from = 0, to = 0;
+  for (int64_t begin = 0; begin < layout.dim; begin += k) {
+    const int64_t size = smaller(k, layout.dim - begin);
+    f(begin, size, from, to);
+    from += size * size;
+    to += size * padded(size);
+  }
+}
+
+template <class T>
+void prepare_blocks(LocalProduct<T>& product, const T* factor, T* scratch) {
+  double most = 0;
+  for_each_block(product.layout, [&](int64_t, int64_t size, int64_t from, int64_t to) {
+    const int64_t stride = padded(size);
+    T* square = product.blocks + to;
+    transpose_padded(factor + from, size, size, size, scratch, stride);
+    multiply<T>(size, stride, size, {factor + from, size, 1}, scratch, stride, square, stride,
+                false);
+    most = larger(most, largest_row_sum(square, size, size, stride));
+  });
+  product.norm = most;
+}
+
+// The stored R = [E; D] has the dense rows E = R[B, :] and the diagonal D on the interior.
+template <class T>
+void prepare_border(LocalProduct<T>& product, const T* factor, T* scratch) {
+  const Layout& layout = product.layout;
+  const int64_t d = layout.dim, b = product.border(), wide = padded(d), thin = padded(b);
+  const T* interior = factor + b * d - layout.head;  // D of index j is interior[j]
+  for (int64_t j = 0; j < d; ++j) {
+    const bool inside = j >= layout.head && j < d - layout.tail;
+    product.diagonal[j] = inside ? interior[j] * interior[j] : T(0);
+  }
+  if (product.kind == LocalKind::kColumnBorder) {  // F = R^T: P = E^T E + D^2
+    for (int64_t r = 0; r < b; ++r) {
+      for (int64_t j = 0; j < wide; ++j) product.wide[r * wide + j] = j < d ? factor[r * d + j] : T(0);
+    }
+  } else {  // P[B, B] = E E^T and P[B, j] = E[:, j] D_j
+    transpose_padded(factor, b, d, d, scratch, thin);
+    T* core = product.thin;  // overwritten below
+    multiply<T>(b, thin, d, {factor, d, 1}, scratch, thin, core, thin, false);
+    for (int64_t r = 0; r < b; ++r) {
+      T* row = product.wide + r * wide;
+      for (int64_t j = 0; j < wide; ++j) {
+        const bool inside = j >= layout.head && j < d - layout.tail;
+        const int64_t c = j < layout.head ? j : j - (d - b);
+        row[j] = j >= d ? T(0) : inside ? factor[r * d + j] * interior[j] : core[r * thin + c];
+      }
+    }
+  }
+  transpose_padded(product.wide, b, d, wide, product.thin, thin);
+}
+
+// |x| summed along the way of a multiplication: by the border, then by the rest.
+template <class T>
+double border_norm(const LocalProduct<T>& product) {
+  const int64_t d = product.layout.dim, b = product.border();
+  const double across = largest_row_sum(product.wide, b, d, padded(d));
+  double diagonal = 0;
+  for (int64_t j = 0; j < d; ++j) diagonal = larger(diagonal, double(product.diagonal[j]));
+  const double along = largest_row_sum(product.thin, d, b, padded(b));
+  const bool twice = product.kind == LocalKind::kColumnBorder;
+  return larger(across, diagonal + along * (twice ? larger(across, 1.0) : 1.0));
+}
+
+template <class T>
+void prepare_product(LocalProduct<T>& product, ConstArray storage, int64_t size, T* scratch) {
+  with_type(storage, [&](const auto* numbers) { load_row(numbers, size, T(1), scratch); });
+  const T* factor = scratch;
+  scratch += size;
+  switch (product.kind) {
+    case LocalKind::kIdentity: return;
+    case LocalKind::kDiagonal: return prepare_diagonal(product, factor);
+    case LocalKind::kBlocks: return prepare_blocks(product, factor, scratch);
+    default:
+      prepare_border(product, factor, scratch);
+      product.norm = border_norm(product);
+  }
+}
