@@ -34,7 +34,7 @@ SINGD_HOST_DEVICE inline constexpr int64_t padded(int64_t n) {
 //   kDiagonal      diagonal[dim]
 //   kBlocks        blocks of width x padded(width), one after the other
 //   kRowBorder     an arrowhead: P[B, :] in `wide` [border, padded(dim)], its transpose in `thin`
-//                  [dim, padded(border)], P[i, i] in `diagonal`, which is 0 for i in B
+//                  [dim, padded(border)], P[i, i] in `diagonal` [padded(dim)], which is 0 for i in B
 //   kColumnBorder  thin wide + diag(diagonal): `thin` is F[:, B], `wide` its transpose
 enum class LocalKind { kIdentity, kDiagonal, kBlocks, kRowBorder, kColumnBorder };
 
@@ -46,6 +46,9 @@ struct LocalProduct {
   double norm = 1;  // bounds every sum of |terms| that a multiplication by P takes, over max |x|
 
   int64_t border() const { return layout.head + layout.tail; }
+  bool is_pointwise() const {
+    return kind == LocalKind::kIdentity || kind == LocalKind::kDiagonal;
+  }
   bool has_border() const {
     return kind == LocalKind::kRowBorder || kind == LocalKind::kColumnBorder;
   }

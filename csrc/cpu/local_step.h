@@ -62,7 +62,7 @@ class LocalStep {
   };
 
   // Elements of a panel: two of them fit the second cache; without products one fits the first.
-  static constexpr int64_t kPanel = 16384, kPointwisePanel = 4096, kPanelRows = 12;
+  static constexpr int64_t kPanel = 8192, kPointwisePanel = 4096, kPanelRows = 12;
   static constexpr int64_t kThinColumns = 128;
   // Elements of the gradients of a group: they, weight and momentum should fit the last cache.
   static constexpr int64_t kGroup = int64_t{1} << 20;
@@ -71,7 +71,7 @@ class LocalStep {
 
   void plan_panels(size_t index) {
     const StepLayer<T>& layer = layers_[index];
-    const bool pointwise = is_pointwise(layer.left) && is_pointwise(layer.right);
+    const bool pointwise = layer.left.is_pointwise() && layer.right.is_pointwise();
     const int64_t target = pointwise ? kPointwisePanel : kPanel;
     const int64_t row_unit = unit(layer.left), column_unit = unit(layer.right);
     int64_t width = layer.columns;
@@ -103,9 +103,6 @@ class LocalStep {
     }
   }
 
-  static bool is_pointwise(const LocalProduct<T>& product) {
-    return product.kind == LocalKind::kIdentity || product.kind == LocalKind::kDiagonal;
-  }
   static int64_t unit(const LocalProduct<T>& product) {
     return product.kind == LocalKind::kBlocks ? product.layout.block : 1;
   }
@@ -139,7 +136,7 @@ class LocalStep {
   static void allocate(LocalProduct<T>& product, Arena& arena) {
     const int64_t d = product.layout.dim, k = product.layout.block;
     if (product.kind == LocalKind::kDiagonal || product.has_border()) {
-      product.diagonal = arena.take<T>(d);
+      product.diagonal = arena.take<T>(padded(d));
     }
     if (product.kind == LocalKind::kBlocks) {
       product.blocks = arena.take<T>(d / k * k * padded(k) + d % k * padded(d % k));

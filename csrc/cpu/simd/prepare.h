@@ -54,7 +54,7 @@ void prepare_blocks(LocalProduct<T>& product, const T* factor, T* scratch) {
     T* square = product.blocks + to;
     transpose_padded(factor + from, size, size, size, scratch, stride);
     multiply<T>(size, stride, size, {factor + from, size, 1}, scratch, stride, square, stride,
-                false);
+                kOverwrite<T>);
     most = larger(most, largest_row_sum(square, size, size, stride));
   });
   product.norm = most;
@@ -66,7 +66,7 @@ void prepare_border(LocalProduct<T>& product, const T* factor, T* scratch) {
   const Layout& layout = product.layout;
   const int64_t d = layout.dim, b = product.border(), wide = padded(d), thin = padded(b);
   const T* interior = factor + b * d - layout.head;  // D of index j is interior[j]
-  for (int64_t j = 0; j < d; ++j) {
+  for (int64_t j = 0; j < wide; ++j) {
     const bool inside = j >= layout.head && j < d - layout.tail;
     product.diagonal[j] = inside ? interior[j] * interior[j] : T(0);
   }
@@ -77,7 +77,7 @@ void prepare_border(LocalProduct<T>& product, const T* factor, T* scratch) {
   } else {  // P[B, B] = E E^T and P[B, j] = E[:, j] D_j
     transpose_padded(factor, b, d, d, scratch, thin);
     T* core = product.thin;  // overwritten below
-    multiply<T>(b, thin, d, {factor, d, 1}, scratch, thin, core, thin, false);
+    multiply<T>(b, thin, d, {factor, d, 1}, scratch, thin, core, thin, kOverwrite<T>);
     for (int64_t r = 0; r < b; ++r) {
       T* row = product.wide + r * wide;
       for (int64_t j = 0; j < wide; ++j) {

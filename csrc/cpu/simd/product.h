@@ -1,6 +1,17 @@
-// C (+)= A B with C in registers: the one matrix product of the sparse structures. Rows of B and C
+// C <- A B + C, A B, or A B + C diag(scale), with C in registers: the one matrix product of the sparse structures. Rows of B and C
 // are contiguous, A has any strides; `columns` is a multiple of the vector length, which padding
 // makes it.
+
+// What becomes of the old C.
+template <class T>
+struct Before {
+  bool keep;
+  const T* scale;  // of columns; null for 1
+};
+template <class T>
+constexpr Before<T> kOverwrite{false, nullptr};
+template <class T>
+constexpr Before<T> kAdd{true, nullptr};
 
 template <class T>
 struct Operand {
@@ -10,13 +21,14 @@ struct Operand {
 
 template <class T, int kRows, int kVectors>
 SINGD_INLINE void multiply_tile(int64_t depth, const Operand<T>& a, const T* b, int64_t b_stride,
-                                T* c, int64_t c_stride, bool add) {
+                                T* c, int64_t c_stride, Before<T> before) {
   Vector<T> sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      sums[r][v] = add ? load<T>(c + r * c_stride + v * kLanes<T>) : Vector<T>{};
+      sums[r][v] = before.keep ? load<T>(c + r * c_stride + v * kLanes<T>) : Vector<T>{};
+      if (before.scale != nullptr) sums[r][v] *= load<T>(before.scale + v * kLanes<T>);
     }
   }
   const T* column = a.data;
@@ -44,7 +56,7 @@ SINGD_INLINE void multiply_tile(int64_t depth, const Operand<T>& a, const T* b, 
 
 template <class T, int kVectors>
 void multiply_rows(int64_t rows, int64_t depth, Operand<T> a, const T* b, int64_t b_stride, T* c,
-                   int64_t c_stride, bool add) {
+                   int64_t c_stride, Before<T> before) {
   constexpr int kRows = SINGD_TILE_ROWS;
   int64_t r = 0;
   const auto advance = [&](int count) {
@@ -53,32 +65,69 @@ void multiply_rows(int64_t rows, int64_t depth, Operand<T> a, const T* b, int64_
     c += count * c_stride;
   };
   while (r + kRows <= rows) {
-    multiply_tile<T, kRows, kVectors>(depth, a, b, b_stride, c, c_stride, add);
+    multiply_tile<T, kRows, kVectors>(depth, a, b, b_stride, c, c_stride, before);
     advance(kRows);
   }
   if (r + 4 <= rows) {
-    multiply_tile<T, 4, kVectors>(depth, a, b, b_stride, c, c_stride, add);
+    multiply_tile<T, 4, kVectors>(depth, a, b, b_stride, c, c_stride, before);
     advance(4);
   }
   if (r + 2 <= rows) {
-    multiply_tile<T, 2, kVectors>(depth, a, b, b_stride, c, c_stride, add);
+    multiply_tile<T, 2, kVectors>(depth, a, b, b_stride, c, c_stride, before);
     advance(2);
   }
-  if (r < rows) multiply_tile<T, 1, kVectors>(depth, a, b, b_stride, c, c_stride, add);
+  if (r < rows) multiply_tile<T, 1, kVectors>(depth, a, b, b_stride, c, c_stride, before);
 }
 
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const Operand<T>& a, const T* b,
-              int64_t b_stride, T* c, int64_t c_stride, bool add) {
+              int64_t b_stride, T* c, int64_t c_stride, Before<T> before) {
   constexpr int64_t kStep = int64_t{SINGD_TILE_VECTORS} * kLanes<T>;
   int64_t j = 0;
+  const auto at = [&] {
+    return Before<T>{before.keep, before.scale != nullptr ? before.scale + j : nullptr};
+  };
   for (; j + kStep <= columns; j += kStep) {
-    multiply_rows<T, SINGD_TILE_VECTORS>(rows, depth, a, b + j, b_stride, c + j, c_stride, add);
+    multiply_rows<T, SINGD_TILE_VECTORS>(rows, depth, a, b + j, b_stride, c + j, c_stride, at());
   }
   for (; j + 2 * kLanes<T> <= columns; j += 2 * kLanes<T>) {
-    multiply_rows<T, 2>(rows, depth, a, b + j, b_stride, c + j, c_stride, add);
+    multiply_rows<T, 2>(rows, depth, a, b + j, b_stride, c + j, c_stride, at());
   }
   for (; j < columns; j += kLanes<T>) {
-    multiply_rows<T, 1>(rows, depth, a, b + j, b_stride, c + j, c_stride, add);
+    multiply_rows<T, 1>(rows, depth, a, b + j, b_stride, c + j, c_stride, at());
+  }
+}
+
+template <class T>
+SINGD_INLINE T lane_sum(const Vector<T>& v) {
+  T sum = 0;
+  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
+  return sum;
+}
+
+// C = A B^T for few rows of B: dot products of rows, which need no padded transpose. The rows of A
+// and B are zero from the depth to the next whole vector.
+template <class T>
+void multiply_few(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_stride,
+                  const T* b, int64_t b_stride, T* c, int64_t c_stride) {
+  constexpr int kRows = 4;
+  for (int64_t j = 0; j < columns; ++j) {
+    int64_t i = 0;
+    for (; i + kRows <= rows; i += kRows) {
+      Vector<T> sums[kRows] = {};
+      for (int64_t p = 0; p < depth; p += kLanes<T>) {
+        const Vector<T> factor = load<T>(b + j * b_stride + p);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) sums[r] += load<T>(a + (i + r) * a_stride + p) * factor;
+      }
+      for (int r = 0; r < kRows; ++r) c[(i + r) * c_stride + j] = lane_sum<T>(sums[r]);
+    }
+    for (; i < rows; ++i) {
+      Vector<T> sum = {};
+      for (int64_t p = 0; p < depth; p += kLanes<T>) {
+        sum += load<T>(a + i * a_stride + p) * load<T>(b + j * b_stride + p);
+      }
+      c[i * c_stride + j] = lane_sum<T>(sum);
+    }
   }
 }

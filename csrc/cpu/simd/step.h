@@ -66,7 +66,8 @@ double thin_products(const StepLayer<T>& layer, const Panel& panel, T* scratch) 
     load_gradient<T>(layer, chunk, nullptr, scratch, chunk.stride());
     most = larger(most, largest_bits(scratch, chunk.scratch()));
     multiply<T>(border, width, end - begin, {left.wide + begin, wide, 1}, scratch, chunk.stride(),
-                layer.border_products + panel.column_begin, stride, begin > 0);
+                layer.border_products + panel.column_begin, stride,
+                begin > 0 ? kAdd<T> : kOverwrite<T>);
     for (int64_t i = begin; i < end && left.kind == LocalKind::kRowBorder; ++i) {
       const int64_t tail = layer.rows - left.layout.tail;
       if (i >= left.layout.head && i < tail) continue;
@@ -90,7 +91,7 @@ T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other) 
       if (begin < panel.row_begin || begin >= panel.row_end) return;
       const int64_t row = (begin - panel.row_begin) * stride;
       multiply<T>(size, width, size, {left.blocks + at, padded(size), 1}, x + row, stride,
-                  other + row, stride, false);
+                  other + row, stride, kOverwrite<T>);
     });
     return other;
   }
@@ -100,7 +101,7 @@ T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other) 
   const int64_t all = padded(layer.columns), thin = padded(b);
   const T* coefficients = (arrow ? layer.border_rows : layer.border_products) + panel.column_begin;
   multiply<T>(rows, width, b, {left.thin + panel.row_begin * thin, thin, 1}, coefficients, all, x,
-              stride, true);
+              stride, kAdd<T>);
   const int64_t tail = layer.rows - left.layout.tail;
   for (int64_t i = panel.row_begin; arrow && i < panel.row_end; ++i) {
     if (i >= left.layout.head && i < tail) continue;
@@ -121,10 +122,13 @@ T* multiply_right_blocks(const StepLayer<T>& layer, const Panel& panel, T* x, T*
     if (begin < panel.column_begin || begin >= panel.column_end) return;
     const int64_t column = begin - panel.column_begin;
     multiply<T>(rows, padded(size), size, {x + column, stride, 1}, layer.right.blocks + at,
-                padded(size), other + column, stride, false);
+                padded(size), other + column, stride, kOverwrite<T>);
   });
   return other;
 }
+
+// Columns of a border up to which dot products are faster than whole vectors of padded columns.
+constexpr int64_t kFewColumns = 8;
 
 template <class T>
 void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch) {
@@ -134,17 +138,18 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
   const int64_t head = right.layout.head, tail = d - right.layout.tail;
   const bool arrow = right.kind == LocalKind::kRowBorder;
   T *products = scratch, *coefficients = scratch + rows * thin;
-  multiply<T>(rows, thin, d, {x, stride, 1}, right.thin, thin, products, thin, false);
+  if (b <= kFewColumns) {
+    multiply_few<T>(rows, b, d, x, stride, right.wide, wide, products, thin);
+  } else {
+    multiply<T>(rows, thin, d, {x, stride, 1}, right.thin, thin, products, thin, kOverwrite<T>);
+  }
   for (int64_t i = 0; i < rows; ++i) {
-    T* row = x + i * stride;
     for (int64_t r = 0; arrow && r < b; ++r) {
-      coefficients[i * thin + r] = row[r < head ? r : r + d - b];
+      coefficients[i * thin + r] = x[i * stride + (r < head ? r : r + d - b)];
     }
-#pragma GCC ivdep
-    for (int64_t j = 0; j < d; ++j) row[j] *= right.diagonal[j];
   }
   multiply<T>(rows, wide, b, {arrow ? coefficients : products, thin, 1}, right.wide, wide, x,
-              stride, true);
+              stride, {true, right.diagonal});
   for (int64_t i = 0; arrow && i < rows; ++i) {
     for (int64_t r = 0; r < b; ++r) {
       x[i * stride + (r < head ? r : r + tail - head)] = products[i * thin + r];
@@ -156,30 +161,27 @@ struct WriteCoefficients {
   double lr, momentum, weight_decay;
 };
 
-// M <- alpha2 M + scale P + gamma W and W <- W - beta2 M along a row; M stays in a register.
-template <bool kMomentum, class T, class Weight, class Momentum>
-SINGD_INLINE void write_row(const T* gradient, const T* column_scale, int64_t count,
-                            const WriteCoefficients& c, Weight* weight, Momentum* momentum) {
+// M <- alpha2 M + P + gamma W and W <- W - beta2 M along a row, with P[j] = row_scale
+// column_scale[j] gradient[j]; M stays in a register.
+template <bool kMomentum, class T, class Gradient, class Weight, class Momentum>
+SINGD_INLINE void write_row(const Gradient* gradient, T row_scale, const T* column_scale,
+                            int64_t count, const WriteCoefficients& c, Weight* weight,
+                            Momentum* momentum) {
   const T lr = static_cast<T>(c.lr), alpha = static_cast<T>(c.momentum);
   const T decay = static_cast<T>(c.weight_decay);
+  const auto element = [&](int64_t j, T scale) {
+    const T w = static_cast<T>(widen(weight[j]));
+    T step = static_cast<T>(widen(gradient[j])) * scale + decay * w;
+    if (kMomentum) step += alpha * static_cast<T>(widen(momentum[j]));
+    if (kMomentum) momentum[j] = Narrow<Momentum>::of(step);
+    weight[j] = Narrow<Weight>::of(w - lr * step);
+  };
   if (column_scale != nullptr) {
 #pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j) {
-      const T w = static_cast<T>(widen(weight[j]));
-      T step = gradient[j] * column_scale[j] + decay * w;
-      if (kMomentum) step += alpha * static_cast<T>(widen(momentum[j]));
-      if (kMomentum) momentum[j] = Narrow<Momentum>::of(step);
-      weight[j] = Narrow<Weight>::of(w - lr * step);
-    }
+    for (int64_t j = 0; j < count; ++j) element(j, row_scale * column_scale[j]);
   } else {
 #pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j) {
-      const T w = static_cast<T>(widen(weight[j]));
-      T step = gradient[j] + decay * w;
-      if (kMomentum) step += alpha * static_cast<T>(widen(momentum[j]));
-      if (kMomentum) momentum[j] = Narrow<Momentum>::of(step);
-      weight[j] = Narrow<Weight>::of(w - lr * step);
-    }
+    for (int64_t j = 0; j < count; ++j) element(j, row_scale);
   }
 }
 
@@ -202,46 +204,95 @@ struct Stochastic<BFloat16> {
 };
 
 // The same with bfloat16 stores rounded stochastically; `index` is that of the first element.
-template <class T, class Weight, class Momentum>
-void write_row_stochastic(const T* gradient, const T* column_scale, int64_t count,
-                          const WriteCoefficients& c, Weight* weight, Momentum* momentum,
-                          const RoundingKey& key, int64_t index) {
+template <class T, class Gradient, class Weight, class Momentum>
+SINGD_INLINE void write_row_stochastic(const Gradient* gradient, T row_scale, const T* column_scale,
+                                       int64_t count, const WriteCoefficients& c, Weight* weight,
+                                       Momentum* momentum, const RoundingKey& key, int64_t index) {
+  const RoundingKey momentum_key = key.stream(0), weight_key = key.stream(1);
   for (int64_t j = 0; j < count; ++j) {
     const T w = static_cast<T>(widen(weight[j]));
-    const T scale = column_scale != nullptr ? column_scale[j] : T(1);
-    T step = gradient[j] * scale + static_cast<T>(c.weight_decay) * w;
+    const T scale = column_scale != nullptr ? row_scale * column_scale[j] : row_scale;
+    T step = static_cast<T>(widen(gradient[j])) * scale + static_cast<T>(c.weight_decay) * w;
     if (momentum != nullptr) {
       step += static_cast<T>(c.momentum) * static_cast<T>(widen(momentum[j]));
-      momentum[j] = Stochastic<Momentum>::of(step, key.stream(0), index + j);
+      momentum[j] = Stochastic<Momentum>::of(step, momentum_key, index + j);
     }
-    weight[j] = Stochastic<Weight>::of(w - static_cast<T>(c.lr) * step, key.stream(1), index + j);
+    weight[j] = Stochastic<Weight>::of(w - static_cast<T>(c.lr) * step, weight_key, index + j);
+  }
+}
+
+// Writes the rows of one piece of a parameter of type Weight and its momentum: row i has the
+// gradient `gradient + i gradient_stride`, times row_scale(i) and the column scale.
+template <class T, class Gradient, class Weight, class Momentum, class RowScale>
+SINGD_INLINE void write_rows(const StepLayer<T>& layer, const Panel& panel, const StepPart& part,
+                             int64_t first, int64_t count, const Gradient* gradient,
+                             int64_t gradient_stride, RowScale row_scale, const T* column_scale,
+                             Weight* weight, Momentum* momentum) {
+  const WriteCoefficients c{layer.options.lr, layer.options.momentum, layer.options.weight_decay};
+  for (int64_t i = panel.row_begin; i < panel.row_end; ++i) {
+    const Gradient* row = gradient + (i - panel.row_begin) * gradient_stride;
+    const T scale = row_scale(i);
+    const int64_t to = i * part.width + first;
+    if (part.key.enabled) {
+      write_row_stochastic(row, scale, column_scale, count, c, weight + to,
+                           momentum != nullptr ? momentum + to : momentum, part.key, to);
+    } else if (momentum != nullptr) {
+      write_row<true>(row, scale, column_scale, count, c, weight + to, momentum + to);
+    } else {
+      write_row<false>(row, scale, column_scale, count, c, weight + to, momentum);
+    }
   }
 }
 
 template <class T>
+const T* part_of(const T* column_scale, int64_t begin) {
+  return column_scale != nullptr ? column_scale + begin : nullptr;
+}
+
+template <class T>
 void write_panel(const StepLayer<T>& layer, const Panel& panel, const T* x, const T* column_scale) {
-  const int64_t stride = panel.stride();
-  const WriteCoefficients c{layer.options.lr, layer.options.momentum, layer.options.weight_decay};
+  const auto one = [](int64_t) { return T(1); };
   for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
-    const T* scale = column_scale != nullptr ? column_scale + panel.column_begin + at : nullptr;
+    const T* scale = part_of(column_scale, panel.column_begin + at);
+    Array momentum = part.momentum;
+    if (momentum.data == nullptr) momentum.type = part.weight.type;
     with_type(part.weight, [&](auto* weight) {
-      using Weight = typename Pointee<decltype(weight)>::type;
-      Array momentum = part.momentum;
-      if (momentum.data == nullptr) momentum.type = part.weight.type;
       with_type(momentum, [&](auto* buffer) {
-        for (int64_t i = panel.row_begin; i < panel.row_end; ++i) {
-          const T* gradient = x + (i - panel.row_begin) * stride + at;
-          const int64_t to = i * part.width + first;
-          if (part.key.enabled) {
-            write_row_stochastic(gradient, scale, count, c, weight + to,
-                                 buffer != nullptr ? buffer + to : buffer, part.key, to);
-          } else if (buffer != nullptr) {
-            write_row<true>(gradient, scale, count, c, weight + to, buffer + to);
-          } else {
-            write_row<false>(gradient, scale, count, c, weight + to, static_cast<Weight*>(nullptr));
-          }
-        }
+        write_rows<T>(layer, panel, part, first, count, x + at, panel.stride(), one, scale, weight,
+                      buffer);
       });
+    });
+  });
+}
+
+// Diagonal products need no scratch. A parameter, its momentum and its gradient have one type, as
+// they have in training; other cases go through scratch.
+template <class T>
+bool is_pointwise(const StepLayer<T>& layer) {
+  bool same = layer.left.is_pointwise() && layer.right.is_pointwise();
+  for (int i = 0; i < layer.num_parts; ++i) {
+    const StepPart& part = layer.parts[i];
+    same &= part.gradient.type == part.weight.type;
+    same &= part.momentum.data == nullptr || part.momentum.type == part.weight.type;
+  }
+  return same;
+}
+
+template <class T>
+void write_pointwise(const StepLayer<T>& layer, const Panel& panel) {
+  const T unscale = static_cast<T>(layer.options.unscale);
+  const T* diagonal = layer.left.diagonal;
+  const auto row_scale = [&](int64_t i) {
+    return diagonal != nullptr ? unscale * diagonal[i] : unscale;
+  };
+  for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
+    const T* scale = part_of(layer.right.diagonal, panel.column_begin + at);
+    with_type(part.weight, [&](auto* weight) {
+      const auto* gradient = static_cast<decltype(weight)>(const_cast<void*>(part.gradient.data));
+      write_rows<T>(layer, panel, part, first, count,
+                    gradient + panel.row_begin * part.gradient_stride + first,
+                    part.gradient_stride, row_scale, scale, weight,
+                    static_cast<decltype(weight)>(part.momentum.data));
     });
   });
 }
@@ -263,6 +314,10 @@ bool panel_is_finite(const Panel& panel, const T* x, const T* column_scale) {
 
 template <class T>
 bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, T* scratch) {
+  if (!check_only && is_pointwise(layer)) {
+    write_pointwise(layer, panel);
+    return true;
+  }
   T *x = scratch, *other = scratch + panel.scratch();
   load_gradient<T>(layer, panel, layer.left.diagonal, x, panel.stride());
   T* result = multiply_left(layer, panel, x, other);
