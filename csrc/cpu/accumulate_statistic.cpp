@@ -7,6 +7,7 @@
 #include "../structures/registry.h"
 #include "math.h"
 #include "rows.h"
+#include "statistics.h"
 
 namespace singd::cpu {
 namespace {
@@ -18,14 +19,16 @@ void accumulate_statistic_(at::Tensor& statistic, const at::Tensor& rows, const 
   const char* op = "accumulate_statistic_";
   const Layout layout = checked_statistic(op, statistic, rows, factor, dim, structure, ones_column);
   const auto dtype = statistic.scalar_type();
-  const Rows source(rows, ones_column, checked_shared(op, shared));
+  const RowsView view = rows_view(rows, checked_shared(op, shared));
   const at::Tensor k = factor.to(dtype);
   dispatch_compute(dtype, [&](auto zero) {
     using T = decltype(zero);
-    visit(layout, [&](const auto& family) {
-      source.for_each_chunk<T>(layout, [&](const T* chunk, int64_t m) {
-        family.template accumulate<AtenMath, T>(k.const_data_ptr<T>(), chunk, m,
-                                                statistic.mutable_data_ptr<T>());
+    const T* storage = k.const_data_ptr<T>();
+    T* sums = statistic.mutable_data_ptr<T>();
+    if (layout.is_local()) return LocalStatistic<T>(view, layout, storage, sums).add();
+    visit_whole(layout, [&](const auto& family) {
+      for_each_chunk<T>(rows, view, layout, [&](const T* chunk, int64_t m) {
+        family.template accumulate<AtenMath, T>(storage, chunk, m, sums);
       });
     });
   });

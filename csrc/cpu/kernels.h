@@ -105,11 +105,59 @@ struct StepKernels {
 };
 inline constexpr int64_t kThinRows = 64;
 
+// The rows of X or g of one call: X[batch, shared, features] of any strides, or with `reduce` one
+// row a sample, added up over `shared`. With a bias the column behind the features holds `one`.
+struct RowsView {
+  ConstArray array;
+  int64_t batch_stride, shared_stride, feature_stride;
+  int64_t count, shared, features;
+  bool reduce;
+  double scale, one;
+};
+
+// Each adds to sums; `begin` and `end` are columns. A caller splits columns among threads.
+template <class T>
+struct StatisticKernels {
+  // Rows [first, first + count), `stride` apart with zeros between.
+  void (*load)(const RowsView& rows, int64_t first, int64_t count, int64_t begin, int64_t end,
+               T* to, int64_t stride);
+  // Column squares; scratch: (kChunkRows + 1) * padded(columns).
+  void (*diagonal)(const RowsView& rows, int64_t begin, int64_t end, T* sums, T* scratch);
+  // Diagonal blocks of X^T X; scratch: kChunkRows * (padded(columns) + kPadding) + padded(block)^2.
+  void (*blocks)(const RowsView& rows, const Layout& layout, int64_t begin, int64_t end, T* blocks,
+                 T* scratch);
+  // E^T X and column squares, where E [rows, padded(border)] may be null for the border columns of
+  // X; scratch: (kChunkRows + 1 + padded(border)) * padded(columns) + 2 kChunkRows padded(border).
+  void (*border)(const RowsView& rows, const Layout& layout, const T* e, int64_t begin, int64_t end,
+                 T* products, T* squares, T* scratch);
+  // Rows of S = X V, V [dim, padded(border)]; scratch: kProductRows * padded(dim).
+  void (*border_rows)(const RowsView& rows, const Layout& layout, const T* v, int64_t first,
+                      int64_t count, T* s, T* scratch);
+  // The transpose of `from` [rows, columns], padded with zeros.
+  void (*transpose)(const T* from, int64_t rows, int64_t columns, int64_t from_stride, T* to,
+                    int64_t to_stride);
+  // From S^T X and column squares of X to the statistic of a column-bordered factor; scratch:
+  // border * padded(border).
+  void (*finish_column_border)(const Layout& layout, const T* factor, const T* v,
+                               const T* products, const T* squares, T* statistic, T* scratch);
+};
+inline constexpr int64_t kChunkRows = 64, kProductRows = 12;
+
 struct Kernels {
   const char* name;
+  StatisticKernels<float> statistic_float;
+  StatisticKernels<double> statistic_double;
   StepKernels<float> step_float;
   StepKernels<double> step_double;
 
+  template <class T>
+  const StatisticKernels<T>& statistic() const {
+    if constexpr (sizeof(T) == sizeof(double)) {
+      return statistic_double;
+    } else {
+      return statistic_float;
+    }
+  }
   template <class T>
   const StepKernels<T>& step() const {
     if constexpr (sizeof(T) == sizeof(double)) {

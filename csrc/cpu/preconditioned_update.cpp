@@ -32,10 +32,6 @@ struct Options {
   double lr, momentum, weight_decay, unscale;
 };
 
-bool is_local(const Layout& layout) {
-  return layout.family != Family::kDense && layout.family != Family::kToeplitz;
-}
-
 LocalKind local_kind(const Layout& layout) {
   switch (layout.family) {
     case Family::kDiagonal: return LocalKind::kDiagonal;
@@ -189,7 +185,7 @@ void update_layers(const std::vector<LayerStep>& layers, const Options& options,
   for (size_t i = 0; i < layers.size(); ++i) {
     const LayerStep& layer = layers[i];
     if (step_type(layer) != scalar_type<T>()) continue;
-    if (!is_local(layer.K.layout) || !is_local(layer.C.layout)) {
+    if (!layer.K.layout.is_local() || !layer.C.layout.is_local()) {
       if (!matrices.defined()) matrices = workspace.new_empty({0});
       report(i, update_whole<T>(layer, options, key.stream(i), matrices, workspace));
       continue;

@@ -9,6 +9,7 @@
 #include "../structures/registry.h"
 #include "math.h"
 #include "rows.h"
+#include "statistics.h"
 
 namespace singd::cpu {
 namespace {
@@ -53,17 +54,24 @@ at::Tensor project_gram(const at::Tensor& rows, const std::string& structure) {
   const auto options = rows.options().dtype(compute_type(rows.scalar_type()));
   at::Tensor statistic = at::zeros({storage_size(layout)}, options);
   at::Tensor identity = at::zeros_like(statistic), out = at::zeros_like(statistic);
-  const Rows source(rows.unsqueeze(0), false, Shared::kExpand);
+  const at::Tensor batch = rows.unsqueeze(0);
+  const RowsView view = rows_view(batch, Shared::kExpand);
   dispatch_compute(compute_type(rows.scalar_type()), [&](auto zero) {
     using T = decltype(zero);
-    visit(layout, [&](const auto& family) {
-      source.for_each_chunk<T>(layout, [&](const T* chunk, int64_t m) {
-        family.template accumulate<AtenMath, T>(nullptr, chunk, m, statistic.mutable_data_ptr<T>());
+    T* sums = statistic.mutable_data_ptr<T>();
+    if (layout.is_local()) {
+      LocalStatistic<T>(view, layout, nullptr, sums).add();
+    } else {
+      visit_whole(layout, [&](const auto& family) {
+        for_each_chunk<T>(batch, view, layout, [&](const T* chunk, int64_t m) {
+          family.template accumulate<AtenMath, T>(nullptr, chunk, m, sums);
+        });
       });
+    }
+    visit(layout, [&](const auto& family) {
       T* eye = identity.mutable_data_ptr<T>();
       family.add_to_diagonal(eye, T(1));
-      family.template conjugate<AtenMath, T>(eye, statistic.const_data_ptr<T>(),
-                                             out.mutable_data_ptr<T>());
+      family.template conjugate<AtenMath, T>(eye, sums, out.mutable_data_ptr<T>());
     });
   });
   return out;

@@ -31,6 +31,12 @@ struct Layout {
   // Bordered and Toeplitz: the storage holds the transpose R = K^T, which is row-bordered or upper
   // Toeplitz; K itself is then column-bordered or lower Toeplitz.
   bool transposed = false;
+
+  // Diagonal, block-diagonal and bordered factors: a product with one takes a few rows or columns,
+  // not the whole matrix.
+  SINGD_HOST_DEVICE bool is_local() const {
+    return family != Family::kDense && family != Family::kToeplitz;
+  }
 };
 
 enum class Side { kLeft, kRight };  // K X or X K

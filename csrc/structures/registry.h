@@ -5,8 +5,8 @@
 //   for_each_entry(f)                       f(slot, i, j, weight) for every entry K[i, j] that the
 //                                           pattern allows; weight is that of the map Pi (Table 1)
 //   project(S, h)                           h = Pi(S), S symmetric dense
-//   accumulate<Math>(k, X, m, statistic)    adds the m rows of X to the statistic of K; k may be
-//                                           null for K = I
+//   accumulate<Math>(k, X, m, statistic)    dense and Toeplitz: adds the m rows of X to the
+//                                           statistic of K; k may be null for K = I
 //   conjugate<Math>(k, statistic, h)        h = Pi(K^T U K), U = X^T X of the accumulated rows
 //   gram<Math>(k, h)                        h = Pi(K^T K)
 //   product<Math>(a, b, c)                  c = A B, all of this structure
@@ -40,6 +40,12 @@ decltype(auto) visit(const Layout& layout, Function&& function) {
       return function(Toeplitz{layout});
   }
   throw std::logic_error("unknown structure family");
+}
+
+// The families whose products need the whole matrix.
+template <class Function>
+decltype(auto) visit_whole(const Layout& layout, Function&& function) {
+  return layout.family == Family::kDense ? function(Dense{layout}) : function(Toeplitz{layout});
 }
 
 }  // namespace singd

@@ -7,6 +7,7 @@ namespace {
 #include "product.h"
 // product.h comes before what multiplies.
 #include "prepare.h"
+#include "statistics.h"
 #include "step.h"
 
 #define SINGD_STRING(name) SINGD_STRING_(name)
@@ -14,7 +15,7 @@ namespace {
 
 }  // namespace
 
-const Kernels kernels{SINGD_STRING(SINGD_INSTRUCTIONS), step_kernels<float>(),
-                      step_kernels<double>()};
+const Kernels kernels{SINGD_STRING(SINGD_INSTRUCTIONS), statistic_kernels<float>(),
+                      statistic_kernels<double>(), step_kernels<float>(), step_kernels<double>()};
 
 }  // namespace singd::cpu::SINGD_INSTRUCTIONS
