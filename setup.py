@@ -116,7 +116,10 @@ class Build(BuildExtension):
         self.build_temp = temp
 
 
-COMPILE_ARGS = ["/O2"] if sys.platform == "win32" else ["-O3", "-g0", "-fno-math-errno", "-fopenmp", "-Wall"]
+COMPILE_ARGS = ["-O3", "-g0", "-fno-math-errno", "-Wall"]
+if sys.platform == "linux":
+    # For at::parallel_for. The runtime is torch's: linking another one would give a second pool.
+    COMPILE_ARGS.append("-fopenmp")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 major, minor = torch_release()
 if os.environ.get("SINGD_EMULATION") == "1":

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "build_info.h"
+#include "cpu/kernels.h"
 #include "structures/spec.h"
 
 namespace py = pybind11;
@@ -34,4 +35,6 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("spec"), py::arg("dim"));
   m.def("build_info", &singd::build_info);
+  m.def("cpu_instructions", [] { return singd::cpu::kernels().name; });
+  m.def("cpu_threads", &singd::cpu::threads);
 }

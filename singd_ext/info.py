@@ -31,8 +31,9 @@ def collect() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": f"{torch.__version__} (built with {build['torch']})",
         "compiler": f"{build['compiler']}, C++ {build['c++']}",
-        "processor": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}",
-        "threads": str(torch.get_num_threads()),
+        "processor": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}, "
+        f"singd_ext {_C.cpu_instructions()}",
+        "threads": f"torch has {torch.get_num_threads()}, singd_ext uses {_C.cpu_threads()}",
         "CUDA of torch": cuda,
         "CUDA device": _cuda_device(),
         "CUDA kernels": _cuda_kernels(build.get("cuda")),

@@ -1,6 +1,8 @@
-// Which kernels this processor runs.
+// Which kernels this processor runs, and in how many threads.
+#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
+#include <atomic>
 #include <string>
 
 #include "kernels.h"
@@ -17,6 +19,17 @@ const Kernels& kernels() {
     return plain::kernels;
   }();
   return chosen;
+}
+
+// Asked of the threads themselves: compiled without OpenMP, at::parallel_for is a plain loop.
+int threads() {
+  std::atomic<int> last{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    int seen = last;
+    while (seen < at::get_thread_num() && !last.compare_exchange_weak(seen, at::get_thread_num())) {
+    }
+  });
+  return last + 1;
 }
 
 }  // namespace singd::cpu

@@ -184,4 +184,7 @@ extern const Kernels kernels;
 // as it does for torch.
 const Kernels& kernels();
 
+// How many threads an operator is run by now.
+int threads();
+
 }  // namespace singd::cpu

@@ -1,0 +1,75 @@
+"""The CPU kernels of every instruction set, and the threads they run in."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from singd_ext import _C
+
+ROOT = Path(__file__).parents[1]
+CAPABILITIES = {"default": "plain", "avx2": "avx2", "avx512": "avx512"}
+ORDER = ["DEFAULT", "AVX2", "AVX512"]
+
+
+def run(*command: str, capability: str | None = None, threads: int = 1) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment.pop("ATEN_CPU_CAPABILITY", None)
+    if capability is not None:
+        environment["ATEN_CPU_CAPABILITY"] = capability
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def skip_unless_available(capability: str) -> None:
+    own = torch.backends.cpu.get_cpu_capability()
+    if own not in ORDER or ORDER.index(own) < ORDER.index(capability.upper()):
+        pytest.skip(f"this processor runs {own}, not {capability}")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_instruction_set_is_torchs(capability: str) -> None:
+    skip_unless_available(capability)
+    code = "from singd_ext import _C; print(_C.cpu_instructions())"
+    assert run(sys.executable, "-c", code, capability=capability).strip() == CAPABILITIES[capability]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_operators_with_the_instruction_set(capability: str) -> None:
+    skip_unless_available(capability)
+    if CAPABILITIES[capability] == _C.cpu_instructions():
+        pytest.skip("all other tests use this one")
+    files = [f"python_tests/test_{name}.py" for name in ("transactions", "bfloat16")]
+    chosen = ["-k", "not emulated and not cuda", "-p", "no:cacheprovider"]
+    run(sys.executable, "-m", "pytest", "-q", "-x", *chosen, *files, capability=capability)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_operators_run_in_torchs_threads(threads: int) -> None:
+    code = (
+        "import torch; from singd_ext import _C; before = _C.cpu_threads(); "
+        "torch.set_num_threads(3); print(before, _C.cpu_threads())"
+    )
+    assert run(sys.executable, "-c", code, threads=threads).split() == [str(threads), "3"]
+
+
+@pytest.mark.skipif(
+    not (shutil.which("g++") and shutil.which("nm")), reason="needs the g++ and nm of GNU"
+)
+@pytest.mark.parametrize("instructions", ["plain", "avx2", "avx512"])
+def test_instruction_sets_share_no_functions(instructions: str, tmp_path: Path) -> None:
+    """Of an inline function in several objects the linker keeps any one: perhaps the AVX-512 one."""
+    if os.uname().machine != "x86_64" and instructions != "plain":
+        pytest.skip("an instruction set of x86-64")
+    target = tmp_path / "kernels.o"
+    source = f"csrc/cpu/simd_{instructions}.cpp"
+    run("g++", "-std=c++17", "-O3", "-fno-math-errno", "-c", source, "-o", str(target))
+    symbols = run("nm", "-C", str(target)).splitlines()
+    assert any(f"{instructions}::kernels" in line for line in symbols)
+    shared = [line for line in symbols if any(f" {kind} " in line for kind in "WVu")]
+    assert shared == []
