@@ -50,7 +50,8 @@ def check_layers(
         if layer.module in modules:
             raise ValueError(
                 f"the parameters of layer '{layer.name}' are in different parameter groups; K and "
-                "C belong to the whole layer: put its weight and bias in one group"
+                "C belong to the whole layer: put its weight and bias in one group, as "
+                "singd_ext.param_groups does"
             )
         for p in layer.parameters:
             if not p.is_floating_point():

@@ -98,8 +98,8 @@ class SINGD(torch.optim.Optimizer):
             fallback: What trains the parameters that belong to no supported layer: None leaves them
                 alone, with a warning; "adamw" is torch's AdamW; or a function from a list of
                 parameters or groups to a `torch.optim.Optimizer` (docs/whole-models.md).
-            fallback_options: Options of "adamw" that differ from torch's defaults; `lr` and the
-                others of SINGD are not its.
+            fallback_options: Options of "adamw" that differ from torch's defaults. SINGD's own, lr
+                among them, are not handed on.
 
         Raises:
             ValueError: For a bad option, naming it, its value and what is allowed; for layers that
