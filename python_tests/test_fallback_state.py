@@ -123,6 +123,43 @@ def test_distributed_checkpoint_state_dict_round_trip() -> None:
     assert_bitwise(snapshot(resumed, resumed_optimizer), snapshot(model, optimizer))
 
 
+class Counting(torch.optim.SGD):
+    """Keeps an integer tensor of each parameter, which torch would load as a floating-point one."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p]["codes"] = (
+                self.state[p].get("codes", p.new_zeros(2, dtype=torch.uint8)) + 1
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["codes"] = state["codes"].to(torch.uint8)
+
+
+def test_fallback_loads_its_state_as_it_would_alone() -> None:
+    model, optimizer = one(fallback=Counting)
+    train_whole(model, [optimizer], range(2))
+    resumed, resumed_optimizer = one(fallback=Counting)
+    resumed.load_state_dict(model.state_dict())
+    resumed_optimizer.load_state_dict(optimizer.state_dict())
+    codes = resumed_optimizer.state[resumed.position]["codes"]
+    assert codes.dtype == torch.uint8 and codes.tolist() == [2, 2]
+    assert_bitwise(snapshot(resumed, resumed_optimizer), snapshot(model, optimizer))
+
+
+def test_fallback_adds_options_that_an_older_state_does_not_have() -> None:
+    model, optimizer = one()
+    train_whole(model, [optimizer], [0])
+    saved = optimizer.state_dict()
+    del saved["param_groups"][1]["maximize"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[1]["maximize"] is False
+    train_whole(model, [optimizer], [1])
+
+
 def _sgd_state(saved: dict[str, Any]) -> None:
     other = one(**FALLBACKS["sgd"])
     train_whole(other[0], [other[1]], [0])
@@ -268,6 +305,20 @@ def test_fallback_heeds_a_flag_that_only_the_device_knows(found: float, fallback
     if not found:
         MAKE[fallback]([q]).step()
     assert torch.equal(p, q) and torch.equal(p, torch.ones(3)) == bool(found)
+
+
+def test_group_that_is_not_fused_is_unscaled_beside_one_that_is() -> None:
+    def groups(model: Whole) -> list[dict[str, Any]]:
+        return [{"params": [model.position]}, {"params": model.norm.weight, "fused": False}]
+
+    model, reference = Whole(), Whole()
+    marked = [{**group, "optimizer": "fallback"} for group in groups(model)]
+    optimizer = SINGD(model, params=marked, fallback="adamw", fallback_options={"fused": True})
+    adamw = torch.optim.AdamW(groups(reference), fused=True)
+    _train_scaled(model, [optimizer])
+    del adamw._step_supports_amp_scaling  # of torch it cannot be had: the scaler unscales
+    _train_scaled(reference, [adamw])
+    assert_bitwise(snapshot(model, optimizer), snapshot(reference, adamw))
 
 
 def test_sparse_gradients_of_a_fallback_are_unscaled() -> None:
