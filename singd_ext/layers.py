@@ -146,6 +146,8 @@ class Layer:
     group: int  # index of the parameter group
     last_pass: int = -1  # the backward pass that last added to the statistics
     counted_terms: int = 0  # loss terms counted in it
+    pass_counts: bool = False  # whether it adds to the layer's gradients
+    due: bool = False  # whether compiled models observe it at the moment
     product_K: FactorProduct = field(default_factory=FactorProduct)
     product_C: FactorProduct = field(default_factory=FactorProduct)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -22,8 +23,9 @@ from .curvature import drop_statistics, install_hook
 from .hyperparameters import FIXED_OPTIONS, Hyperparameters, check_flag, check_number
 from .layers import Layer, find_layers
 from .memory import GroupCalls
+from .scaling import Scales, is_set_on_host, scales_of_step
 from .structured import StructuredMatrix
-from .update import Scales, update_factors, update_parameters
+from .update import update_factors, update_parameters
 
 
 class SINGD(torch.optim.Optimizer):
@@ -109,6 +111,8 @@ class SINGD(torch.optim.Optimizer):
         self._calls: list[GroupCalls] = []
         self._curvature_scale: float | None = None
         self._warned: set[str] = set()
+        self._pauses = 0
+        self._marked_due: list[bool] = []
         if params is None:
             params = default_parameters(model)
             if warn_unsupported:
@@ -140,6 +144,7 @@ class SINGD(torch.optim.Optimizer):
             self._layers.append(layer)
             self._complete_state(layer, options)
             self._handles.append(install_hook(self, layer))
+        self._mark_due()
 
     def _complete_state(self, layer: Layer, options: Hyperparameters) -> None:
         """Create what these options need and the layer's state does not have yet."""
@@ -194,9 +199,9 @@ class SINGD(torch.optim.Optimizer):
         self._drop_statistics()
 
     def set_current_grad_scale(self, grad_scale: float) -> None:
-        """Say by what this step's loss was scaled, if `GradScaler.unscale_` was called before step.
+        """Say by what this step's loss was scaled, if the gradients are not any more.
 
-        The gradients are unscaled then, but the curvature statistics are not.
+        `torch.amp.GradScaler` needs no such call; scaling by other means does.
         """
         check_number("grad_scale", grad_scale, positive=True)
         self._curvature_scale = float(grad_scale)
@@ -229,6 +234,34 @@ class SINGD(torch.optim.Optimizer):
         """Whether the next step of this group updates the factors."""
         return self.param_groups[group]["steps"] % self.options(group).T == 0
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether a `paused` context is open."""
+        return self._pauses > 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ignore passes whose forward or backward half runs in this context.
+
+        For backward passes that add to the gradients but are no part of the loss, such as
+        regularizers. Evaluation and `torch.autograd.grad` need no such care. May be nested.
+        """
+        self._pauses += 1
+        self._mark_due()
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            self._mark_due()
+
+    def _mark_due(self) -> None:
+        """Set the flags that compiled models read: their code is specialized on each value."""
+        due = [not self.is_paused and self.factors_due(i) for i in range(len(self.param_groups))]
+        if due != self._marked_due:
+            self._marked_due = due
+            for layer in self._layers:
+                layer.due = due[layer.group]
+
     # ---------------------------------------------------------------- the step
 
     @torch.no_grad()
@@ -250,9 +283,9 @@ class SINGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plans = [self._plan(group) for group in range(len(self.param_groups))]
-        scales = self._scales()
+        scales = scales_of_step(self, self._curvature_scale)
         self._curvature_scale = None
-        if _is_set_on_host(scales.found_inf):  # the whole step is void, and comes again
+        if is_set_on_host(scales.found_inf):  # the whole step is void, and comes again
             self._drop_statistics()
             return loss
         for (layers, options, step, lr_cov), calls in zip(plans, self._calls, strict=True):
@@ -264,6 +297,7 @@ class SINGD(torch.optim.Optimizer):
             calls.parameter_incidents.read(outcomes, [layer.name for layer in layers])
         for group in self.param_groups:
             group["steps"] += 1
+        self._mark_due()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -297,19 +331,6 @@ class SINGD(torch.optim.Optimizer):
                 raise TypeError(f"layer '{layer.name}' has a sparse gradient; use dense gradients")
             ready.append(layer)
         return ready
-
-    def _scales(self) -> Scales:
-        found_inf = getattr(self, "found_inf", None)
-        gradient = getattr(self, "grad_scale", None)
-        if self._curvature_scale is not None:
-            return Scales(found_inf, gradient, torch.tensor(self._curvature_scale).double())
-        if found_inf is not None and gradient is None:
-            raise RuntimeError(
-                "GradScaler.unscale_ was called before step, which leaves the scale of the "
-                "curvature unknown: call optimizer.set_current_grad_scale(scaler.get_scale()) "
-                "before scaler.step(optimizer)"
-            )
-        return Scales(found_inf, gradient, gradient)
 
     def _update_factors(
         self,
@@ -366,8 +387,4 @@ class SINGD(torch.optim.Optimizer):
         lr_cov = [group["lr_cov"] for group in self.param_groups]
         super().load_state_dict(checked)
         restore_state(self, checked, lr_cov)
-
-
-def _is_set_on_host(flag: Tensor | None) -> bool:
-    """Whether a flag is known to be set without waiting for a device."""
-    return flag is not None and flag.device.type == "cpu" and flag.item() != 0
+        self._mark_due()

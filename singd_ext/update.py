@@ -6,7 +6,7 @@ Each is one call of an operator over lists of all layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +15,12 @@ from . import ops
 from .hyperparameters import Hyperparameters
 from .layers import Layer
 from .memory import CallMemory
+from .scaling import Scales
 
 State = dict[str, Any]
 
 # Holds the place of the bias of a layer without one.
 _NO_BIAS = torch.empty(0)
-
-
-class Scales(NamedTuple):
-    """What a gradient scaler knows, as tensors that only the device reads; None without one."""
-
-    found_inf: Tensor | None
-    gradient: Tensor | None  # scale of the gradients in `p.grad`
-    statistic: Tensor | None  # scale of the output gradients that the hooks saw
 
 
 def update_factors(
