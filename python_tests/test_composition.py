@@ -1,4 +1,4 @@
-"""SINGD beside what else changes how a model runs: checkpoints, offloading, torch.compile, loops."""
+"""SINGD beside what changes how a model runs: checkpoints, offloading, torch.compile, loops."""
 
 import gc
 from collections.abc import Callable
@@ -213,9 +213,9 @@ def test_closure_that_is_evaluated_several_times_counts_the_last_pass_only() -> 
     model, optimizer = trained([])
     for seed in range(3):
 
-        def closure(x: Tensor = inputs(seed=seed)) -> Tensor:
+        def closure(seed: int = seed) -> Tensor:
             optimizer.zero_grad()
-            loss = loss_of(model, x)
+            loss = loss_of(model, inputs(seed=seed))
             loss.backward()
             return loss
 

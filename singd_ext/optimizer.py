@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._warnings import warn_user
 from .checkpoint import checked_state, restore_state, saved_group
+from .clipping import divisors
 from .construction import (
     check_layers,
     default_parameters,
@@ -25,7 +26,7 @@ from .layers import Layer, find_layers
 from .memory import GroupCalls
 from .scaling import Scales, is_set_on_host, scales_of_step
 from .structured import StructuredMatrix
-from .update import update_factors, update_parameters
+from .update import update_factors, update_layer_by_layer, update_parameters
 
 
 class SINGD(torch.optim.Optimizer):
@@ -62,6 +63,8 @@ class SINGD(torch.optim.Optimizer):
         step_cap: float = 0.5,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        max_update_norm: float | None = None,
+        kl_clip: float | None = None,
     ) -> None:
         """Give every layer of the model its factors K = C = I, and observe its backward passes.
 
@@ -91,6 +94,10 @@ class SINGD(torch.optim.Optimizer):
             step_cap: Bound of β₁‖m‖ beyond which a factor's step is shortened; inf switches it off.
             stochastic_rounding: Round bfloat16 stores of parameters and state stochastically.
             seed: Of the stochastic rounding.
+            max_update_norm: Bound of the Frobenius norm of lr times each layer's preconditioned
+                gradient. This and the next cost another preconditioning in every step.
+            kl_clip: Bound of lr² Σ ⟨preconditioned gradient, gradient⟩ over all layers, K-FAC's
+                trust region (docs/amp-and-state.md).
 
         Raises:
             ValueError: For a bad option, naming it, its value and what is allowed; for layers that
@@ -291,10 +298,9 @@ class SINGD(torch.optim.Optimizer):
         for (layers, options, step, lr_cov), calls in zip(plans, self._calls, strict=True):
             if lr_cov is not None:
                 self._update_factors(layers, options, step, lr_cov, scales, calls)
-            outcomes = update_parameters(
-                layers, self.state, options, step, scales, calls.parameters
-            )
-            calls.parameter_incidents.read(outcomes, [layer.name for layer in layers])
+        bounds = divisors([plan[:2] for plan in plans], self.state, scales.gradient)
+        for plan, calls, divisor in zip(plans, self._calls, bounds, strict=True):
+            self._update_parameters(*plan[:3], scales, calls, divisor)
         for group in self.param_groups:
             group["steps"] += 1
         self._mark_due()
@@ -361,6 +367,24 @@ class SINGD(torch.optim.Optimizer):
         calls.factor_incidents.read(outcomes, [layer.name for layer in observed])
         for state in states.values():
             drop_statistics(state)
+
+    def _update_parameters(
+        self,
+        layers: list[Layer],
+        options: Hyperparameters,
+        step: int,
+        scales: Scales,
+        calls: GroupCalls,
+        divisor: list[Tensor] | None,
+    ) -> None:
+        arguments = (layers, self.state, options, step)
+        if divisor is not None and options.max_update_norm is not None:
+            outcomes = update_layer_by_layer(*arguments, scales, calls.parameters, divisor)
+        else:
+            if divisor:
+                scales = scales._replace(gradient=divisor[0])
+            outcomes = update_parameters(*arguments, scales, calls.parameters)
+        calls.parameter_incidents.read(outcomes, [layer.name for layer in layers])
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

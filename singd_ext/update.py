@@ -112,6 +112,25 @@ def update_parameters(
     )
 
 
+def update_layer_by_layer(
+    layers: Sequence[Layer],
+    state: dict[Tensor, State],
+    options: Hyperparameters,
+    step: int,
+    scales: Scales,
+    memory: CallMemory,
+    divisors: Sequence[Tensor],
+) -> Tensor:
+    """`update_parameters` with a scale of the gradients for each layer: one call a layer."""
+    outcomes = [
+        update_parameters(
+            [layer], state, options, step, scales._replace(gradient=divisor), memory
+        ).clone()
+        for layer, divisor in zip(layers, divisors, strict=True)
+    ]
+    return torch.cat(outcomes) if outcomes else torch.empty(0, dtype=torch.int64)
+
+
 def _gradient(parameter: Tensor) -> Tensor:
     if parameter is _NO_BIAS:
         return _NO_BIAS
