@@ -61,7 +61,10 @@ def _measure(
 ) -> tuple[Tensor, Tensor]:
     """Return ‖β₂ P‖ and β₂² ⟨P, ∂ℓ/∂W⟩ of a layer."""
     own, (structure_K, structure_C) = state[layer.parameters[0]], options.structures
-    columns = [p.grad.reshape(p.shape[0], -1) for p in layer.parameters if p.grad is not None]
+    columns = [
+        (torch.zeros_like(p) if p.grad is None else p.grad).reshape(p.shape[0], -1)
+        for p in layer.parameters  # one of two may be frozen
+    ]
     dtype = torch.float64 if columns[0].dtype == torch.float64 else torch.float32
     half = torch.cat(columns, dim=1).to(dtype)
     # Divided first: its square must not overflow.

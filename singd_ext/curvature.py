@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import Layer
+from .moves import follow
 from .observation import accumulates, observe, observe_traced, register
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _accumulate(optimizer: SINGD, layer: Layer, x: Tensor, g: Tensor, backward_p
     options = optimizer.options(layer.group)
     reduce = options.kfac_approx == "reduce"
     state = optimizer.state[layer.parameters[0]]
-    if not _begin_pass(layer, state, backward_pass):
+    if not _begin_pass(optimizer, layer, state, backward_pass):
         return
     with torch.no_grad():
         for factor in ("K", "C"):
@@ -98,7 +99,7 @@ def _accumulate(optimizer: SINGD, layer: Layer, x: Tensor, g: Tensor, backward_p
     _count_loss_terms(layer, state, options.loss_average, batch, shared)
 
 
-def _begin_pass(layer: Layer, state: dict[str, Any], backward_pass: int) -> bool:
+def _begin_pass(optimizer: SINGD, layer: Layer, state: dict[str, Any], backward_pass: int) -> bool:
     """Note the current backward pass; return whether it counts.
 
     It does if it adds to the layer's gradients. Where earlier passes have left none, these were
@@ -107,6 +108,7 @@ def _begin_pass(layer: Layer, state: dict[str, Any], backward_pass: int) -> bool
     if backward_pass != layer.last_pass:
         layer.last_pass, layer.counted_terms = backward_pass, 0
         layer.pass_counts = accumulates(layer.parameters)
+        follow(optimizer, layer)
         if layer.pass_counts and all(p.grad is None for p in layer.parameters):
             drop_statistics(state)
     return layer.pass_counts

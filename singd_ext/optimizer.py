@@ -24,6 +24,7 @@ from .curvature import drop_statistics, install_hook
 from .hyperparameters import FIXED_OPTIONS, Hyperparameters, check_flag, check_number
 from .layers import Layer, find_layers
 from .memory import GroupCalls
+from .moves import check_owned, follow
 from .scaling import Scales, is_set_on_host, scales_of_step
 from .structured import StructuredMatrix
 from .update import update_factors, update_layer_by_layer, update_parameters
@@ -112,14 +113,7 @@ class SINGD(torch.optim.Optimizer):
         given = locals()
         defaults = {field.name: given[field.name] for field in fields(Hyperparameters)}
         self._model = model
-        self._layers: list[Layer] = []
-        self._handles: list[Any] = []
-        self._checked: list[Hyperparameters] = []
-        self._calls: list[GroupCalls] = []
-        self._curvature_scale: float | None = None
-        self._warned: set[str] = set()
-        self._pauses = 0
-        self._marked_due: list[bool] = []
+        self._forget_layers()
         if params is None:
             params = default_parameters(model)
             if warn_unsupported:
@@ -152,6 +146,48 @@ class SINGD(torch.optim.Optimizer):
             self._complete_state(layer, options)
             self._handles.append(install_hook(self, layer))
         self._mark_due()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles take the model along: see `__setstate__`."""
+        own = {"_model": self._model, "_layers": self._layers, "_observes": bool(self._handles)}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Train the copied model, which is the one that was copied in the same call, if any.
+
+        Raises:
+            RuntimeError: If a layer that holds the optimizer is being copied.
+        """
+        if "_layers" not in state:  # load_state_dict comes by here
+            super().__setstate__(state)
+            return
+        self._forget_layers()
+        observes = state.pop("_observes")
+        super().__setstate__(state)
+        for group in self.param_groups:
+            self._checked.append(Hyperparameters.of_group(group))
+            self._calls.append(GroupCalls(self._warned))
+        for layer in self._layers:
+            if not hasattr(layer.module, "_modules"):  # its copy is not finished
+                raise RuntimeError(
+                    f"layer '{layer.name}' holds the SINGD that trains it, so that neither can be "
+                    "copied first: take the optimizer out of the layer"
+                )
+            layer.forget()
+            if observes:
+                self._handles.append(install_hook(self, layer))
+        self._mark_due()
+
+    def _forget_layers(self) -> None:
+        """Set everything to what it is before the first parameter group."""
+        self._layers: list[Layer] = []
+        self._handles: list[Any] = []
+        self._checked: list[Hyperparameters] = []
+        self._calls: list[GroupCalls] = []
+        self._curvature_scale: float | None = None
+        self._warned: set[str] = set()
+        self._pauses = 0
+        self._marked_due: list[bool] = []
 
     def _complete_state(self, layer: Layer, options: Hyperparameters) -> None:
         """Create what these options need and the layer's state does not have yet."""
@@ -323,18 +359,26 @@ class SINGD(torch.optim.Optimizer):
 
     def _ready_layers(self, group: int) -> list[Layer]:
         """Return the group's layers that have a gradient in this step."""
-        ready = []
+        ready, due = [], self.factors_due(group)
         for layer in self._layers:
-            grads = [p.grad for p in layer.parameters]
-            if layer.group != group or all(g is None for g in grads):
+            if layer.group != group:
                 continue
-            if any(g is None for g in grads):
+            grads = [p.grad for p in layer.parameters]
+            unused = all(g is None for g in grads)
+            if unused or due:
+                check_owned(layer)
+            if unused:
+                continue
+            if any(
+                g is None and p.requires_grad for p, g in zip(layer.parameters, grads, strict=True)
+            ):
                 raise RuntimeError(
                     f"only one of weight and bias of layer '{layer.name}' has a gradient; K "
-                    "belongs to both: freeze parameters before SINGD is constructed"
+                    "belongs to both: freeze the other one with requires_grad_(False)"
                 )
-            if any(g.is_sparse for g in grads if g is not None):
+            if any(g is not None and g.is_sparse for g in grads):
                 raise TypeError(f"layer '{layer.name}' has a sparse gradient; use dense gradients")
+            follow(self, layer)
             ready.append(layer)
         return ready
 
