@@ -232,3 +232,30 @@ def test_void_step_does_not_count(unscale: bool, at: int) -> None:
         assert moved == (seed % 3 == 0)
     assert optimizer.param_groups[0]["steps"] == STEPS
     _assert_equal_run(snapshot(model, optimizer), _unscaled_run(T=3))
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4])
+@pytest.mark.parametrize("void", [{0}, {1}, {2, 3}, {0, 1, 5}])
+def test_step_that_is_void_on_a_device_does_not_count_either(
+    void: set[int], T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host learns afterwards what a flag on a GPU says; here a CPU's is treated as one."""
+    monkeypatch.setattr("singd_ext.optimizer.is_set_on_host", lambda _: False)
+    monkeypatch.setattr("singd_ext.optimizer.is_on_host", lambda flag: flag is None, raising=True)
+    model, optimizer = _make(T=T)
+    seeds = iter(range(STEPS))
+    for step in range(STEPS + len(void)):
+        optimizer.zero_grad()
+        x = inputs(seed=9 if step in void else next(seeds), dtype=torch.float32)
+        loss_of(model, x).backward()
+        optimizer.found_inf = torch.tensor(float(step in void))
+        optimizer.grad_scale = torch.ones(())
+        optimizer.step()
+        optimizer.found_inf.zero_()  # as a scaler that reuses its memory
+    del optimizer.found_inf, optimizer.grad_scale
+    expected_model, expected = _make(T=T)
+    for seed in range(STEPS):
+        expected.zero_grad()
+        loss_of(expected_model, inputs(seed=seed, dtype=torch.float32)).backward()
+        expected.step()
+    assert_bitwise(snapshot(model, optimizer), snapshot(expected_model, expected))

@@ -60,6 +60,7 @@ class OutputHook:
         optimizer = self._optimizer()
         if optimizer is None or not output.requires_grad:
             return None
+        optimizer.settle_steps()
         if optimizer.factors_due(layer.group):
             observe(output, _input(args, kwargs), self, active=not optimizer.is_paused)
         return None

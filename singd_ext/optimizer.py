@@ -25,7 +25,7 @@ from .hyperparameters import FIXED_OPTIONS, Hyperparameters, check_flag, check_n
 from .layers import Layer, find_layers
 from .memory import GroupCalls
 from .moves import check_owned, follow
-from .scaling import Scales, is_set_on_host, scales_of_step
+from .scaling import Scales, VoidSteps, is_on_host, is_set_on_host, scales_of_step
 from .structured import StructuredMatrix
 from .update import update_factors, update_layer_by_layer, update_parameters
 
@@ -188,6 +188,7 @@ class SINGD(torch.optim.Optimizer):
         self._warned: set[str] = set()
         self._pauses = 0
         self._marked_due: list[bool] = []
+        self._void_steps = VoidSteps()
 
     def _complete_state(self, layer: Layer, options: Hyperparameters) -> None:
         """Create what these options need and the layer's state does not have yet."""
@@ -339,6 +340,8 @@ class SINGD(torch.optim.Optimizer):
             self._update_parameters(*plan[:3], scales, calls, divisor)
         for group in self.param_groups:
             group["steps"] += 1
+        if not is_on_host(scales.found_inf):
+            self._void_steps.note(scales.found_inf)
         self._mark_due()
         return loss
 
@@ -346,6 +349,23 @@ class SINGD(torch.optim.Optimizer):
         """Clear the gradients, and with them the statistics of the same backward passes."""
         super().zero_grad(set_to_none)
         self._drop_statistics()
+        self.settle_steps()
+
+    def settle_steps(self) -> None:
+        """Take back from the step counts what a GradScaler on a GPU has made void.
+
+        Called by `zero_grad` and before forward passes. It waits for the last step only if that
+        was, or the next may be, one of every T that updates the factors: the update is then
+        retried at once instead of T steps later. Earlier steps are over by then.
+        """
+        if not self._void_steps:
+            return
+        matters = any(g["T"] > 1 and g["steps"] % g["T"] <= 1 for g in self.param_groups)
+        void = self._void_steps.settle(keep=0 if matters else 1)
+        for group in self.param_groups:
+            group["steps"] -= void
+        if void:
+            self._mark_due()
 
     def _drop_statistics(self) -> None:
         for layer in self._layers:
@@ -439,6 +459,7 @@ class SINGD(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and builtins; an `lr_cov` function is not saved."""
+        self.settle_steps()
         for group in range(len(self.param_groups)):
             self.options(group)
         state_dict = super().state_dict()

@@ -61,6 +61,46 @@ def _scale_of_running_scaler() -> Tensor | None:
     return None
 
 
+class VoidSteps:
+    """Steps that a flag on a device may have made void, which the host learns afterwards.
+
+    Reading such a flag waits for the device, so that `step` only starts a copy of it. The steps
+    are settled where the answer matters, before the next forward pass.
+    """
+
+    def __init__(self) -> None:
+        self._flags: list[tuple[Tensor, torch.cuda.Event | None]] = []
+
+    def __len__(self) -> int:
+        return len(self._flags)
+
+    def note(self, flag: Tensor | None) -> None:
+        """Remember the flag of the step that was just taken."""
+        if flag is None:
+            return
+        if flag.device.type != "cuda":
+            self._flags.append((flag.clone(), None))
+        elif not torch.cuda.is_current_stream_capturing():
+            host = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
+            host.copy_(flag, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(flag.device))
+            self._flags.append((host, arrived))
+
+    def settle(self, keep: int) -> int:
+        """Forget all but the last `keep` steps, and return how many of those were void."""
+        known, self._flags = self._flags[: len(self) - keep], self._flags[len(self) - keep :]
+        for _, arrived in known:
+            if arrived is not None:
+                arrived.synchronize()
+        return sum(flag.item() != 0 for flag, _ in known)
+
+
+def is_on_host(flag: Tensor | None) -> bool:
+    """Whether a flag, or that there is none, is known without waiting for a device."""
+    return flag is None or flag.device.type == "cpu"
+
+
 def is_set_on_host(flag: Tensor | None) -> bool:
     """Whether a flag is known to be set without waiting for a device."""
-    return flag is not None and flag.device.type == "cpu" and flag.item() != 0
+    return flag is not None and is_on_host(flag) and flag.item() != 0
