@@ -337,3 +337,68 @@ def test_state_of_another_parameter_dtype_is_refused_or_keeps_training() -> None
     assert {K.dtype for K, _ in optimizer.factors().values()} == {torch.float32}
     train(model, optimizer, range(2))
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+# -------------------------------------------------------------------- loops, devices
+
+
+@pytest.mark.parametrize("at", range(8))
+@pytest.mark.parametrize("variant", ["dense", "toeplitz_and_rank", "float32_factors_of_bfloat16"])
+def test_run_resumes_between_any_two_micro_batches_and_steps(variant: str, at: int) -> None:
+    """T = 3, two micro-batches a step: saved after `at` of eight halves of a step."""
+    options = {**VARIANTS[variant], "T": 3}
+    model, optimizer = _make(**options)
+    dtype = model[0].weight.dtype
+
+    def half(m: nn.Module, o: SINGD, index: int) -> None:
+        x = inputs(seed=index, dtype=dtype)
+        if index % 2 == 0:
+            o.zero_grad()
+        (0.5 * (m(x) - 0.7).square().sum() / len(x)).backward()
+        if index % 2 == 1:
+            o.step()
+
+    for index in range(at):
+        half(model, optimizer, index)
+    saved = _through_file(
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "grads": [p.grad for p in model.parameters()],
+        }
+    )
+    resumed, resumed_optimizer = _make(net=1, **options)
+    resumed.load_state_dict(saved["model"])
+    resumed_optimizer.load_state_dict(saved["optimizer"])
+    for p, grad in zip(resumed.parameters(), saved["grads"], strict=True):
+        p.grad = grad
+    for m, o in ((model, optimizer), (resumed, resumed_optimizer)):
+        for index in range(at, 10):
+            half(m, o, index)
+    assert_bitwise(snapshot(resumed, resumed_optimizer), snapshot(model, optimizer))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("map_location", ["cpu", "cuda", None])
+def test_state_of_one_device_resumes_on_another(map_location: str | None) -> None:
+    model, optimizer = _make()
+    train(model, optimizer, range(2))
+    backward(model, optimizer, inputs(seed=2))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    resumed = copy.deepcopy(model).cuda()
+    resumed_optimizer = SINGD(resumed, **OPTIONS)
+    resumed_optimizer.load_state_dict(
+        torch.load(file, weights_only=True, map_location=map_location)
+    )
+    for p, q in zip(resumed.parameters(), model.parameters(), strict=True):
+        p.grad = q.grad.cuda()
+        for key, value in optimizer.state[q].items():
+            if isinstance(value, Tensor):
+                assert resumed_optimizer.state[p][key].device.type == "cuda"
+                assert torch.equal(resumed_optimizer.state[p][key].cpu(), value)
+    for o in (optimizer, resumed_optimizer):
+        o.step()
+    for p, q in zip(resumed.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.cpu(), q, rtol=1e-9, atol=1e-12)

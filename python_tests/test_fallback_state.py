@@ -18,7 +18,7 @@ from whole import Whole, one, others, singd_alone, train_whole, whole_loss
 
 from singd_ext import SINGD
 from singd_ext.fallback import Fallback
-from singd_ext.update import Scales
+from singd_ext.scaling import Scales
 
 pytestmark = [pytest.mark.filterwarnings("error")]
 

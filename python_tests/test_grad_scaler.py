@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import OPTIONS, assert_bitwise, differ, inputs, loss_of, mlp, snapshot
+from nets import OPTIONS, assert_bitwise, differ, inputs, loss_of, mlp, snapshot, statistics_names
 from torch import nn
 
 from singd_ext import SINGD
@@ -67,36 +67,97 @@ def test_scaled_run_equals_the_unscaled_run(scaling: str, micro: int, T: int) ->
     _assert_equal_run(snapshot(model, optimizer), _unscaled_run(micro=micro, T=T))
 
 
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize("scaling", SCALERS)
-def test_clipping_after_unscale_equals_clipping_the_unscaled_gradients(scaling: str) -> None:
+def test_clipping_after_unscale_equals_clipping_the_unscaled_gradients(
+    scaling: str, micro: int, told: bool
+) -> None:
     max_norm = 0.3
     scaler = torch.amp.GradScaler("cpu", **SCALERS[scaling])
     model, optimizer = _make()
     for seed in range(STEPS):
-        _scaled_backward(scaler, model, optimizer, seed)
+        _scaled_backward(scaler, model, optimizer, seed, micro)
         scaler.unscale_(optimizer)
         assert nn.utils.clip_grad_norm_(model.parameters(), max_norm) > max_norm
-        optimizer.set_current_grad_scale(scaler.get_scale())
+        if told:
+            optimizer.set_current_grad_scale(scaler.get_scale())
         scaler.step(optimizer)
         scaler.update()
-    expected = _unscaled_run(max_norm)
+    expected = _unscaled_run(max_norm, micro)
     _assert_equal_run(snapshot(model, optimizer), expected)
-    assert differ(expected, _unscaled_run())
+    assert differ(expected, _unscaled_run(micro=micro))
 
 
-def test_unscale_without_telling_the_scale_is_an_error_and_can_be_repaired() -> None:
-    scaler = torch.amp.GradScaler("cpu", **SCALERS["constant"])
+class Container:
+    """An optimizer around another one, as frameworks have them; knows nothing of scales."""
+
+    def __init__(self, inner: SINGD) -> None:
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def step(self) -> None:
+        self.inner.step()
+
+
+class MyScaler(torch.amp.GradScaler):
+    def step(self, optimizer: Any, *args: Any) -> Any:
+        return super().step(optimizer, *args)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("scaler_class", [torch.amp.GradScaler, MyScaler])
+def test_scale_is_found_through_whoever_stands_between_scaler_and_optimizer(
+    scaler_class: type[torch.amp.GradScaler], unscale: bool
+) -> None:
+    scaler = scaler_class("cpu", **SCALERS["growing"])
+    model, optimizer = _make()
+    container = Container(optimizer)
+    for seed in range(STEPS):
+        _scaled_backward(scaler, model, optimizer, seed)
+        if unscale:
+            scaler.unscale_(container)
+        scaler.step(container)
+        scaler.update()
+    _assert_equal_run(snapshot(model, optimizer), _unscaled_run())
+
+
+def test_scaler_that_unscales_by_itself_for_lightning() -> None:
+    scaler = torch.amp.GradScaler("cpu", **SCALERS["growing"])
+    model, optimizer = _make()
+    optimizer._step_supports_amp_scaling = False
+    for seed in range(STEPS):
+        _scaled_backward(scaler, model, optimizer, seed)
+        scaler.step(optimizer)
+        scaler.update()
+    _assert_equal_run(snapshot(model, optimizer), _unscaled_run())
+
+
+def test_disabled_scaler_is_none() -> None:
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     model, optimizer = _make()
     for seed in range(STEPS):
         _scaled_backward(scaler, model, optimizer, seed)
         scaler.unscale_(optimizer)
-        before = snapshot(model, optimizer)
-        with pytest.raises(RuntimeError, match="set_current_grad_scale"):
-            scaler.step(optimizer)
-        assert_bitwise(snapshot(model, optimizer), before)
-        optimizer.set_current_grad_scale(scaler.get_scale())
         scaler.step(optimizer)
         scaler.update()
+    assert_bitwise(snapshot(model, optimizer), _unscaled_run())
+
+
+def test_scaler_of_another_make_must_tell_its_scale() -> None:
+    model, optimizer = _make()
+    for seed in range(STEPS):
+        optimizer.zero_grad()
+        (8.0 * loss_of(model, inputs(seed=seed, dtype=torch.float32))).backward()
+        for p in model.parameters():
+            p.grad /= 8.0
+        optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), None
+        before = snapshot(model, optimizer)
+        with pytest.raises(RuntimeError, match="set_current_grad_scale"):
+            optimizer.step()
+        assert_bitwise(snapshot(model, optimizer), before)
+        optimizer.set_current_grad_scale(8.0)
+        optimizer.step()
+        del optimizer.found_inf, optimizer.grad_scale
     _assert_equal_run(snapshot(model, optimizer), _unscaled_run())
 
 
@@ -136,7 +197,6 @@ def test_step_with_infinite_gradients_changes_nothing(unscale: bool) -> None:
             scaler.scale(float("inf") * loss_of(model, inputs(dtype=torch.float32))).backward()
             if unscale:
                 scaler.unscale_(optimizer)
-                optimizer.set_current_grad_scale(scaler.get_scale())
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -148,13 +208,54 @@ def test_step_with_infinite_gradients_changes_nothing(unscale: bool) -> None:
     _assert_equal_run(snapshot(model, optimizer), _unscaled_run())
 
 
-def test_factor_update_that_was_skipped_is_made_up_for_at_the_next_step() -> None:
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_void_step_does_not_count(unscale: bool, at: int) -> None:
+    """T = 3: a void step where factors are due is made up for at the next, not T later."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
     model, optimizer = _make(T=3)
-    scaler.scale(float("inf") * loss_of(model, inputs(dtype=torch.float32))).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    before = snapshot(model, optimizer)
-    _scaled_backward(scaler, model, optimizer, 0)
-    scaler.step(optimizer)
-    assert not torch.equal(snapshot(model, optimizer)["0.weight: K"], before["0.weight: K"])
+    for seed in range(STEPS):
+        if seed == at:
+            optimizer.zero_grad()
+            scaler.scale(float("inf") * loss_of(model, inputs(dtype=torch.float32))).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            assert not statistics_names(optimizer)
+        before = snapshot(model, optimizer)
+        _scaled_backward(scaler, model, optimizer, seed)
+        scaler.step(optimizer)
+        scaler.update()
+        moved = not torch.equal(snapshot(model, optimizer)["0.weight: K"], before["0.weight: K"])
+        assert moved == (seed % 3 == 0)
+    assert optimizer.param_groups[0]["steps"] == STEPS
+    _assert_equal_run(snapshot(model, optimizer), _unscaled_run(T=3))
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4])
+@pytest.mark.parametrize("void", [{0}, {1}, {2, 3}, {0, 1, 5}])
+def test_step_that_is_void_on_a_device_does_not_count_either(
+    void: set[int], T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host learns afterwards what a flag on a GPU says; here a CPU's is treated as one."""
+    monkeypatch.setattr("singd_ext.optimizer.is_set_on_host", lambda _: False)
+    monkeypatch.setattr("singd_ext.optimizer.is_on_host", lambda flag: flag is None, raising=True)
+    model, optimizer = _make(T=T)
+    seeds = iter(range(STEPS))
+    for step in range(STEPS + len(void)):
+        optimizer.zero_grad()
+        x = inputs(seed=9 if step in void else next(seeds), dtype=torch.float32)
+        loss_of(model, x).backward()
+        optimizer.found_inf = torch.tensor(float(step in void))
+        optimizer.grad_scale = torch.ones(())
+        optimizer.step()
+        optimizer.found_inf.zero_()  # as a scaler that reuses its memory
+    del optimizer.found_inf, optimizer.grad_scale
+    expected_model, expected = _make(T=T)
+    for seed in range(STEPS):
+        expected.zero_grad()
+        loss_of(expected_model, inputs(seed=seed, dtype=torch.float32)).backward()
+        expected.step()
+    assert_bitwise(snapshot(model, optimizer), snapshot(expected_model, expected))

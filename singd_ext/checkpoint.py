@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ def checked_state(optimizer: SINGD, state_dict: dict[str, Any]) -> dict[str, Any
         _check_group(index, saved, own)
         if not is_own(own):
             continue
+        for field in fields(Hyperparameters):  # options that are newer than the saved state
+            saved.setdefault(field.name, own[field.name])
         # A function is not saved: the optimizer's own goes on, or else its number.
         lr_cov = own["lr_cov"] if saved["lr_cov"] is None else saved["lr_cov"]
         Hyperparameters.of_group({**own, **saved, "lr_cov": lr_cov})

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .layers import Layer
+from .moves import follow
+from .observation import accumulates, observe, observe_traced, register
 
 if TYPE_CHECKING:
     from .optimizer import SINGD
@@ -36,37 +37,51 @@ class OutputHook:
             weakref.ref(optimizer) if optimizer is not None else lambda: None
         )
         self._layer = layer
+        self.key = register(self)
 
     def __reduce__(self) -> tuple[type[OutputHook], tuple[()]]:
         return OutputHook, ()
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        optimizer, layer = self._optimizer(), self._layer
-        if optimizer is None or layer is None or not torch.is_grad_enabled():
-            return
+    ) -> Tensor | None:
+        layer = self._layer
+        if layer is None or not torch.is_grad_enabled():
+            return None
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"layer '{layer.name}' returns {type(output).__name__}; SINGD needs layers that "
                 "return a tensor: exclude this one with `params`"
             )
-        if output.requires_grad and optimizer.factors_due(layer.group):
-            x = args[0] if args else kwargs["input"]
-            output.register_hook(partial(_accumulate, weakref.ref(optimizer), layer, x.detach()))
+        if torch.compiler.is_compiling():
+            if layer.due and output.requires_grad:
+                return observe_traced(output, _input(args, kwargs), self.key)
+            return None
+        optimizer = self._optimizer()
+        if optimizer is None or not output.requires_grad:
+            return None
+        optimizer.settle_steps()
+        if optimizer.factors_due(layer.group):
+            observe(output, _input(args, kwargs), self, active=not optimizer.is_paused)
+        return None
+
+    def receive(self, x: Tensor, g: Tensor, backward_pass: int) -> None:
+        """Add one call's input and output gradient to the layer's statistics."""
+        optimizer = self._optimizer()
+        if optimizer is not None and self._layer is not None and not optimizer.is_paused:
+            _accumulate(optimizer, self._layer, x, g, backward_pass)
 
 
-def _accumulate(
-    optimizer_ref: Callable[[], SINGD | None], layer: Layer, x: Tensor, g: Tensor
-) -> None:
-    """Tensor hook: add one call's input and output gradient to the layer's statistics."""
-    optimizer = optimizer_ref()
-    if optimizer is None:
-        return
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return (args[0] if args else kwargs["input"]).detach()
+
+
+def _accumulate(optimizer: SINGD, layer: Layer, x: Tensor, g: Tensor, backward_pass: int) -> None:
     options = optimizer.options(layer.group)
     reduce = options.kfac_approx == "reduce"
     state = optimizer.state[layer.parameters[0]]
-    _begin_pass(layer, state)
+    if not _begin_pass(optimizer, layer, state, backward_pass):
+        return
     with torch.no_grad():
         for factor in ("K", "C"):
             if f"statistic_{factor}" not in state:
@@ -85,18 +100,19 @@ def _accumulate(
     _count_loss_terms(layer, state, options.loss_average, batch, shared)
 
 
-def _begin_pass(layer: Layer, state: dict[str, Any]) -> None:
-    """Note the current backward pass, and forget earlier ones whose gradients were discarded.
+def _begin_pass(optimizer: SINGD, layer: Layer, state: dict[str, Any], backward_pass: int) -> bool:
+    """Note the current backward pass; return whether it counts.
 
-    Where a pass has left no gradient, it was cleared (by `model.zero_grad()`, say) or never meant
-    for the parameters (`autograd.grad`), and its statistics go the same way.
+    It does if it adds to the layer's gradients. Where earlier passes have left none, these were
+    cleared (by `model.zero_grad()`, say), and their statistics go the same way.
     """
-    current = torch._C._current_graph_task_id()
-    if current == layer.last_pass:
-        return
-    if all(p.grad is None for p in layer.parameters):
-        drop_statistics(state)
-    layer.last_pass, layer.counted_terms = current, 0
+    if backward_pass != layer.last_pass:
+        layer.last_pass, layer.counted_terms = backward_pass, 0
+        layer.pass_counts = accumulates(layer.parameters)
+        follow(optimizer, layer)
+        if layer.pass_counts and all(p.grad is None for p in layer.parameters):
+            drop_statistics(state)
+    return layer.pass_counts
 
 
 def _count_loss_terms(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter
 
-from .update import Scales
+from .scaling import Scales
 
 Group = dict[str, Any]
 State = dict[Any, dict[str, Any]]

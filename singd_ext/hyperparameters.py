@@ -46,6 +46,8 @@ class Hyperparameters:
     step_cap: float  # bound of β₁‖m‖
     stochastic_rounding: bool  # of bfloat16 stores
     seed: int  # of stochastic rounding
+    max_update_norm: float | None  # bound of each layer's ‖β₂ P‖
+    kl_clip: float | None  # bound of Σ β₂² ⟨P, ∂ℓ/∂W⟩
 
     def __post_init__(self) -> None:
         check_number("lr", self.lr, tensor=True)
@@ -69,6 +71,9 @@ class Hyperparameters:
         _check_integer("expm_order", self.expm_order, at_least=1, at_most=2)
         check_number("step_cap", self.step_cap, allow_infinity=True, positive=True)
         _check_integer("seed", self.seed, at_least=0)
+        for name in ("max_update_norm", "kl_clip"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), positive=True)
 
     def check_tensors(self) -> None:
         """Validate again what can change in place: step sizes in tensors."""

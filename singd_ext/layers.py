@@ -146,8 +146,20 @@ class Layer:
     group: int  # index of the parameter group
     last_pass: int = -1  # the backward pass that last added to the statistics
     counted_terms: int = 0  # loss terms counted in it
+    pass_counts: bool = False  # whether it adds to the layer's gradients
+    due: bool = False  # whether compiled models observe it at the moment
+    home: tuple[torch.dtype, torch.device] = field(init=False)  # of the parameters, as last seen
     product_K: FactorProduct = field(default_factory=FactorProduct)
     product_C: FactorProduct = field(default_factory=FactorProduct)
+
+    def __post_init__(self) -> None:
+        self.home = (self.parameters[0].dtype, self.parameters[0].device)
+
+    def forget(self) -> None:
+        """Drop what belongs to the original and not to a copy of it."""
+        self.last_pass = -1
+        self.due = False
+        self.product_K, self.product_C = FactorProduct(), FactorProduct()
 
     @property
     def parameters(self) -> list[Parameter]:

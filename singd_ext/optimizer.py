@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ._warnings import warn_user
 from .checkpoint import checked_state, restore_state, saved_group
+from .clipping import divisors
 from .construction import (
     check_layers,
     default_parameters,
@@ -24,9 +26,11 @@ from .groups import listed, split_group
 from .hyperparameters import FIXED_OPTIONS, Hyperparameters, check_flag, check_number
 from .layers import Layer, find_layers
 from .memory import GroupCalls
+from .moves import check_owned, follow
+from .scaling import Scales, VoidSteps, is_on_host, is_set_on_host, scales_of_step
 from .structured import StructuredMatrix
 from .summary import Summary
-from .update import Scales, update_factors, update_parameters
+from .update import update_factors, update_layer_by_layer, update_parameters
 
 
 class SINGD(torch.optim.Optimizer):
@@ -63,6 +67,8 @@ class SINGD(torch.optim.Optimizer):
         step_cap: float = 0.5,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        max_update_norm: float | None = None,
+        kl_clip: float | None = None,
         fallback: str | Factory | None = None,
         fallback_options: dict[str, Any] | None = None,
     ) -> None:
@@ -95,6 +101,10 @@ class SINGD(torch.optim.Optimizer):
             step_cap: Bound of β₁‖m‖ beyond which a factor's step is shortened; inf switches it off.
             stochastic_rounding: Round bfloat16 stores of parameters and state stochastically.
             seed: Of the stochastic rounding.
+            max_update_norm: Bound of the Frobenius norm of lr times each layer's preconditioned
+                gradient. This and the next cost another preconditioning in every step.
+            kl_clip: Bound of lr² Σ ⟨preconditioned gradient, gradient⟩ over all layers, K-FAC's
+                trust region (docs/amp-and-state.md).
             fallback: What trains the parameters that belong to no supported layer: None leaves them
                 alone, with a warning; "adamw" is torch's AdamW; or a function from a list of
                 parameters or groups to a `torch.optim.Optimizer` (docs/whole-models.md).
@@ -116,14 +126,9 @@ class SINGD(torch.optim.Optimizer):
         given = locals()
         defaults = {field.name: given[field.name] for field in fields(Hyperparameters)}
         self._model = model
-        self._layers: list[Layer] = []
-        self._handles: list[Any] = []
-        self._checked: dict[int, Hyperparameters] = {}  # of the groups that SINGD trains itself
-        self._calls: dict[int, GroupCalls] = {}
+        self._forget_layers()
         self._fallback = Fallback(fallback, fallback_options)
         self._waiting: list[Group] | None = []  # the fallback's groups, until all are known
-        self._curvature_scale: float | None = None
-        self._warned: set[str] = set()
         if params is None and self._fallback:
             params = [p for p in model.parameters() if p.requires_grad]
         elif params is None:
@@ -172,6 +177,57 @@ class SINGD(torch.optim.Optimizer):
             self._layers.append(layer)
             self._complete_state(layer, options)
             self._handles.append(install_hook(self, layer))
+        self._mark_due()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles take the model along: see `__setstate__`."""
+        own = {
+            "_model": self._model,
+            "_layers": self._layers,
+            "_observes": bool(self._handles),
+            "_fallback": self._fallback,
+            "_waiting": self._waiting,
+        }
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Train the copied model, which is the one that was copied in the same call, if any.
+
+        Raises:
+            RuntimeError: If a layer that holds the optimizer is being copied.
+        """
+        if "_layers" not in state:  # load_state_dict comes by here
+            super().__setstate__(state)
+            return
+        self._forget_layers()
+        observes = state.pop("_observes")
+        super().__setstate__(state)
+        for index, group in enumerate(self.param_groups):
+            if is_own(group):
+                self._checked[index] = Hyperparameters.of_group(group)
+                self._calls[index] = GroupCalls(self._warned)
+        for layer in self._layers:
+            if not hasattr(layer.module, "_modules"):  # its copy is not finished
+                raise RuntimeError(
+                    f"layer '{layer.name}' holds the SINGD that trains it, so that neither can be "
+                    "copied first: take the optimizer out of the layer"
+                )
+            layer.forget()
+            if observes:
+                self._handles.append(install_hook(self, layer))
+        self._mark_due()
+
+    def _forget_layers(self) -> None:
+        """Set everything to what it is before the first parameter group."""
+        self._layers: list[Layer] = []
+        self._handles: list[Any] = []
+        self._checked: dict[int, Hyperparameters] = {}  # of the groups that SINGD trains itself
+        self._calls: dict[int, GroupCalls] = {}
+        self._curvature_scale: float | None = None
+        self._warned: set[str] = set()
+        self._pauses = 0
+        self._marked_due: dict[int, bool] = {}
+        self._void_steps = VoidSteps()
 
     def _complete_state(self, layer: Layer, options: Hyperparameters) -> None:
         """Create what these options need and the layer's state does not have yet."""
@@ -232,9 +288,9 @@ class SINGD(torch.optim.Optimizer):
         self._drop_statistics()
 
     def set_current_grad_scale(self, grad_scale: float) -> None:
-        """Say by what this step's loss was scaled, if `GradScaler.unscale_` was called before step.
+        """Say by what this step's loss was scaled, if the gradients are not any more.
 
-        The gradients are unscaled then, but the curvature statistics are not.
+        `torch.amp.GradScaler` needs no such call; scaling by other means does.
         """
         check_number("grad_scale", grad_scale, positive=True)
         self._curvature_scale = float(grad_scale)
@@ -267,6 +323,34 @@ class SINGD(torch.optim.Optimizer):
         """Whether the next step of this group updates the factors."""
         return self.param_groups[group]["steps"] % self.options(group).T == 0
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether a `paused` context is open."""
+        return self._pauses > 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ignore passes whose forward or backward half runs in this context.
+
+        For backward passes that add to the gradients but are no part of the loss, such as
+        regularizers. Evaluation and `torch.autograd.grad` need no such care. May be nested.
+        """
+        self._pauses += 1
+        self._mark_due()
+        try:
+            yield
+        finally:
+            self._pauses -= 1
+            self._mark_due()
+
+    def _mark_due(self) -> None:
+        """Set the flags that compiled models read: their code is specialized on each value."""
+        due = {i: not self.is_paused and self.factors_due(i) for i in self._checked}
+        if due != self._marked_due:
+            self._marked_due = due
+            for layer in self._layers:
+                layer.due = due[layer.group]
+
     # ---------------------------------------------------------------- the step
 
     @torch.no_grad()
@@ -288,27 +372,49 @@ class SINGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         plans = [self._plan(group) for group in self._checked]
-        scales = self._scales()
+        scales = scales_of_step(self, self._curvature_scale)
         self._curvature_scale = None
-        if _is_set_on_host(scales.found_inf):  # the whole step is void, and comes again
+        if is_set_on_host(scales.found_inf):  # the whole step is void, and comes again
             self._drop_statistics()
             return loss
         self._fallback.step(self._fallback_groups(), self.state, scales)
         for (layers, options, step, lr_cov), calls in zip(plans, self._calls.values(), strict=True):
             if lr_cov is not None:
                 self._update_factors(layers, options, step, lr_cov, scales, calls)
-            outcomes = update_parameters(
-                layers, self.state, options, step, scales, calls.parameters
-            )
-            calls.parameter_incidents.read(outcomes, [layer.name for layer in layers])
-        for index in self._checked:
-            self.param_groups[index]["steps"] += 1
+        bounds = divisors([plan[:2] for plan in plans], self.state, scales.gradient)
+        for plan, calls, divisor in zip(plans, self._calls.values(), bounds, strict=True):
+            self._update_parameters(*plan[:3], scales, calls, divisor)
+        self._count_steps(1)
+        if not is_on_host(scales.found_inf):
+            self._void_steps.note(scales.found_inf)
+        self._mark_due()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them the statistics of the same backward passes."""
         super().zero_grad(set_to_none)
         self._drop_statistics()
+        self.settle_steps()
+
+    def settle_steps(self) -> None:
+        """Take back from the step counts what a GradScaler on a GPU has made void.
+
+        Called by `zero_grad` and before forward passes. It waits for the last step only if that
+        was, or the next may be, one of every T that updates the factors: the update is then
+        retried at once instead of T steps later. Earlier steps are over by then.
+        """
+        if not self._void_steps:
+            return
+        own = [self.param_groups[index] for index in self._checked]
+        matters = any(g["T"] > 1 and g["steps"] % g["T"] <= 1 for g in own)
+        void = self._void_steps.settle(keep=0 if matters else 1)
+        if void:
+            self._count_steps(-void)
+            self._mark_due()
+
+    def _count_steps(self, count: int) -> None:
+        for index in self._checked:
+            self.param_groups[index]["steps"] += count
 
     def _fallback_groups(self) -> list[Group]:
         return [group for group in self.param_groups if not is_own(group)]
@@ -325,33 +431,28 @@ class SINGD(torch.optim.Optimizer):
 
     def _ready_layers(self, group: int) -> list[Layer]:
         """Return the group's layers that have a gradient in this step."""
-        ready = []
+        ready, due = [], self.factors_due(group)
         for layer in self._layers:
-            grads = [p.grad for p in layer.parameters]
-            if layer.group != group or all(g is None for g in grads):
+            if layer.group != group:
                 continue
-            if any(g is None for g in grads):
+            grads = [p.grad for p in layer.parameters]
+            unused = all(g is None for g in grads)
+            if unused or due:
+                check_owned(layer)
+            if unused:
+                continue
+            if any(
+                g is None and p.requires_grad for p, g in zip(layer.parameters, grads, strict=True)
+            ):
                 raise RuntimeError(
                     f"only one of weight and bias of layer '{layer.name}' has a gradient; K "
-                    "belongs to both: freeze parameters before SINGD is constructed"
+                    "belongs to both: freeze the other one with requires_grad_(False)"
                 )
-            if any(g.is_sparse for g in grads if g is not None):
+            if any(g is not None and g.is_sparse for g in grads):
                 raise TypeError(f"layer '{layer.name}' has a sparse gradient; use dense gradients")
+            follow(self, layer)
             ready.append(layer)
         return ready
-
-    def _scales(self) -> Scales:
-        found_inf = getattr(self, "found_inf", None)
-        gradient = getattr(self, "grad_scale", None)
-        if self._curvature_scale is not None:
-            return Scales(found_inf, gradient, torch.tensor(self._curvature_scale).double())
-        if found_inf is not None and gradient is None:
-            raise RuntimeError(
-                "GradScaler.unscale_ was called before step, which leaves the scale of the "
-                "curvature unknown: call optimizer.set_current_grad_scale(scaler.get_scale()) "
-                "before scaler.step(optimizer)"
-            )
-        return Scales(found_inf, gradient, gradient)
 
     def _update_factors(
         self,
@@ -383,6 +484,24 @@ class SINGD(torch.optim.Optimizer):
         for state in states.values():
             drop_statistics(state)
 
+    def _update_parameters(
+        self,
+        layers: list[Layer],
+        options: Hyperparameters,
+        step: int,
+        scales: Scales,
+        calls: GroupCalls,
+        divisor: list[Tensor] | None,
+    ) -> None:
+        arguments = (layers, self.state, options, step)
+        if divisor is not None and options.max_update_norm is not None:
+            outcomes = update_layer_by_layer(*arguments, scales, calls.parameters, divisor)
+        else:
+            if divisor:
+                scales = scales._replace(gradient=divisor[0])
+            outcomes = update_parameters(*arguments, scales, calls.parameters)
+        calls.parameter_incidents.read(outcomes, [layer.name for layer in layers])
+
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
@@ -392,6 +511,7 @@ class SINGD(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and builtins; an `lr_cov` function is not saved."""
+        self.settle_steps()
         for group in self._checked:
             self.options(group)
         state_dict = super().state_dict()
@@ -410,8 +530,4 @@ class SINGD(torch.optim.Optimizer):
         loaded = self._fallback.loaded(self._fallback_groups(), saved, checked["state"])
         super().load_state_dict(checked)
         restore_state(self, checked, lr_cov, *loaded)
-
-
-def _is_set_on_host(flag: Tensor | None) -> bool:
-    """Whether a flag is known to be set without waiting for a device."""
-    return flag is not None and flag.device.type == "cpu" and flag.item() != 0
+        self._mark_due()

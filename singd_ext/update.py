@@ -6,7 +6,7 @@ Each is one call of an operator over lists of all layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +15,12 @@ from . import ops
 from .hyperparameters import Hyperparameters
 from .layers import Layer
 from .memory import CallMemory
+from .scaling import Scales
 
 State = dict[str, Any]
 
 # Holds the place of the bias of a layer without one.
 _NO_BIAS = torch.empty(0)
-
-
-class Scales(NamedTuple):
-    """What a gradient scaler knows, as tensors that only the device reads; None without one."""
-
-    found_inf: Tensor | None
-    gradient: Tensor | None  # scale of the gradients in `p.grad`
-    statistic: Tensor | None  # scale of the output gradients that the hooks saw
 
 
 def update_factors(
@@ -83,20 +76,21 @@ def update_parameters(
 ) -> Tensor:
     """Update weights, biases and their momenta; see `ops.preconditioned_update_`."""
     # W = [weight, bias]; of a layer of one parameter, that one takes the weight's place.
-    weights = [layer.parameters[0] for layer in layers]
-    biases = [la.parameters[1] if len(la.parameters) > 1 else _NO_BIAS for la in layers]
-    states = [state[p] for p in weights]
+    owners = [layer.parameters[0] for layer in layers]
+    seconds = [la.parameters[1] if len(la.parameters) > 1 else _NO_BIAS for la in layers]
+    states = [state[p] for p in owners]
+    weights, biases = [_target(p) for p in owners], [_target(p) for p in seconds]
     has_momentum = options.momentum != 0
     lr = options.lr
     outcomes, workspace = memory.of(weights)
     return ops.preconditioned_update_(
         weights,
         biases,
-        [_momentum_buffer(p, state) for p in weights] if has_momentum else [],
-        [_momentum_buffer(p, state) for p in biases] if has_momentum else [],
+        [_momentum_buffer(p, state) for p in owners] if has_momentum else [],
+        [_momentum_buffer(p, state) for p in seconds] if has_momentum else [],
         [s["skipped"] for s in states],
-        [_gradient(p) for p in weights],
-        [_gradient(p) for p in biases],
+        [_gradient(p) for p in owners],
+        [_gradient(p) for p in seconds],
         [s["K"] for s in states],
         [s["C"] for s in states],
         *options.structures,
@@ -119,15 +113,45 @@ def update_parameters(
     )
 
 
+def update_layer_by_layer(
+    layers: Sequence[Layer],
+    state: dict[Tensor, State],
+    options: Hyperparameters,
+    step: int,
+    scales: Scales,
+    memory: CallMemory,
+    divisors: Sequence[Tensor],
+) -> Tensor:
+    """`update_parameters` with a scale of the gradients for each layer: one call a layer."""
+    outcomes = [
+        update_parameters(
+            [layer], state, options, step, scales._replace(gradient=divisor), memory
+        ).clone()
+        for layer, divisor in zip(layers, divisors, strict=True)
+    ]
+    return torch.cat(outcomes) if outcomes else torch.empty(0, dtype=torch.int64)
+
+
+def _is_frozen(parameter: Tensor) -> bool:
+    """Whether it was frozen after construction: part of W, with a gradient of zero, and kept."""
+    return parameter.grad is None and parameter is not _NO_BIAS
+
+
+def _target(parameter: Tensor) -> Tensor:
+    return parameter.clone() if _is_frozen(parameter) else parameter
+
+
 def _gradient(parameter: Tensor) -> Tensor:
     if parameter is _NO_BIAS:
         return _NO_BIAS
-    assert parameter.grad is not None  # layers without gradient are not updated
-    return parameter.grad
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _momentum_buffer(parameter: Tensor, state: dict[Tensor, State]) -> Tensor:
-    return _NO_BIAS if parameter is _NO_BIAS else state[parameter]["momentum_buffer"]
+    if parameter is _NO_BIAS:
+        return _NO_BIAS
+    buffer = state[parameter]["momentum_buffer"]
+    return buffer.clone() if _is_frozen(parameter) else buffer
 
 
 def _rounding_key(options: Hyperparameters, step: int) -> list[int] | None:

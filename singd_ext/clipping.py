@@ -1,0 +1,102 @@
+"""Bounds of the step, per layer and over the whole model, computed without waiting for a device.
+
+With P = C Cᵀ (∂ℓ/∂W) K Kᵀ and the step size β₂, a layer's P is multiplied by
+
+    ν_l = min(1, max_update_norm / ‖β₂ P‖)                    Frobenius norm
+
+and then, in every group with `kl_clip`, by
+
+    ν = min(1, √(kl_clip / Σ_l ν_l² β₂² ⟨P, ∂ℓ/∂W⟩))          over the layers of all such groups
+
+The sum is K-FAC's estimate of twice the Kullback-Leibler divergence that a step along P causes.
+Both bound what enters the momentum M; weight decay is not part of it. ⟨P, ∂ℓ/∂W⟩ is computed as
+‖Cᵀ (∂ℓ/∂W) K‖².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .hyperparameters import Hyperparameters
+from .layers import Layer
+
+State = dict[str, Any]
+Group = tuple[Sequence[Layer], Hyperparameters]
+
+
+def divisors(
+    groups: Sequence[Group], state: dict[Tensor, State], grad_scale: Tensor | None
+) -> list[list[Tensor] | None]:
+    """Return by what each layer's gradient is to be divided, None for groups without bounds.
+
+    That is `grad_scale` / ν_l ν, a 0-dimensional tensor a layer; the same tensor for all layers of
+    a group without `max_update_norm`. Bounds that are not finite do not bind: the operator skips
+    layers whose gradient is not finite by itself.
+    """
+    shrinkings: list[list[Tensor] | None] = []
+    total: Tensor | None = None
+    for layers, options in groups:
+        if options.max_update_norm is None and options.kl_clip is None:
+            shrinkings.append(None)
+            continue
+        measured = [_measure(layer, state, options, grad_scale) for layer in layers]
+        shrinkings.append([_shrinking(options.max_update_norm, norm) for norm, _ in measured])
+        if options.kl_clip is not None:
+            for nu, (_, change) in zip(shrinkings[-1] or [], measured, strict=True):
+                term = (nu * nu * change).nan_to_num(0.0, 0.0, 0.0)
+                total = term if total is None else total + term.to(total.device)
+    return [
+        None if nus is None else _divided(grad_scale, nus, options, total)
+        for (_, options), nus in zip(groups, shrinkings, strict=True)
+    ]
+
+
+def _measure(
+    layer: Layer, state: dict[Tensor, State], options: Hyperparameters, grad_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return ‖β₂ P‖ and β₂² ⟨P, ∂ℓ/∂W⟩ of a layer."""
+    own, (structure_K, structure_C) = state[layer.parameters[0]], options.structures
+    columns = [
+        (torch.zeros_like(p) if p.grad is None else p.grad).reshape(p.shape[0], -1)
+        for p in layer.parameters  # one of two may be frozen
+    ]
+    dtype = torch.float64 if columns[0].dtype == torch.float64 else torch.float32
+    half = torch.cat(columns, dim=1).to(dtype)
+    # Divided first: its square must not overflow.
+    half = half if grad_scale is None else half / grad_scale.to(half.device)
+    for transpose in (True, False):  # first Cᵀ (∂ℓ/∂W) K, then C (...) Kᵀ
+        half = ops.structured_matmul(
+            own["C"], layer.dim_C, structure_C, half, side="left", transpose=transpose
+        )
+        half = ops.structured_matmul(
+            own["K"], layer.dim_K, structure_K, half, side="right", transpose=not transpose
+        )
+        if transpose:
+            change = half.square().sum()
+    lr = options.lr.to(half.device) if isinstance(options.lr, Tensor) else options.lr
+    return (lr * half.norm()).reshape(()), (lr * lr * change).reshape(())
+
+
+def _shrinking(bound: float | None, value: Tensor) -> Tensor:
+    """Return min(1, bound / value), and 1 for values that are not finite."""
+    if bound is None:
+        return torch.ones_like(value)
+    return torch.where(value.isfinite(), (bound / value).clamp(max=1.0), 1.0)
+
+
+def _divided(
+    grad_scale: Tensor | None, nus: list[Tensor], options: Hyperparameters, total: Tensor | None
+) -> list[Tensor]:
+    if not nus:
+        return []
+    shared = torch.ones_like(nus[0]) if grad_scale is None else grad_scale.to(nus[0].device)
+    if options.kl_clip is not None and total is not None:
+        shared = shared / _shrinking(options.kl_clip, total.to(nus[0].device)).sqrt()
+    if options.max_update_norm is None:
+        return [shared] * len(nus)
+    return [shared / nu for nu in nus]

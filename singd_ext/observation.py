@@ -1,0 +1,143 @@
+"""How a layer's input meets its output gradient: in eager, checkpointed and compiled models.
+
+Whoever observes gives `observe` an output and an input; its `receive` gets the input and the output
+gradient once the backward pass comes by.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+
+class Receiver(Protocol):
+    """Takes what one call of a layer contributes."""
+
+    key: int  # from `register`
+
+    def receive(self, x: Tensor, g: Tensor, backward_pass: int) -> None:
+        """Take the input, the output gradient and the backward pass that they belong to."""
+
+
+def observe(output: Tensor, x: Tensor, receiver: Receiver, active: bool) -> None:
+    """Deliver x and the gradient of `output` to the receiver when a backward pass comes by.
+
+    The hook is one of the tensor, so that in-place operations may follow.
+
+    Args:
+        output: Of the layer; part of a graph.
+        x: Input of the layer, detached.
+        receiver: Gets both; held weakly.
+        active: False only keeps x as an active call does, and delivers nothing: a checkpointed
+            segment must save the same tensors when it is run again.
+    """
+    kept = _Kept(x)
+    if active:
+        # Within a reentrant checkpoint's segment this is the pass that runs the segment again, so
+        # that all segments count as the one backward pass that they are.
+        outer = torch._C._current_graph_task_id()
+        output.register_hook(partial(_deliver, weakref.ref(receiver), kept, outer))
+
+
+def _deliver(
+    receiver: Callable[[], Receiver | None], kept: _Kept, outer: int, gradient: Tensor
+) -> None:
+    target = receiver()
+    if target is not None:
+        current = torch._C._current_graph_task_id() if outer == -1 else outer
+        target.receive(kept.tensor(), gradient, current)
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        kept.release()  # as autograd does, even if the user goes on holding the loss
+
+
+class _Kept:
+    """A tensor that is kept for the backward pass as autograd would keep it.
+
+    Saved-tensor hooks apply: non-reentrant checkpointing keeps nothing and computes the tensor
+    again, `save_on_cpu` keeps it in host memory.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        pack, self._unpack = hooks if hooks is not None else (None, None)
+        self._packed: Any = tensor if pack is None else pack(tensor)
+
+    def tensor(self) -> Tensor:
+        return self._packed if self._unpack is None else self._unpack(self._packed)
+
+    def release(self) -> None:
+        self._packed = None
+
+
+def accumulates(parameters: Iterable[Tensor]) -> bool:
+    """Whether the running backward pass adds to the `grad` of any of these parameters.
+
+    `autograd.grad` does not, nor does `backward(inputs=...)` for the parameters it leaves out.
+    """
+    for p in parameters:
+        if not p.requires_grad:
+            continue
+        try:
+            if torch._C._will_engine_execute_node(get_gradient_edge(p).node):
+                return True
+        except RuntimeError:  # torch's answer for a leaf whose gradient autograd.grad returns
+            continue
+    return False
+
+
+# ---------------------------------------------------------------- compiled models
+
+# torch.compile traces neither hooks with side effects nor weak references. There, the receiver is
+# the number `key`, and an operator that the compiler cannot look into makes the delivery.
+_RECEIVERS: weakref.WeakValueDictionary[int, Receiver] = weakref.WeakValueDictionary()
+_KEYS = itertools.count()
+
+
+def register(receiver: Receiver) -> int:
+    """Return a key by which compiled code finds the receiver as long as it lives."""
+    key = next(_KEYS)
+    _RECEIVERS[key] = receiver
+    return key
+
+
+def observe_traced(output: Tensor, x: Tensor, key: int) -> Tensor:
+    """Return a stand-in for `output`, while `torch.compile` traces the model."""
+    return _Observed.apply(output, x, key)
+
+
+class _Observed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, key: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.key = key
+        return output.clone()  # views could not be changed in place; the compiler fuses the copy
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.singd_ext.delivered(g, x, ctx.key), None, None
+
+
+def _delivered(g: Tensor, x: Tensor, key: int) -> Tensor:
+    """Deliver, and return a copy of g, without which the call would be dropped as unused."""
+    receiver = _RECEIVERS.get(key)
+    if receiver is not None:
+        receiver.receive(x, g, torch._C._current_graph_task_id())
+    return g.clone()
+
+
+# Not a `torch.library.custom_op`: its implementation cannot ask autograd about parameters.
+torch.library.define("singd_ext::delivered", "(Tensor g, Tensor x, int key) -> Tensor")
+torch.library.impl("singd_ext::delivered", "CompositeExplicitAutograd", _delivered)
+
+
+@torch.library.register_fake("singd_ext::delivered")
+def _(g: Tensor, x: Tensor, key: int) -> Tensor:
+    return torch.empty_like(g)
