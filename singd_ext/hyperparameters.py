@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from numbers import Integral, Real
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -75,11 +77,17 @@ class Hyperparameters:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), positive=True)
 
+    @cached_property
+    def values(self) -> tuple[Any, ...]:
+        """The options in their order, as `option_values` gives them of a group."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
     def check_tensors(self) -> None:
         """Validate again what can change in place: step sizes in tensors."""
-        for name in ("lr", "lr_cov"):
-            if isinstance(getattr(self, name), Tensor):
-                check_number(name, getattr(self, name), tensor=True)
+        if isinstance(self.lr, Tensor):
+            check_number("lr", self.lr, tensor=True)
+        if isinstance(self.lr_cov, Tensor):
+            check_number("lr_cov", self.lr_cov, tensor=True)
 
     def lr_cov_at(self, step: int) -> float:
         """β₁ at this step of the group.
@@ -109,6 +117,9 @@ class Hyperparameters:
             )
             group["alpha1"] = 0.0
         return cls(**{field.name: group[field.name] for field in fields(cls)})
+
+
+option_values = itemgetter(*(field.name for field in fields(Hyperparameters)))
 
 
 def check_number(

@@ -49,7 +49,7 @@ class FactorProduct:
 
     def of(self, factor: Tensor, dim: int, structure: str) -> Tensor:
         """Return K Kᵀ [dim, dim] in K's dtype; an empty tensor for sparse structures."""
-        if _C.storage_sections(structure, dim)[0][0] != "dense":
+        if factor.numel() != dim * dim or _C.storage_sections(structure, dim)[0][0] != "dense":
             return self._product
         if self._of is None or self._of[0] is not factor or self._of[1] != factor._version:
             square = factor.view(dim, dim)

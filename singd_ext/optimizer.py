@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from operator import is_
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ from .construction import (
 from .curvature import drop_statistics, install_hook
 from .fallback import OWN, Factory, Fallback, Group, check_new_parameters, is_own, tensor_of
 from .groups import listed, split_group
-from .hyperparameters import FIXED_OPTIONS, Hyperparameters, check_flag, check_number
+from .hyperparameters import (
+    FIXED_OPTIONS,
+    Hyperparameters,
+    check_flag,
+    check_number,
+    option_values,
+)
 from .layers import Layer, find_layers
 from .memory import GroupCalls
 from .moves import check_owned, follow
@@ -302,7 +309,7 @@ class SINGD(torch.optim.Optimizer):
             ValueError: Naming the option, its value and what is allowed.
         """
         current, checked = self.param_groups[group], self._checked[group]
-        if all(current[f.name] is getattr(checked, f.name) for f in fields(checked)):
+        if all(map(is_, option_values(current), checked.values)):  # in every hook: kept cheap
             checked.check_tensors()
             return checked
         options = Hyperparameters.of_group(current)

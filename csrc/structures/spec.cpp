@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <unordered_map>
 
 #include "registry.h"
 
@@ -136,7 +137,7 @@ struct Parsed {
   Sizes sizes;
 };
 
-Parsed parse(const std::string& spec) {
+Parsed parse_text(const std::string& spec) {
   std::string text = spec;
   for (const auto& [alias, meaning] : aliases()) {
     if (spec == alias) text = meaning;
@@ -156,10 +157,17 @@ Parsed parse(const std::string& spec) {
   fail(spec, "is unknown");
 }
 
+// Operators parse the same few specs for every layer of every step.
+const Parsed& parse(const std::string& spec) {
+  thread_local std::unordered_map<std::string, Parsed> known;
+  const auto found = known.find(spec);
+  return found != known.end() ? found->second : known.emplace(spec, parse_text(spec)).first->second;
+}
+
 }  // namespace
 
 std::string canonical_spec(const std::string& spec) {
-  const Parsed parsed = parse(spec);
+  const Parsed& parsed = parse(spec);
   std::string text = parsed.structure->name;
   for (size_t i = 0; i < parsed.sizes.size(); ++i) {
     text += (i == 0 ? ":" : ",") + std::to_string(parsed.sizes[i]);
@@ -168,7 +176,7 @@ std::string canonical_spec(const std::string& spec) {
 }
 
 Layout make_layout(const std::string& spec, int64_t dim) {
-  const Parsed parsed = parse(spec);
+  const Parsed& parsed = parse(spec);
   if (dim < 1) {
     throw std::invalid_argument("structure '" + spec + "' needs a dimension of at least 1, not " +
                                 std::to_string(dim));
