@@ -122,7 +122,7 @@ class _Observed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        return torch.ops.singd_ext.delivered(g, x, ctx.key), None, None
+        return torch.ops.singd_observation.delivered(g, x, ctx.key), None, None
 
 
 def _delivered(g: Tensor, x: Tensor, key: int) -> Tensor:
@@ -133,11 +133,12 @@ def _delivered(g: Tensor, x: Tensor, key: int) -> Tensor:
     return g.clone()
 
 
-# Not a `torch.library.custom_op`: its implementation cannot ask autograd about parameters.
-torch.library.define("singd_ext::delivered", "(Tensor g, Tensor x, int key) -> Tensor")
-torch.library.impl("singd_ext::delivered", "CompositeExplicitAutograd", _delivered)
+# Not a `torch.library.custom_op`: its implementation cannot ask autograd about parameters. The
+# namespace is not that of the operators in csrc, which all devices have.
+torch.library.define("singd_observation::delivered", "(Tensor g, Tensor x, int key) -> Tensor")
+torch.library.impl("singd_observation::delivered", "CompositeExplicitAutograd", _delivered)
 
 
-@torch.library.register_fake("singd_ext::delivered")
+@torch.library.register_fake("singd_observation::delivered")
 def _(g: Tensor, x: Tensor, key: int) -> Tensor:
     return torch.empty_like(g)
