@@ -169,7 +169,7 @@ class Layer:
     @property
     def dim_K(self) -> int:
         """d_i: input features, plus one for a bias."""
-        columns = 0 if self.weight is None else self.weight[0].numel()
+        columns = 0 if self.weight is None else self.weight.numel() // len(self.weight)
         return columns + (self.bias is not None)
 
     @property
