@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .fallback import OWN, Group, State, check_saved, is_own
 from .hyperparameters import FIXED_OPTIONS, Hyperparameters
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def saved_group(group: dict[str, Any]) -> dict[str, Any]:
     """Return a group of builtins: NumPy numbers converted, an `lr_cov` function left out."""
     result = {name: _builtin(value) for name, value in group.items()}
-    if callable(result["lr_cov"]) and not isinstance(result["lr_cov"], Tensor):
+    if is_own(group) and callable(result["lr_cov"]) and not isinstance(result["lr_cov"], Tensor):
         result["lr_cov"] = None
     return result
 
@@ -42,27 +43,42 @@ def checked_state(optimizer: SINGD, state_dict: dict[str, Any]) -> dict[str, Any
         )
     for index, (saved, own) in enumerate(zip(saved_groups, optimizer.param_groups, strict=True)):
         _check_group(index, saved, own)
+        if not is_own(own):
+            continue
         # A function is not saved: the optimizer's own goes on, or else its number.
         lr_cov = own["lr_cov"] if saved["lr_cov"] is None else saved["lr_cov"]
         Hyperparameters.of_group({**own, **saved, "lr_cov": lr_cov})
     state = {key: dict(entries) for key, entries in state_dict["state"].items()}
     for name, parameter, saved_id, group in _parameters(optimizer, saved_groups):
-        _check_entries(name, optimizer.state.get(parameter, {}), state.get(saved_id, {}), group)
+        entries = optimizer.state.get(parameter, {}), state.get(saved_id, {})
+        if is_own(group):
+            _check_entries(name, *entries, group)
+        else:
+            check_saved(name, parameter, *entries)
     return {**state_dict, "param_groups": saved_groups, "state": state}
 
 
-def restore_state(optimizer: SINGD, checked: dict[str, Any], lr_cov: list[Any]) -> None:
+def restore_state(
+    optimizer: SINGD,
+    checked: dict[str, Any],
+    lr_cov: dict[int, Any],
+    fallback_groups: list[Group],
+    fallback_state: State,
+) -> None:
     """Finish `Optimizer.load_state_dict`.
 
     It casts the tensors to the parameter's dtype, or shares them with the caller: they are copied
     once more, in the dtypes they were saved in. And `lr_cov` is what each group had before, for
-    groups that were saved with a function.
+    groups that were saved with a function. The fallback's groups and state are as it loaded them.
     """
-    for group, before in zip(optimizer.param_groups, lr_cov, strict=True):
-        if group["lr_cov"] is None:
-            group["lr_cov"] = before
-    for _, parameter, saved_id, _ in _parameters(optimizer, checked["param_groups"]):
-        if saved_id in checked["state"]:
+    for index, before in lr_cov.items():
+        if optimizer.param_groups[index]["lr_cov"] is None:
+            optimizer.param_groups[index]["lr_cov"] = before
+    others = iter(fallback_groups)
+    optimizer.param_groups = [g if is_own(g) else next(others) for g in optimizer.param_groups]
+    optimizer.state.update(fallback_state)
+    for _, parameter, saved_id, group in _parameters(optimizer, checked["param_groups"]):
+        if saved_id in checked["state"] and is_own(group):
             optimizer.state[parameter] = {
                 key: value.detach().clone().to(parameter.device)
                 if isinstance(value, Tensor)
@@ -77,6 +93,13 @@ def _check_group(index: int, saved: dict[str, Any], own: dict[str, Any]) -> None
             f"parameter group {index} has {len(saved['params'])} parameters in the saved state, "
             f"{len(own['params'])} in the optimizer"
         )
+    if saved.get("optimizer", OWN) != own["optimizer"]:
+        raise ValueError(
+            f"parameter group {index} was trained by {saved.get('optimizer', OWN)} in the saved "
+            f"state, and is by {own['optimizer']} in the optimizer"
+        )
+    if not is_own(own):
+        return
     for name in (*FIXED_OPTIONS, "steps", "lr_cov"):
         if name not in saved:
             raise ValueError(f"parameter group {index} of the saved state has no '{name}': it is "

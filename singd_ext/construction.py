@@ -13,15 +13,19 @@ from ._warnings import warn_user
 from .layers import Layer, own_parameters, supported_modules
 
 
-def default_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable parameters of the layers that can be preconditioned."""
+def supported_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the layers that can be preconditioned, frozen ones too."""
     unique = {
         id(p): p
         for _, module, _ in supported_modules(model)
         for p in own_parameters(module).values()
-        if p.requires_grad
     }
     return list(unique.values())
+
+
+def default_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable parameters of the layers that can be preconditioned."""
+    return [p for p in supported_parameters(model) if p.requires_grad]
 
 
 def untrained_names(model: nn.Module, trained: Iterable[Tensor]) -> list[str]:
@@ -46,7 +50,8 @@ def check_layers(
         if layer.module in modules:
             raise ValueError(
                 f"the parameters of layer '{layer.name}' are in different parameter groups; K and "
-                "C belong to the whole layer: put its weight and bias in one group"
+                "C belong to the whole layer: put its weight and bias in one group, as "
+                "singd_ext.param_groups does"
             )
         for p in layer.parameters:
             if not p.is_floating_point():
@@ -65,8 +70,8 @@ def warn_untrained(names: Sequence[str]) -> None:
     if names:
         warn_user(
             f"SINGD does not train the parameters {list(names)}: they are not the trainable weight "
-            "or bias of a supported layer. Train them with another optimizer; "
-            "warn_unsupported=False silences this for `params=None`"
+            'or bias of a supported layer. fallback="adamw" trains them in the same optimizer; or '
+            "train them with a second one: warn_unsupported=False silences this for `params=None`"
         )
 
 

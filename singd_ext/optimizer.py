@@ -19,10 +19,13 @@ from .construction import (
     warn_untrained,
 )
 from .curvature import drop_statistics, install_hook
+from .fallback import OWN, Factory, Fallback, Group, check_new_parameters, is_own, tensor_of
+from .groups import listed, split_group
 from .hyperparameters import FIXED_OPTIONS, Hyperparameters, check_flag, check_number
 from .layers import Layer, find_layers
 from .memory import GroupCalls
 from .structured import StructuredMatrix
+from .summary import Summary
 from .update import Scales, update_factors, update_parameters
 
 
@@ -60,12 +63,15 @@ class SINGD(torch.optim.Optimizer):
         step_cap: float = 0.5,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        fallback: str | Factory | None = None,
+        fallback_options: dict[str, Any] | None = None,
     ) -> None:
         """Give every layer of the model its factors K = C = I, and observe its backward passes.
 
         Args:
             model: The network; Linear and Conv1d/2d/3d layers are preconditioned.
-            params: Parameters or parameter groups to train. Default: all of the supported layers.
+            params: Parameters or parameter groups to train (see `singd_ext.param_groups`). Default:
+                all of the supported layers; with a fallback all of the model.
             lr: β₂, step size of the parameters; a number or a tensor of one element.
             momentum: α₂, momentum of the parameters.
             damping: λ.
@@ -89,12 +95,19 @@ class SINGD(torch.optim.Optimizer):
             step_cap: Bound of β₁‖m‖ beyond which a factor's step is shortened; inf switches it off.
             stochastic_rounding: Round bfloat16 stores of parameters and state stochastically.
             seed: Of the stochastic rounding.
+            fallback: What trains the parameters that belong to no supported layer: None leaves them
+                alone, with a warning; "adamw" is torch's AdamW; or a function from a list of
+                parameters or groups to a `torch.optim.Optimizer` (docs/whole-models.md).
+            fallback_options: Options of "adamw" that differ from torch's defaults. SINGD's own, lr
+                among them, are not handed on.
 
         Raises:
             ValueError: For a bad option, naming it, its value and what is allowed; for layers that
                 share a parameter or whose parameters are spread over groups; for a device without
-                kernels in this build.
-            TypeError: For a DataParallel or DistributedDataParallel wrapper.
+                kernels in this build; for a parameter given twice; for a fallback that does not
+                hold exactly its parameters or needs a closure.
+            TypeError: For a DataParallel or DistributedDataParallel wrapper; for a fallback that is
+                no optimizer.
             RuntimeError: In a process group of several processes.
         """
         refuse_data_parallel(model)
@@ -105,37 +118,56 @@ class SINGD(torch.optim.Optimizer):
         self._model = model
         self._layers: list[Layer] = []
         self._handles: list[Any] = []
-        self._checked: list[Hyperparameters] = []
-        self._calls: list[GroupCalls] = []
+        self._checked: dict[int, Hyperparameters] = {}  # of the groups that SINGD trains itself
+        self._calls: dict[int, GroupCalls] = {}
+        self._fallback = Fallback(fallback, fallback_options)
+        self._waiting: list[Group] | None = []  # the fallback's groups, until all are known
         self._curvature_scale: float | None = None
         self._warned: set[str] = set()
-        if params is None:
+        if params is None and self._fallback:
+            params = [p for p in model.parameters() if p.requires_grad]
+        elif params is None:
             params = default_parameters(model)
             if warn_unsupported:
                 warn_untrained(untrained_names(model, params))
         super().__init__(params, defaults)
+        waiting, self._waiting = self._waiting, None
+        self.param_groups += self._fallback.add_groups(waiting, [])
 
     # ---------------------------------------------------------------- construction
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters of the model with their own options.
 
+        A group with "optimizer": "fallback" is the fallback's. Of another one, the fallback gets
+        what belongs to no supported layer, as a group of its own.
+
         Raises:
-            ValueError: For a bad option, or if a layer's parameters are in different groups.
+            ValueError: For a bad option, if a layer's parameters are in different groups, or a
+                parameter is given twice.
         """
-        group = {**self.defaults, **param_group}
-        options = Hyperparameters.of_group(group)
-        if isinstance(group["params"], Tensor):
-            group["params"] = [group["params"]]
-        if isinstance(group["params"], set):
-            raise TypeError("params is a set, whose order is not defined; use a list")
-        group["params"] = list(group["params"])
-        tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
-        layers = find_layers(self._model, tensors, len(self.param_groups))
+        group = listed(param_group)
+        names = {id(p): name for name, p in self._model.named_parameters()}
+        check_new_parameters(group["params"], [*self.param_groups, *(self._waiting or [])], names)
+        own, rest = split_group(self._model, group, self._fallback)
+        others = [] if rest is None else [rest]
+        added = []
+        if self._waiting is None:
+            added = self._fallback.add_groups(others, self._fallback_groups())
+        if own is not None:
+            self._add_own_group({**self.defaults, **own})
+        if self._waiting is not None:
+            self._waiting += others
+        self.param_groups += added
+
+    def _add_own_group(self, group: Group) -> None:
+        options, index = Hyperparameters.of_group(group), len(self.param_groups)
+        tensors = [tensor_of(entry) for entry in group["params"]]
+        layers = find_layers(self._model, tensors, index)
         check_layers(self._model, layers, self._layers, tensors)
-        super().add_param_group({**group, "steps": 0})
-        self._checked.append(options)
-        self._calls.append(GroupCalls(self._warned))
+        super().add_param_group({**group, "steps": 0, "optimizer": OWN})
+        self._checked[index] = options
+        self._calls[index] = GroupCalls(self._warned)
         for layer in layers:
             self._layers.append(layer)
             self._complete_state(layer, options)
@@ -165,6 +197,12 @@ class SINGD(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     # ---------------------------------------------------------------- what users read
+
+    def summary(self) -> Summary:
+        """Print a table of who trains each parameter of the model and how; return it as rows."""
+        summary = Summary.of(self)
+        print(summary)
+        return summary
 
     def factors(self) -> dict[str, tuple[StructuredMatrix, StructuredMatrix]]:
         """Return {module name: (K, C)}; the matrices share the optimizer's memory."""
@@ -233,7 +271,7 @@ class SINGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the factors every T steps, and the parameters.
+        """Update the factors every T steps, and the parameters; the fallback does its own step.
 
         Args:
             closure: Clears the gradients, computes the loss, calls backward and returns the loss.
@@ -249,27 +287,31 @@ class SINGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plans = [self._plan(group) for group in range(len(self.param_groups))]
+        plans = [self._plan(group) for group in self._checked]
         scales = self._scales()
         self._curvature_scale = None
         if _is_set_on_host(scales.found_inf):  # the whole step is void, and comes again
             self._drop_statistics()
             return loss
-        for (layers, options, step, lr_cov), calls in zip(plans, self._calls, strict=True):
+        self._fallback.step(self._fallback_groups(), self.state, scales)
+        for (layers, options, step, lr_cov), calls in zip(plans, self._calls.values(), strict=True):
             if lr_cov is not None:
                 self._update_factors(layers, options, step, lr_cov, scales, calls)
             outcomes = update_parameters(
                 layers, self.state, options, step, scales, calls.parameters
             )
             calls.parameter_incidents.read(outcomes, [layer.name for layer in layers])
-        for group in self.param_groups:
-            group["steps"] += 1
+        for index in self._checked:
+            self.param_groups[index]["steps"] += 1
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and with them the statistics of the same backward passes."""
         super().zero_grad(set_to_none)
         self._drop_statistics()
+
+    def _fallback_groups(self) -> list[Group]:
+        return [group for group in self.param_groups if not is_own(group)]
 
     def _drop_statistics(self) -> None:
         for layer in self._layers:
@@ -350,7 +392,7 @@ class SINGD(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as tensors and builtins; an `lr_cov` function is not saved."""
-        for group in range(len(self.param_groups)):
+        for group in self._checked:
             self.options(group)
         state_dict = super().state_dict()
         state_dict["param_groups"] = [saved_group(group) for group in state_dict["param_groups"]]
@@ -363,9 +405,11 @@ class SINGD(torch.optim.Optimizer):
             ValueError: If it does not fit, naming the difference; nothing is changed.
         """
         checked = checked_state(self, state_dict)
-        lr_cov = [group["lr_cov"] for group in self.param_groups]
+        lr_cov = {index: self.param_groups[index]["lr_cov"] for index in self._checked}
+        saved = [group for group in checked["param_groups"] if not is_own(group)]
+        loaded = self._fallback.loaded(self._fallback_groups(), saved, checked["state"])
         super().load_state_dict(checked)
-        restore_state(self, checked, lr_cov)
+        restore_state(self, checked, lr_cov, *loaded)
 
 
 def _is_set_on_host(flag: Tensor | None) -> bool:
