@@ -56,14 +56,15 @@ def main() -> None:
         ViTConfig(
             image_size=8, patch_size=2, num_channels=1, num_labels=10, hidden_size=32,
             num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            initializer_range=0.15,  # about 1/sqrt(width); the default suits wide models
         )
     )  # fmt: skip
     options = {
-        "lr": 3e-3,
+        "lr": 1e-2,
         "lr_cov": 0.05,
         "damping": 0.03,
         "weight_decay": 0.05,
-        "T": 5,
+        "T": 1,
         "structures": ("block_diagonal:16", "block_diagonal:16"),
         "normalize_lr_cov": True,
         "fallback": "adamw",

@@ -39,11 +39,11 @@ class Transformer(nn.Module):
 
 
 SINGD_OPTIONS = {
-    "lr": 3e-3,
+    "lr": 1e-2,
     "lr_cov": 0.05,
     "damping": 0.03,
     "weight_decay": 0.05,
-    "T": 5,
+    "T": 1,
     "structures": ("block_diagonal:16", "block_diagonal:16"),
     "normalize_lr_cov": True,
 }

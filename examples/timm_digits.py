@@ -1,4 +1,4 @@
-"""A timm model trained with SINGD; nothing is downloaded.
+"""A narrow ResNet of timm, trained with SINGD; nothing is downloaded.
 
     python examples/timm_digits.py
 
@@ -27,28 +27,26 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=8,
-        patch_size=2,
+        "resnet10t",
         in_chans=1,
         num_classes=10,
-        embed_dim=48,
-        depth=2,
-        num_heads=3,
+        stem_width=16,
+        channels=(16, 32, 64, 128),
     )
     optimizer = SINGD(
         model,
-        lr=3e-3,
+        lr=1e-2,
         lr_cov=0.05,
         damping=0.03,
         weight_decay=0.05,
         T=5,
         structures=("block_diagonal:16", "block_diagonal:16"),
+        kfac_approx="reduce",
         normalize_lr_cov=True,
         fallback="adamw",
     )
     training, _ = loaders(batch_size=64)
-    scheduler = CosineLRScheduler(optimizer, t_initial=epochs, warmup_t=1, warmup_lr_init=1e-4)
+    scheduler = CosineLRScheduler(optimizer, t_initial=epochs)
     for epoch in range(epochs):
         for images, labels in training:
             optimizer.zero_grad()
