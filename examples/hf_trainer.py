@@ -48,6 +48,9 @@ def score(prediction: EvalPrediction) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument(
+        "--initializer-range", type=float, default=0.15, help="about 1/sqrt(width); ViT's is 0.02"
+    )
     parser.add_argument("--quick", action="store_true", help="3 epochs")
     args = parser.parse_args()
 
@@ -56,7 +59,7 @@ def main() -> None:
         ViTConfig(
             image_size=8, patch_size=2, num_channels=1, num_labels=10, hidden_size=32,
             num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-            initializer_range=0.15,  # about 1/sqrt(width); the default suits wide models
+            initializer_range=args.initializer_range,
         )
     )  # fmt: skip
     options = {

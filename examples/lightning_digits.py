@@ -11,7 +11,6 @@ import argparse
 import warnings
 
 import lightning
-import torch
 from digits import loaders
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy

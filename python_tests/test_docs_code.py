@@ -23,7 +23,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PIECE = re.compile(
     r"^<!-- setup\n(?P<setup>.*?)^-->$"
     r"|^<!-- not run: (?P<reason>[^\n]+) -->$"
-    r"|^<!-- needs: (?P<needs>[\w, ]+) -->$"
+    r"|^<!-- needs: (?P<needs>[\w., ]+) -->$"
     r"|^```python\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
@@ -65,9 +65,7 @@ def available(package: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_of_page_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_of_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__docs__"}
     for block in blocks(page):

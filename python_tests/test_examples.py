@@ -63,6 +63,22 @@ def test_example_trains(
     assert float(accuracy) >= bar, run.stdout
 
 
+def test_tuning_prints_its_table(tmp_path: Path) -> None:
+    if reason := missing(["mlxtend", "matplotlib", "rich"]):
+        pytest.skip(reason)
+    run = subprocess.run(
+        [sys.executable, EXAMPLES / "tuning.py", "--quick"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = [row.split("|") for row in run.stdout.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == ["starting point", "T=1"]
+    assert all(float(row[2]) < 60 for row in rows)  # percent of errors after 40 steps; 90 is chance
+
+
 def test_every_example_is_run() -> None:
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts == {case[0] for case in CASES} | {"digits", "mnist_cnn"}  # `make demo`
+    assert scripts == {case[0] for case in CASES} | {"digits", "tuning", "mnist_cnn"}  # `make demo`
