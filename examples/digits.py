@@ -1,4 +1,4 @@
-"""The handwritten digits of scikit-learn (1,797 images of 8 × 8), for the examples of this folder."""
+"""The handwritten digits of scikit-learn: 1,797 images of 8 × 8, for the examples here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer with a small vision transformer, from a configuration: nothing is downloaded.
+"""Hugging Face Trainer with a small vision transformer; nothing is downloaded.
 
     python examples/hf_trainer.py
 
