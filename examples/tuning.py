@@ -50,6 +50,9 @@ CHANGES = {
     "lr=0.1": {"lr": 1e-1},
     "weight_decay=0": {"weight_decay": 0.0},
     "normalize_lr_cov=False": {"normalize_lr_cov": False},
+    "T=1, lr=0.003": {"T": 1, "lr": 3e-3},
+    "T=1, damping=0.3": {"T": 1, "damping": 0.3},
+    "lr=0.03, damping=0.3": {"lr": 3e-2, "damping": 0.3},
 }
 
 
