@@ -79,7 +79,7 @@ $(CREATED):
 	echo '$(WANTED)' > $@
 
 $(INSTALLED): setup.py pyproject.toml $(CREATED)
-	python -m pip install --quiet --no-build-isolation -e '.[test,demo,bench]'
+	python -m pip install --quiet --no-build-isolation -e '.[test,demo,bench,frameworks]'
 	touch $@
 
 # pip has just compiled when $@ is missing; later, only what changed is compiled.
