@@ -8,6 +8,9 @@ namespace {
 // product.h comes before what multiplies.
 #include "prepare.h"
 #include "step.h"
+// step.h comes before what stores as it does.
+#include "factors.h"
+#include "candidates.h"
 
 #define SINGD_STRING(name) SINGD_STRING_(name)
 #define SINGD_STRING_(name) #name
@@ -15,6 +18,6 @@ namespace {
 }  // namespace
 
 const Kernels kernels{SINGD_STRING(SINGD_INSTRUCTIONS), step_kernels<float>(),
-                      step_kernels<double>()};
+                      step_kernels<double>(), factor_kernels<float>(), factor_kernels<double>()};
 
 }  // namespace singd::cpu::SINGD_INSTRUCTIONS
