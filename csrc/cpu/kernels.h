@@ -34,7 +34,8 @@ SINGD_HOST_DEVICE inline constexpr int64_t padded(int64_t n) {
 //   kDiagonal      diagonal[dim]
 //   kBlocks        blocks of width x padded(width), one after the other
 //   kRowBorder     an arrowhead: P[B, :] in `wide` [border, padded(dim)], its transpose in `thin`
-//                  [dim, padded(border)], P[i, i] in `diagonal` [padded(dim)], which is 0 for i in B
+//                  [dim, padded(border)], P[i, i] in `diagonal` [padded(dim)], which is 0 for i in
+//                  B
 //   kColumnBorder  thin wide + diag(diagonal): `thin` is F[:, B], `wide` its transpose
 enum class LocalKind { kIdentity, kDiagonal, kBlocks, kRowBorder, kColumnBorder };
 
@@ -46,9 +47,7 @@ struct LocalProduct {
   double norm = 1;  // bounds every sum of |terms| that a multiplication by P takes, over max |x|
 
   int64_t border() const { return layout.head + layout.tail; }
-  bool is_pointwise() const {
-    return kind == LocalKind::kIdentity || kind == LocalKind::kDiagonal;
-  }
+  bool is_pointwise() const { return kind == LocalKind::kIdentity || kind == LocalKind::kDiagonal; }
   bool has_border() const {
     return kind == LocalKind::kRowBorder || kind == LocalKind::kColumnBorder;
   }
@@ -143,12 +142,65 @@ struct StatisticKernels {
 };
 inline constexpr int64_t kChunkRows = 64, kProductRows = 12;
 
+// One Kronecker factor of a layer in update_factors_. The type of its statistic, T, is that of all
+// that is computed.
+struct FactorTask {
+  Layout layout;
+  int64_t size = 0;  // numbers stored
+  ConstArray statistic;
+  Array factor, momentum;  // momentum.data is null if alpha1 = 0
+  double scale = 1;        // of the statistic
+  RoundingKey key;
+  // Workspace of T: K, then H and Pi(K^T K), which end as the new momentum and as scratch. `size`
+  // and kPadding numbers each.
+  void *k = nullptr, *h = nullptr, *gram = nullptr;
+  Array next_factor, next_momentum;  // the candidates as they would be stored
+  double mean_trace_h = 0, mean_trace_gram = 0;
+  bool finite = false, capped = false;  // of the candidates
+};
+
+struct FactorOptions {
+  double lr_cov, damping, alpha1, step_cap;
+  bool kfac_like, normalize_lr_cov;
+  int64_t expm_order;
+
+  // Of H - I and everything else that is new in a momentum.
+  double momentum_scale() const { return 0.5 * (normalize_lr_cov ? 1.0 - alpha1 : 1.0); }
+};
+
+// The numbers of T that the kernels below take as scratch.
+inline int64_t factor_scratch(const Layout& layout) {
+  const int64_t d = layout.dim, k = layout.block, border = layout.head + layout.tail;
+  const int64_t block = 2 * k * padded(k), strips = 2 * border * (padded(d) + border);
+  const int64_t transposed = layout.transposed ? (border + d) * padded(border) : 0;
+  return block + strips + transposed + 2 * padded(d);
+}
+
+struct FactorKernels {
+  // Of a diagonal, block-diagonal or bordered factor: K, H, Pi(K^T K) and the mean traces.
+  void (*curvature)(FactorTask& task, void* scratch);
+  // And the candidates; `partner` is the layer's other factor.
+  void (*candidate)(FactorTask& task, const FactorTask& partner, const FactorOptions& options,
+                    void* scratch);
+  // Slots [begin, end) of any factor: K in T; the terms of the new momentum in H and Pi(K^T K), in
+  // the place of H; its term in the old one; a candidate values + old as it is stored (old may be
+  // null), and whether it is finite.
+  void (*load)(const FactorTask& task, int64_t begin, int64_t end);
+  void (*momentum)(const FactorTask& task, const FactorTask& partner, const FactorOptions& options,
+                   int64_t begin, int64_t end);
+  void (*old_momentum)(const FactorTask& task, const FactorOptions& options, int64_t begin,
+                       int64_t end);
+  bool (*store)(const void* values, const void* old, int64_t begin, int64_t end, const Array& to,
+                const RoundingKey& key);
+};
+
 struct Kernels {
   const char* name;
   StatisticKernels<float> statistic_float;
   StatisticKernels<double> statistic_double;
   StepKernels<float> step_float;
   StepKernels<double> step_double;
+  FactorKernels factors_float, factors_double;
 
   template <class T>
   const StatisticKernels<T>& statistic() const {
@@ -165,6 +217,9 @@ struct Kernels {
     } else {
       return step_float;
     }
+  }
+  const FactorKernels& factors(Scalar type) const {
+    return type == Scalar::kFloat64 ? factors_double : factors_float;
   }
 };
 

@@ -9,6 +9,9 @@ namespace {
 #include "prepare.h"
 #include "statistics.h"
 #include "step.h"
+// step.h comes before what stores as it does.
+#include "factors.h"
+#include "candidates.h"
 
 #define SINGD_STRING(name) SINGD_STRING_(name)
 #define SINGD_STRING_(name) #name
@@ -16,6 +19,8 @@ namespace {
 }  // namespace
 
 const Kernels kernels{SINGD_STRING(SINGD_INSTRUCTIONS), statistic_kernels<float>(),
-                      statistic_kernels<double>(), step_kernels<float>(), step_kernels<double>()};
+                      statistic_kernels<double>(),      step_kernels<float>(),
+                      step_kernels<double>(),           factor_kernels<float>(),
+                      factor_kernels<double>()};
 
 }  // namespace singd::cpu::SINGD_INSTRUCTIONS
