@@ -9,10 +9,14 @@ namespace singd::cpu {
 
 inline Scalar array_type(at::ScalarType dtype) {
   switch (dtype) {
-    case at::kDouble: return Scalar::kFloat64;
-    case at::kBFloat16: return Scalar::kBFloat16;
-    case at::kHalf: return Scalar::kFloat16;
-    default: return Scalar::kFloat32;
+    case at::kDouble:
+      return Scalar::kFloat64;
+    case at::kBFloat16:
+      return Scalar::kBFloat16;
+    case at::kHalf:
+      return Scalar::kFloat16;
+    default:
+      return Scalar::kFloat32;
   }
 }
 

@@ -137,8 +137,8 @@ struct StatisticKernels {
                     int64_t to_stride);
   // From S^T X and column squares of X to the statistic of a column-bordered factor; scratch:
   // border * padded(border).
-  void (*finish_column_border)(const Layout& layout, const T* factor, const T* v,
-                               const T* products, const T* squares, T* statistic, T* scratch);
+  void (*finish_column_border)(const Layout& layout, const T* factor, const T* v, const T* products,
+                               const T* squares, T* statistic, T* scratch);
 };
 inline constexpr int64_t kChunkRows = 64, kProductRows = 12;
 

@@ -19,11 +19,11 @@
 
 namespace singd::cpu {
 
-
 template <class T>
 class LocalStep {
  public:
-  explicit LocalStep(at::Tensor& workspace) : workspace_(workspace), kernels_(kernels().step<T>()) {}
+  explicit LocalStep(at::Tensor& workspace)
+      : workspace_(workspace), kernels_(kernels().step<T>()) {}
 
   // Adds a layer; the factors' storages are null where the side is the identity.
   void add(const StepLayer<T>& layer, ConstArray left, int64_t left_size, ConstArray right,
@@ -107,9 +107,9 @@ class LocalStep {
     return product.kind == LocalKind::kBlocks ? product.layout.block : 1;
   }
   static int64_t step_scratch(const StepLayer<T>& layer, const Panel& panel) {
-    const int64_t thin =
-        layer.right.has_border() ? (panel.row_end - panel.row_begin) * padded(layer.right.border())
-                                 : 0;
+    const int64_t thin = layer.right.has_border()
+                             ? (panel.row_end - panel.row_begin) * padded(layer.right.border())
+                             : 0;
     return 2 * (panel.scratch() + thin);
   }
 

@@ -10,14 +10,15 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/square.h>
 #include <ATen/ops/view_as_real.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <array>
 
 #include "../structures/layout.h"
 #include "../structures/matrix_view.h"
+#include "rows.h"
+#include "thread_scratch.h"
 
 namespace singd::cpu {
 
@@ -92,12 +93,12 @@ struct AtenMath {
   // rounding there would spread over all l, also where few terms make out[l].
   template <class T>
   static void add_autocorrelation(const T* y, int64_t m, int64_t d, T* out) {
-    const int64_t n = fft_length(d);
-    const at::Tensor spectrum = at::fft_rfft(tensor(MatrixView<const T>{y, d}, m, d, 1), n, 1);
-    // Rows, and real and imaginary parts; a braced {0, 2} does not compile with torch 2.11.
-    const std::array<int64_t, 2> summed = {0, 2};
-    const at::Tensor power =
-        at::square(at::view_as_real(spectrum)).sum(at::IntArrayRef(summed), false, at::kDouble);
+    const int64_t n = fft_length(d), frequencies = n / 2 + 1;
+    const at::Tensor spectrum =
+        at::view_as_real(at::fft_rfft(tensor(MatrixView<const T>{y, d}, m, d, 1), n, 1))
+            .contiguous();
+    const at::Tensor squares = column_squares(spectrum.view({m, 2 * frequencies}));
+    const at::Tensor power = squares.view({frequencies, 2}).sum(1);
     const at::Tensor sums = at::fft_irfft(power.to(at::kComplexDouble), n, 0).narrow(0, 0, d);
     tensor(MatrixView<T>{out, d}, 1, d, 1).add_(sums);
   }
@@ -108,6 +109,18 @@ struct AtenMath {
   }
 
  private:
+  // In float64, [columns].
+  static at::Tensor column_squares(const at::Tensor& rows) {
+    const int64_t columns = rows.size(1);
+    const at::Tensor sums = at::zeros({columns}, rows.options().dtype(at::kDouble));
+    const RowsView view = rows_view(rows.unsqueeze(0), Shared::kExpand);
+    at::parallel_for(0, columns, 512, [&](int64_t begin, int64_t end) {
+      kernels().statistic<double>().diagonal(view, begin, end, sums.mutable_data_ptr<double>(),
+                                             thread_scratch<double>(padded(end - begin)));
+    });
+    return sums;
+  }
+
   // A length >= 2 d - 1 of small prime factors, so that circular products do not wrap around.
   static int64_t fft_length(int64_t d) {
     for (int64_t n = 2 * d - 1;; ++n) {

@@ -7,8 +7,8 @@
 //
 // Products with diagonal, block-diagonal and bordered factors are local: all such layers go through
 // the vectorised kernels together (local_step.h). Dense and Toeplitz factors need the whole
-// gradient: ATen's products leave the preconditioned gradient in the workspace, and the same kernels
-// write it.
+// gradient: ATen's products leave the preconditioned gradient in the workspace, and the same
+// kernels write it.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/from_blob.h>
@@ -34,9 +34,12 @@ struct Options {
 
 LocalKind local_kind(const Layout& layout) {
   switch (layout.family) {
-    case Family::kDiagonal: return LocalKind::kDiagonal;
-    case Family::kBlockDiagonal: return LocalKind::kBlocks;
-    default: return layout.transposed ? LocalKind::kColumnBorder : LocalKind::kRowBorder;
+    case Family::kDiagonal:
+      return LocalKind::kDiagonal;
+    case Family::kBlockDiagonal:
+      return LocalKind::kBlocks;
+    default:
+      return layout.transposed ? LocalKind::kColumnBorder : LocalKind::kRowBorder;
   }
 }
 

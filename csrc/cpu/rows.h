@@ -1,5 +1,5 @@
-// The rows of X or g of one layer as the kernels see them: any dtype and strides in, KFAC-reduce and
-// the bias column applied on the way.
+// The rows of X or g of one layer as the kernels see them: any dtype and strides in, KFAC-reduce
+// and the bias column applied on the way.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,8 +14,8 @@
 
 namespace singd::cpu {
 
-// `rows` is [batch, shared, features], of any strides. Without a shared position there is nothing to
-// reduce, and no row.
+// `rows` is [batch, shared, features], of any strides. Without a shared position there is nothing
+// to reduce, and no row.
 inline RowsView rows_view(const at::Tensor& rows, Shared shared) {
   const int64_t positions = rows.size(1);
   RowsView view{};
@@ -32,10 +32,12 @@ inline RowsView rows_view(const at::Tensor& rows, Shared shared) {
   return view;
 }
 
-// f(chunk, m) with m rows as a contiguous m x dim array, for products of size that ATen takes: enough
-// rows that dense factors apply K to U = X^T X instead of to X, and few enough to bound the memory.
+// f(chunk, m) with m rows as a contiguous m x dim array, for products of size that ATen takes:
+// enough rows that dense factors apply K to U = X^T X instead of to X, and few enough to bound the
+// memory.
 template <class T, class Function>
-void for_each_chunk(const at::Tensor& rows, const RowsView& view, const Layout& layout, Function f) {
+void for_each_chunk(const at::Tensor& rows, const RowsView& view, const Layout& layout,
+                    Function f) {
   const int64_t d = layout.dim;
   const int64_t size = layout.family == Family::kDense
                            ? std::max<int64_t>(512, 8 * d)
@@ -50,8 +52,8 @@ void for_each_chunk(const at::Tensor& rows, const RowsView& view, const Layout& 
       continue;
     }
     at::parallel_for(0, count, std::max<int64_t>(1, 32768 / d), [&](int64_t begin, int64_t end) {
-      kernels().statistic<T>().load(view, first + begin, end - begin, 0, d, chunk.data() + begin * d,
-                                    d);
+      kernels().statistic<T>().load(view, first + begin, end - begin, 0, d,
+                                    chunk.data() + begin * d, d);
     });
     f(chunk.data(), count);
   }

@@ -32,18 +32,19 @@ class LocalStatistic {
   }
 
  private:
-  // Columns of a panel: of a chunk of rows they fit the first cache.
-  static constexpr int64_t kPanelColumns = 96;
+  // Columns of a panel: of a chunk of rows they fit the first cache; of one row, for squares alone.
+  static constexpr int64_t kPanelColumns = 96, kWideColumns = 4096;
 
   int64_t border() const { return layout_.head + layout_.tail; }
 
-  // f(begin, end, scratch) for panels of whole units of columns, in threads.
+  // f(begin, end) for panels of at most so many columns, in whole units, in threads.
   template <class Function>
-  void for_each_panel(int64_t unit, int64_t work, Function f) const {
+  void for_each_panel(int64_t unit, int64_t work, int64_t columns, Function f) const {
     const int64_t units = (layout_.dim + unit - 1) / unit;
-    const int64_t least = std::max<int64_t>(1, kLeastWork / std::max<int64_t>(1, rows_.count * unit * work));
+    const int64_t least =
+        std::max<int64_t>(1, kLeastWork / std::max<int64_t>(1, rows_.count * unit * work));
     at::parallel_for(0, units, least, [&](int64_t first, int64_t last) {
-      const int64_t step = std::max<int64_t>(1, kPanelColumns / unit);
+      const int64_t step = std::max<int64_t>(1, columns / unit);
       for (int64_t i = first; i < last; i += step) {
         f(i * unit, std::min(std::min(i + step, last) * unit, layout_.dim));
       }
@@ -51,7 +52,7 @@ class LocalStatistic {
   }
 
   void add_diagonal() const {
-    for_each_panel(kPadding, 1, [&](int64_t begin, int64_t end) {
+    for_each_panel(kPadding, 1, kWideColumns, [&](int64_t begin, int64_t end) {
       T* scratch = thread_scratch<T>((kChunkRows + 1) * padded(end - begin));
       kernels_.diagonal(rows_, begin, end, statistic_, scratch);
     });
@@ -59,9 +60,8 @@ class LocalStatistic {
 
   void add_blocks() const {
     const int64_t k = padded(layout_.block);
-    for_each_panel(layout_.block, layout_.block, [&](int64_t begin, int64_t end) {
-      T* scratch =
-          thread_scratch<T>(kChunkRows * (padded(end - begin) + kPadding) + k * k);
+    for_each_panel(layout_.block, layout_.block, kPanelColumns, [&](int64_t begin, int64_t end) {
+      T* scratch = thread_scratch<T>(kChunkRows * (padded(end - begin) + kPadding) + k * k);
       kernels_.blocks(rows_, layout_, begin, end, statistic_, scratch);
     });
   }
@@ -69,7 +69,7 @@ class LocalStatistic {
   // products [border, dim] and squares [dim] of all columns.
   void add_border(const T* e, T* products, T* squares) const {
     const int64_t thin = padded(border());
-    for_each_panel(kPadding, border(), [&](int64_t begin, int64_t end) {
+    for_each_panel(kPadding, border(), kPanelColumns, [&](int64_t begin, int64_t end) {
       const int64_t wide = padded(end - begin);
       T* scratch = thread_scratch<T>((kChunkRows + 1 + thin) * wide + 2 * kChunkRows * thin);
       kernels_.border(rows_, layout_, e, begin, end, products, squares, scratch);
@@ -107,7 +107,7 @@ class LocalStatistic {
 
   const RowsView& rows_;
   const Layout& layout_;
-  const T *factor_;
+  const T* factor_;
   T* statistic_;
   const StatisticKernels<T>& kernels_ = kernels().statistic<T>();
 };

@@ -2,16 +2,15 @@
 namespace singd::cpu::SINGD_INSTRUCTIONS {
 namespace {
 
+// clang-format off: in the order of what uses what
 #include "vector.h"
-// vector.h comes first.
 #include "product.h"
-// product.h comes before what multiplies.
 #include "prepare.h"
 #include "statistics.h"
 #include "step.h"
-// step.h comes before what stores as it does.
 #include "factors.h"
 #include "candidates.h"
+// clang-format on
 
 #define SINGD_STRING(name) SINGD_STRING_(name)
 #define SINGD_STRING_(name) #name

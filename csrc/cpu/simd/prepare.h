@@ -72,7 +72,8 @@ void prepare_border(LocalProduct<T>& product, const T* factor, T* scratch) {
   }
   if (product.kind == LocalKind::kColumnBorder) {  // F = R^T: P = E^T E + D^2
     for (int64_t r = 0; r < b; ++r) {
-      for (int64_t j = 0; j < wide; ++j) product.wide[r * wide + j] = j < d ? factor[r * d + j] : T(0);
+      for (int64_t j = 0; j < wide; ++j)
+        product.wide[r * wide + j] = j < d ? factor[r * d + j] : T(0);
     }
   } else {  // P[B, B] = E E^T and P[B, j] = E[:, j] D_j
     transpose_padded(factor, b, d, d, scratch, thin);
@@ -108,9 +109,12 @@ void prepare_product(LocalProduct<T>& product, ConstArray storage, int64_t size,
   const T* factor = scratch;
   scratch += size;
   switch (product.kind) {
-    case LocalKind::kIdentity: return;
-    case LocalKind::kDiagonal: return prepare_diagonal(product, factor);
-    case LocalKind::kBlocks: return prepare_blocks(product, factor, scratch);
+    case LocalKind::kIdentity:
+      return;
+    case LocalKind::kDiagonal:
+      return prepare_diagonal(product, factor);
+    case LocalKind::kBlocks:
+      return prepare_blocks(product, factor, scratch);
     default:
       prepare_border(product, factor, scratch);
       product.norm = border_norm(product);

@@ -1,6 +1,6 @@
-// C <- A B + C, A B, or A B + C diag(scale), with C in registers: the one matrix product of the sparse structures. Rows of B and C
-// are contiguous, A has any strides; `columns` is a multiple of the vector length, which padding
-// makes it.
+// C <- A B + C, A B, or A B + C diag(scale), with C in registers: the one matrix product of the
+// sparse structures. Rows of B and C are contiguous, A has any strides; `columns` is a multiple of
+// the vector length, which padding makes it.
 
 // What becomes of the old C.
 template <class T>

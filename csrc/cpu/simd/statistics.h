@@ -67,8 +67,8 @@ void load_rows(const RowsView& rows, int64_t first, int64_t count, int64_t begin
 
 // sums[j] += sum over rows of x[r, j]^2; `partial` has `columns` numbers.
 template <class T>
-SINGD_INLINE void add_squares(const T* x, int64_t rows, int64_t stride, int64_t columns,
-                              T* partial, T* sums) {
+SINGD_INLINE void add_squares(const T* x, int64_t rows, int64_t stride, int64_t columns, T* partial,
+                              T* sums) {
 #pragma GCC ivdep
   for (int64_t j = 0; j < columns; ++j) partial[j] = x[j] * x[j];
   for (int64_t r = 1; r < rows; ++r) {
@@ -88,9 +88,36 @@ SINGD_INLINE void for_each_chunk(int64_t count, Function f) {
   }
 }
 
+// Column squares of plain rows, which are read where they are.
+template <class Stored, class T>
+SINGD_INLINE void add_plain_squares(const RowsView& rows, const Stored* data, int64_t begin,
+                                    int64_t end, T* partial, T* sums) {
+  for_each_chunk(rows.count, [&](int64_t first, int64_t count) {
+    for (int64_t j = 0; j < end - begin; ++j) partial[j] = T(0);
+    for (int64_t r = first; r < first + count; ++r) {
+      const Stored* row = row_start(rows, data, r) + begin;
+#pragma GCC ivdep
+      for (int64_t j = 0; j < end - begin; ++j) {
+        const T x = static_cast<T>(widen(row[j]));
+        partial[j] += x * x;
+      }
+    }
+#pragma GCC ivdep
+    for (int64_t j = 0; j < end - begin; ++j) sums[j] += partial[j];
+  });
+}
+
 template <class T>
 void diagonal_statistic(const RowsView& rows, int64_t begin, int64_t end, T* sums, T* scratch) {
   const int64_t stride = padded(end - begin);
+  if (rows.feature_stride == 1 && !rows.reduce) {
+    const int64_t features = smaller(end, rows.features);
+    with_type(rows.array, [&](const auto* data) {
+      add_plain_squares(rows, data, begin, features, scratch, sums + begin);
+    });
+    if (end > rows.features) sums[rows.features] += static_cast<T>(rows.count);
+    return;
+  }
   T* partial = scratch + kChunkRows * stride;
   for_each_chunk(rows.count, [&](int64_t first, int64_t count) {
     load_rows(rows, first, count, begin, end, scratch, stride);
@@ -162,8 +189,8 @@ void border_rows(const RowsView& rows, const Layout& layout, const T* v, int64_t
   for (int64_t at = 0; at < count; at += kProductRows) {
     const int64_t size = smaller(kProductRows, count - at);
     load_rows(rows, first + at, size, 0, layout.dim, scratch, stride);
-    multiply<T>(size, thin, layout.dim, {scratch, stride, 1}, v, thin, s + (first + at) * thin, thin,
-                kOverwrite<T>);
+    multiply<T>(size, thin, layout.dim, {scratch, stride, 1}, v, thin, s + (first + at) * thin,
+                thin, kOverwrite<T>);
   }
 }
 
@@ -189,7 +216,6 @@ void finish_column_border(const Layout& layout, const T* factor, const T* v, con
 
 template <class T>
 constexpr StatisticKernels<T> statistic_kernels() {
-  return {load_rows<T>,        diagonal_statistic<T>, block_statistic<T>,
-          border_statistic<T>, border_rows<T>,        transpose_padded<T>,
-          finish_column_border<T>};
+  return {load_rows<T>,   diagonal_statistic<T>, block_statistic<T>,     border_statistic<T>,
+          border_rows<T>, transpose_padded<T>,   finish_column_border<T>};
 }

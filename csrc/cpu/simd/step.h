@@ -290,9 +290,8 @@ void write_pointwise(const StepLayer<T>& layer, const Panel& panel) {
     with_type(part.weight, [&](auto* weight) {
       const auto* gradient = static_cast<decltype(weight)>(const_cast<void*>(part.gradient.data));
       write_rows<T>(layer, panel, part, first, count,
-                    gradient + panel.row_begin * part.gradient_stride + first,
-                    part.gradient_stride, row_scale, scale, weight,
-                    static_cast<decltype(weight)>(part.momentum.data));
+                    gradient + panel.row_begin * part.gradient_stride + first, part.gradient_stride,
+                    row_scale, scale, weight, static_cast<decltype(weight)>(part.momentum.data));
     });
   });
 }

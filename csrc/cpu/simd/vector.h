@@ -119,19 +119,27 @@ struct Pointee<T*> {
 template <class Function>
 SINGD_INLINE void with_type(const Array& array, Function f) {
   switch (array.type) {
-    case Scalar::kFloat64: return f(static_cast<double*>(array.data));
-    case Scalar::kFloat32: return f(static_cast<float*>(array.data));
-    case Scalar::kBFloat16: return f(static_cast<BFloat16*>(array.data));
-    case Scalar::kFloat16: return f(static_cast<Float16*>(array.data));
+    case Scalar::kFloat64:
+      return f(static_cast<double*>(array.data));
+    case Scalar::kFloat32:
+      return f(static_cast<float*>(array.data));
+    case Scalar::kBFloat16:
+      return f(static_cast<BFloat16*>(array.data));
+    case Scalar::kFloat16:
+      return f(static_cast<Float16*>(array.data));
   }
 }
 template <class Function>
 SINGD_INLINE void with_type(const ConstArray& array, Function f) {
   switch (array.type) {
-    case Scalar::kFloat64: return f(static_cast<const double*>(array.data));
-    case Scalar::kFloat32: return f(static_cast<const float*>(array.data));
-    case Scalar::kBFloat16: return f(static_cast<const BFloat16*>(array.data));
-    case Scalar::kFloat16: return f(static_cast<const Float16*>(array.data));
+    case Scalar::kFloat64:
+      return f(static_cast<const double*>(array.data));
+    case Scalar::kFloat32:
+      return f(static_cast<const float*>(array.data));
+    case Scalar::kBFloat16:
+      return f(static_cast<const BFloat16*>(array.data));
+    case Scalar::kFloat16:
+      return f(static_cast<const Float16*>(array.data));
   }
 }
 
