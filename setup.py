@@ -116,7 +116,9 @@ class Build(BuildExtension):
         self.build_temp = temp
 
 
-COMPILE_ARGS = ["/O2"] if sys.platform == "win32" else ["-O3", "-g0", "-fno-math-errno", "-fopenmp", "-Wall"]
+COMPILE_ARGS = (
+    ["/O2"] if sys.platform == "win32" else ["-O3", "-g0", "-fno-math-errno", "-fopenmp", "-Wall"]
+)
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 major, minor = torch_release()
 if os.environ.get("SINGD_EMULATION") == "1":
