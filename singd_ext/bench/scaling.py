@@ -3,7 +3,8 @@
 Each operator is timed alone while one of d, k, m and the number of layers changes (k: the block or
 the border). The exponent is the slope of a line through the larger half of the points in a log-log
 plot; Table 2's is that of its formula through the same points, so that logarithms and lower terms
-count. Small sizes show overheads, and a size at which operands leave a cache shows as a step.
+count. Small sizes show overheads. Calls take turns on copies of the operands that no cache holds
+together, as training leaves them: else a size at which they leave a cache would show as growth.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ Say = Callable[[str], None]
 GROUP, EXPONENTS = "scaling", "scaling: exponents"
 EXPONENT, PAPER, PAPER_EXPONENT = "exponent", "Table 2", "Table 2's exponent"
 STATISTIC, UPDATE, STEP = "accumulate_statistic_", "update_factors_", "preconditioned_update_"
+BEYOND_CACHES, MOST_COPIES = 64 << 20, 128  # bytes, and copies of operands
 STRUCTURES = (
     "diagonal",
     "rank_triu:1",
@@ -199,8 +201,10 @@ def _time(
         specs[value] = spec_at(structure, point.k)
         shape = Shape(point.m, point.d, point.d, point.layers)
         case = OPERATORS[operator](Setting(specs[value], shape, DTYPES[dtype], device))
-        operands.append(case.operands)
-        calls[value] = [partial(case.ours, case.operands)]
+        number = 1 if options.small else _copies(case.operands)
+        copies = [case.operands, *(cases.clone(case.operands) for _ in range(number - 1))]
+        calls[value] = [partial(case.ours, copy) for copy in copies]
+        operands += copies
     samples = timing.kernels(calls, options.rounds, device)
     for changed in operands:  # a call on infinities may do less
         finite = all(t.isfinite().all() for t in cases.tensors(changed))
@@ -216,6 +220,12 @@ def _time(
         group = f"{GROUP}: {operator} against {sweep.variable}"
         rows.append(Row(group, operator, labels, figures, {TIME: timing.spread(samples[value])}))
     return rows
+
+
+def _copies(operands: cases.Operands) -> int:
+    """Return how many copies exceed the caches, or are enough to be sure where they are small."""
+    nbytes = sum(t.numel() * t.element_size() for t in cases.tensors(operands))
+    return min(MOST_COPIES, math.ceil(BEYOND_CACHES / nbytes))
 
 
 def _exponents(operator: str, sweep: Sweep, structure: str, dtype: str, rows: Sequence[Row]) -> Row:
