@@ -17,6 +17,10 @@ KERNELS = ["--kernels", "--small", "--device", "cpu", "--structures", "diagonal"
 
 TRAINING = ["--small", "--device", "cpu", "--structures", "diagonal", "--T", "2", "--rounds", "2",
             "--steps", "2"]  # fmt: skip
+GOALS = ["--goals", "--small", "--device", "cpu", "--structures", "diagonal", "--width", "16",
+         "--dtypes", "float32", "--rounds", "2", "--steps", "1"]  # fmt: skip
+SCALING = ["--scaling", "--small", "--device", "cpu", "--structures", "block_diagonal:8",
+           "--rounds", "2"]  # fmt: skip
 PROFILE = ["--profile", "--small", "--device", "cpu", "--T", "2", "--rounds", "2"]
 
 
@@ -69,7 +73,9 @@ def test_files_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "mode", [KERNELS, TRAINING, PROFILE], ids=["kernels", "training", "profile"]
+    "mode",
+    [KERNELS, TRAINING, PROFILE, GOALS, SCALING],
+    ids=["kernels", "training", "profile", "goals", "scaling"],
 )
 def test_plot(mode: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
@@ -94,6 +100,20 @@ def test_profile_with_every_option(tmp_path: Path) -> None:
     result = saved(tmp_path / "run.json", *arguments)
     assert result.rows
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_goals_with_every_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*GOALS, "--seconds", "5", "--seed", "1"]
+    result = saved(tmp_path / "run.json", *arguments)
+    names = ["goals: width 16, fp32", "memory: width 16, fp32", "training step", "optimizer step"]
+    assert list(result.groups()) == names  # float32 is fp32
+    assert any(line.endswith(("yes", "no")) for line in capsys.readouterr().out.splitlines())
+
+
+def test_scaling_with_every_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = saved(tmp_path / "run.json", *SCALING, "--dtypes", "fp64")
+    assert "scaling: exponents" in result.groups()
+    assert "Table 2's exponent" in capsys.readouterr().out
 
 
 TRAFFIC = ["--traffic", "--preset", "tiny", "--structures", "diagonal", "rank_triu:1", "--T", "5",

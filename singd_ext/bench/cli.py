@@ -11,7 +11,19 @@ from typing import Any
 import torch
 
 from .. import _C
-from . import compare, kernels, machine, plots, presets, profiling, report, traffic, training
+from . import (
+    compare,
+    goals,
+    kernels,
+    machine,
+    plots,
+    presets,
+    profiling,
+    report,
+    scaling,
+    traffic,
+    training,
+)
 from .cases import OPERATORS, Shape
 from .results import Result, load_json
 
@@ -25,6 +37,8 @@ preset, SINGD and its rivals interleaved in one run."""
 _TAKES = {
     "training": "preset model small batch structures T dtypes rivals rounds steps seconds device "
     "seed",
+    "goals": "width structures dtypes rounds steps seconds device seed small",
+    "scaling": "structures dtypes rounds device small",
     "kernels": "operators structures shapes dtypes rounds device small",
     "traffic": "preset structures T tokens bandwidth",
     "profile": "preset model small batch structures T dtypes rounds device seed",
@@ -40,6 +54,12 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     modes = p.add_argument_group("modes").add_mutually_exclusive_group()
+    modes.add_argument(
+        "--goals", action="store_true", help="speed goals of the CPU, and whether they are met here"
+    )
+    modes.add_argument(
+        "--scaling", action="store_true", help="how times grow with d, k, m and layers, and Table 2"
+    )
     modes.add_argument(
         "--kernels", action="store_true", help="every operator, beside plain PyTorch"
     )
@@ -73,7 +93,9 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     add("--batch", type=int, help="sequences or images a step (default: the preset's)")
     add("--structures", nargs="+", metavar="SPEC", help="default: every structure")
     add("--T", nargs="+", type=int, help="steps between factor updates (default: 1 10 50)")
-    add("--dtypes", nargs="+", metavar="DTYPE", help="fp32, bf16, autocast; --kernels: fp16, fp64")
+    words = "fp32, bf16, autocast; --kernels: fp16, fp64 too, not autocast"
+    add("--dtypes", nargs="+", type=_dtype, metavar="DTYPE", help=words)
+    add("--width", nargs="+", type=int, help="of --goals: of the GPT (default: 256 768)")
     add("--rivals", nargs="*", metavar="NAME", help="sgd, muon, singd, beside fused AdamW")
     add("--rounds", type=int, help="samples of each")
     add("--steps", type=int, help="training steps that a sample has at least")
@@ -92,6 +114,16 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("--csv", type=Path, metavar="FILE", help="save the run, a line a figure")
     add("--plot", type=Path, metavar="FILE.png", help="roofline, ratios to AdamW, memory")
     add("--compare", type=Path, metavar="OLD.json", help="what changed beyond the spread")
+
+
+def _dtype(text: str) -> str:
+    """A dtype by the bench's name, or by PyTorch's."""
+    names = {name: short for short, dtype in kernels.DTYPES.items() for name in _names(dtype)}
+    return names.get(text, text)
+
+
+def _names(dtype: torch.dtype) -> tuple[str, ...]:
+    return str(dtype), str(dtype).removeprefix("torch.")
 
 
 def _shape(text: str) -> Shape:
@@ -139,7 +171,8 @@ def _run(words: list[str], given: dict[str, Any]) -> None:
 
 
 def _measure(words: list[str], given: dict[str, Any]) -> Result:
-    mode = next((name for name in ("kernels", "traffic", "profile") if name in given), "training")
+    modes = ("goals", "scaling", "kernels", "traffic", "profile")
+    mode = next((name for name in modes if name in given), "training")
     trace = given.pop(mode, None)
     for name in given:
         if name not in _TAKES[mode].split():
@@ -175,6 +208,14 @@ def _training(given: dict[str, Any], _: object, progress: Say, note: Say) -> lis
     return training.run(training.TrainingOptions(**_tuples(given)), progress, note)
 
 
+def _goals(given: dict[str, Any], _: object, progress: Say, note: Say) -> list[Any]:
+    return goals.run(goals.GoalOptions(**_tuples(given)), progress, note)
+
+
+def _scaling(given: dict[str, Any], _: object, progress: Say, note: Say) -> list[Any]:
+    return scaling.run(scaling.ScalingOptions(**_tuples(given)), progress, note)
+
+
 def _kernels(given: dict[str, Any], _: object, progress: Say, note: Say) -> list[Any]:
     return kernels.run(kernels.KernelOptions(**_tuples(given)), progress, note)
 
@@ -197,6 +238,8 @@ def _profile(given: dict[str, Any], trace: Path, progress: Say, note: Say) -> li
 
 _MODES = {
     "training": _training,
+    "goals": _goals,
+    "scaling": _scaling,
     "kernels": _kernels,
     "traffic": _traffic,
     "profile": _profile,

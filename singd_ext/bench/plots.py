@@ -7,11 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from . import ceilings, kernels, profiling, rivals
-from .results import OF_ADAMW, PEAK_MEMORY, RATIO_TO_ADAMW, STATE, TIME, Result, Row
+from . import ceilings, goals, kernels, profiling, rivals, scaling
+from .results import MEASURED, OF_ADAMW, PEAK_MEMORY, RATIO_TO_ADAMW, STATE, TIME, Result, Row
 
 Panel = Callable[[Any], None]
-COLOURS = ("#3b6ea8", "#d98032", "#5a9a5a", "#a85a8c")
+COLOURS = ("#3b6ea8", "#d98032", "#5a9a5a", "#a85a8c", "#b8a23a", "#5f6f7f")
 RIVAL_COLOURS = {rivals.OURS: COLOURS[0], rivals.PYPI: COLOURS[1]}
 OTHER_COLOUR = "#8f8f8f"
 
@@ -34,11 +34,14 @@ def save(result: Result, path: Path) -> None:
     panels = _panels(result)
     if not panels:
         raise ValueError("--plot: the run has no figures to draw")
-    columns = 2 if len(panels) > 1 else 1
+    columns = 3 if any(g.startswith(scaling.GROUP) for g in result.groups()) else 2
+    columns = min(columns, len(panels))
     heights = [
         max(height for height, _ in panels[i : i + columns]) for i in range(0, len(panels), columns)
     ]
-    figure = Figure(figsize=(8 * columns, sum(heights) + 0.4), layout="constrained")
+    figure = Figure(
+        figsize=((8 if columns < 3 else 5) * columns, sum(heights) + 0.4), layout="constrained"
+    )
     axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).flat
     for axis, (_, draw) in zip(axes, panels, strict=False):
         draw(axis)
@@ -62,6 +65,13 @@ def _panels(result: Result) -> list[tuple[float, Panel]]:
         panels.append((5.5, lambda axis: _roofline(axis, dots, limits)))
     drawn = set()
     for group, rows in result.groups().items():
+        if group.startswith(scaling.GROUP):
+            if group != scaling.EXPONENTS:
+                panels.append((4.2, _growth(group, rows)))
+            continue
+        if group.startswith(goals.GROUP):
+            panels.append((1.2 + 0.3 * len(rows), _goals(group, rows)))
+            continue
         for name, unit, scale in (
             (RATIO_TO_ADAMW, "time over fused AdamW's (1 = as fast)", 1.0),
             (STATE, "optimizer state, MiB", 2.0**20),
@@ -144,3 +154,47 @@ def _roofline(axis: Any, rows: Sequence[Row], limits: Sequence[Row]) -> None:
     axis.set_ylabel("GFLOP/s (implied by the measured time)", fontsize=8)
     axis.set_title("kernels: roofline", fontsize=9, loc="left")
     axis.legend(fontsize=7)
+
+
+def _growth(group: str, rows: Sequence[Row]) -> Panel:
+    """Times against one variable, and dotted the growth of Table 2 through the last point."""
+
+    def draw(axis: Any) -> None:
+        variable = group.rpartition(" ")[2]
+        for index, (name, points) in enumerate(scaling.curves(rows, variable)):
+            colour = COLOURS[index % len(COLOURS)]
+            values = [int(row.labels[variable]) for row in points]
+            times = [row.figures[TIME].value * 1e3 for row in points]
+            paper = [row.figures[scaling.PAPER].value for row in points]
+            axis.plot(values, times, "o-", color=colour, markersize=3, linewidth=1, label=name)
+            line = [times[-1] * count / paper[-1] for count in paper]
+            axis.plot(values, line, ":", color=colour, linewidth=1)
+        axis.set(xscale="log", yscale="log")
+        axis.set_xlabel(f"{variable} (dotted: growth by Table 2)", fontsize=8)
+        axis.set_ylabel("ms (measured)", fontsize=8)
+        axis.set_title(group.partition(": ")[2], fontsize=9, loc="left")
+        axis.legend(fontsize=6)
+
+    return draw
+
+
+def _goals(group: str, rows: Sequence[Row]) -> Panel:
+    """Ratios, each with its goal as a mark."""
+
+    def draw(axis: Any) -> None:
+        ratios = [row.figures[MEASURED].value for row in rows]
+        met = [row.figures[goals.MET].value if goals.MET in row.figures else None for row in rows]
+        colours = [OTHER_COLOUR if m is None else COLOURS[2] if m else COLOURS[1] for m in met]
+        axis.scatter(ratios, range(len(rows)), color=colours, zorder=2)
+        for index, (row, ratio) in enumerate(zip(rows, ratios, strict=True)):
+            axis.text(ratio, index - 0.15, f" {ratio:.3g}", va="bottom", fontsize=7)
+            if goals.GOAL in row.figures:
+                axis.plot(row.figures[goals.GOAL].value, index, "k|", markersize=12)
+        texts = [f"{row.labels['structure']}: {row.name}" for row in rows]
+        axis.set_yticks(range(len(rows)), texts, fontsize=7)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel("ratio (measured); | the goal", fontsize=8)
+        axis.set_title(group, fontsize=9, loc="left")
+
+    return draw

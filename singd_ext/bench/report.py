@@ -26,6 +26,7 @@ _SCALES: dict[str, Sequence[tuple[float, str]]] = {
 LEGEND = (
     "measured: by a clock or an allocator, on this machine. counted: exact and repeatable. "
     "implied: computed from other figures or from a given bandwidth. "
+    "given: a goal, or the paper's. "
     "±: interquartile range over the median."
 )
 
@@ -34,6 +35,8 @@ def text_of(figure: Figure, spread: float | None = None) -> str:
     """Return a figure in a readable unit, with its spread."""
     noise = "" if spread is None else f" ±{100 * spread:.0f}%"
     value, unit = figure.value, figure.unit
+    if unit == "yes/no":
+        return "yes" if value else "no"
     for size, scaled in _SCALES.get(unit, ()):
         if abs(value) >= size or size == _SCALES[unit][-1][0]:
             return f"{_digits(value / size)} {scaled}{noise}"

@@ -3,6 +3,7 @@
     measured   by a clock or by an allocator, on this machine
     counted    exact and repeatable: bytes, sectors, launches, state
     implied    computed from figures of both kinds, or from a bandwidth that was given
+    given      not found but wanted, or what the paper says
 
 A figure that could not be had is absent, and a note says why. A `Result` is saved as JSON of the
 schema in `schema.py`, or as CSV with a line a figure.
@@ -26,10 +27,11 @@ RATIO_TO_ADAMW = "ratio to AdamW"  # of medians, 1 for fused AdamW itself
 OF_ADAMW = "of fused AdamW"  # of the bytes that a step moves
 STATE = "state"  # B, the optimizer's own tensors between steps
 PEAK_MEMORY = "peak memory"  # B
+MEASURED = "ratio"  # x, beside the goal that is given
 
 # Units. The report brings them to a readable size; a ratio has "x", a bare number none.
 SECONDS, BYTES, BYTES_PER_SECOND, FLOP_PER_SECOND = "s", "B", "B/s", "FLOP/s"
-RATIO, PERCENT, NUMBER = "x", "%", ""
+RATIO, PERCENT, NUMBER, YES_NO = "x", "%", "", "yes/no"
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Figure:
 
     Attributes:
         value: Finite, in `unit` (never scaled: seconds, bytes).
-        unit: "s", "B", "B/s", "FLOP/s", "%", "x" for a ratio, "" for a bare number.
-        kind: "measured", "counted" or "implied".
+        unit: "s", "B", "B/s", "FLOP/s", "%", "x" for a ratio, "yes/no" for 1 and 0, "" for a bare
+            number.
+        kind: "measured", "counted", "implied" or "given".
     """
 
     value: float
@@ -68,6 +71,11 @@ def counted(value: float, unit: str) -> Figure:
 def implied(value: float, unit: str) -> Figure:
     """Return a figure computed from others."""
     return Figure(value, unit, "implied")
+
+
+def given(value: float, unit: str) -> Figure:
+    """Return a figure that is a goal, or the paper's."""
+    return Figure(value, unit, "given")
 
 
 Key = tuple[str, str, tuple[tuple[str, str], ...]]

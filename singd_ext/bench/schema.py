@@ -10,8 +10,8 @@ import math
 from typing import Any
 
 VERSION = 1
-UNITS = ["s", "B", "B/s", "FLOP/s", "%", "x", ""]
-KINDS = ["measured", "counted", "implied"]
+UNITS = ["s", "B", "B/s", "FLOP/s", "%", "x", "yes/no", ""]
+KINDS = ["measured", "counted", "implied", "given"]
 
 _TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 

@@ -14,7 +14,7 @@ import gc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 
 from . import presets, timing
 from .clock import Clock, Span
@@ -39,6 +39,7 @@ from .rivals import ADAMW, PYPI, STRUCTURES, Rival, pair, rivals
 Say = Callable[[str], None]
 
 TRAINING_STEP, OPTIMIZER_STEP = "training step", "optimizer step"
+LEAST_SAMPLES = 3  # the first warms up, the others have a spread
 
 
 @dataclass(frozen=True)
@@ -195,40 +196,65 @@ def _compare(dtype: str, options: TrainingOptions, progress: Say, note: Say) -> 
     chosen, reasons = rivals(options.rivals, options.structures, trained)
     for reason in reasons:
         note(reason)
-    entries = _sampled(chosen, setting, options, lambda text: progress(f"{dtype}: {text}"), note)
+    periods = dict.fromkeys(options.periods)
+    turns = [(rival, tuple(periods) if rival.has_period else (1,)) for rival in chosen]
+    entries = sampled(turns, setting, options, lambda text: progress(f"{dtype}: {text}"), note)
     labels = {"preset": title, "dtype": dtype, "device": options.device}
     base = next(entry for entry in entries if entry.contender.rival.name == ADAMW)
-    return [row for entry in entries for row in _rows(entry, base, labels)]
+    return [row for entry in entries for row in rows_of(entry, base, labels)]
 
 
-def _sampled(
-    chosen: Sequence[Rival], setting: Setting, options: TrainingOptions, progress: Say, note: Say
+def sampled(
+    turns: Sequence[tuple[Rival, Sequence[int]]],
+    setting: Setting,
+    options: TrainingOptions,
+    progress: Say,
+    note: Say,
+    limit: float = inf,
 ) -> list[Entry]:
-    """Build the contenders, let them take turns, and check that they all trained."""
+    """Build the contenders, let them take turns, and check that they all trained.
+
+    Args:
+        turns: Optimizers, each with the T of its entries.
+        setting: What they train.
+        options: Rounds, steps and seconds of the samples.
+        progress, note: As of `run`.
+        limit: Seconds after which an entry that has the least number of samples sits out, and
+            that a single training step of PyPI `singd` may take, or it is left out.
+    """
     clock = Clock(setting.device)
     entries: list[Entry] = []
-    for rival in chosen:
+    for rival, periods in turns:
         progress(f"{rival.label}, memory")
         try:
-            entries += _entries(rival, setting, options, clock)
+            entries += _entries(rival, periods, setting, options, clock, limit)
         except Exception as error:
             if rival.name != PYPI:
                 raise
             note(f"{rival.label}, {setting.dtype}, is absent: {type(error).__name__}: {error}")
-    calls = {entry.title: _sample(entry, clock, progress) for entry in entries}
+    calls = {entry.title: _sample(entry, clock, progress, limit) for entry in entries}
     timing.interleaved(calls, options.rounds, setting.device)
     for entry in entries:
         entry.contender.check()
     return entries
 
 
-def _entries(rival: Rival, setting: Setting, options: TrainingOptions, clock: Clock) -> list[Entry]:
+def _entries(
+    rival: Rival,
+    periods: Sequence[int],
+    setting: Setting,
+    options: TrainingOptions,
+    clock: Clock,
+    limit: float,
+) -> list[Entry]:
     """Build a contender, measure its memory in steps that update the factors, and plan."""
     with measure(setting.device) as memory:
         contender = Contender(rival, setting)
         contender.steps.begin_cycle(1)
         for _ in range(2):
-            contender.train_step()
+            seconds = clock.seconds([contender.train_step().whole])
+            if rival.name == PYPI and seconds > limit:
+                raise TimeoutError(f"a training step takes {seconds:.0f} s; --seconds is too short")
     state = counted(contender.steps.state_bytes(), BYTES)
     peak = measured(memory.peak + setting.frozen_bytes(), BYTES)
     contender.steps.begin_cycle(2)
@@ -241,13 +267,14 @@ def _entries(rival: Rival, setting: Setting, options: TrainingOptions, clock: Cl
             state,
             peak,
         )
-        for T in (dict.fromkeys(options.periods) if rival.has_period else (1,))
+        for T in periods
     ]
 
 
-def _sample(entry: Entry, clock: Clock, progress: Say) -> Callable[[], None]:
+def _sample(entry: Entry, clock: Clock, progress: Say, limit: float = inf) -> Callable[[], None]:
     """Return a call that takes one sample and notes the seconds per step."""
     stride = 1 + entry.plan.others
+    steps = entry.plan.cycles * stride
 
     def per_step(spans: list[Span]) -> float:
         updates = spans[::stride]
@@ -256,16 +283,19 @@ def _sample(entry: Entry, clock: Clock, progress: Say) -> Callable[[], None]:
         return (clock.seconds(updates) + (entry.T - 1) * other) / entry.T
 
     def call() -> None:
+        taken = entry.training
+        if len(taken) >= LEAST_SAMPLES and steps * sum(taken) > limit:
+            return
         progress(entry.title)
         entry.contender.steps.begin_cycle(entry.T)
-        marks = [entry.contender.train_step() for _ in range(entry.plan.cycles * stride)]
+        marks = [entry.contender.train_step() for _ in range(steps)]
         entry.training.append(per_step([m.whole for m in marks]))
         entry.optimizer.append(per_step([m.optimizer for m in marks]))
 
     return call
 
 
-def _rows(entry: Entry, base: Entry, labels: dict[str, str]) -> list[Row]:
+def rows_of(entry: Entry, base: Entry, labels: dict[str, str]) -> list[Row]:
     """Return the rows of the training step and, where there is an optimizer, of its step."""
     rival = entry.contender.rival
     if rival.has_period:
@@ -284,11 +314,20 @@ def _times(
     entry: Entry, samples: list[float], base: list[float]
 ) -> tuple[dict[str, Figure], dict[str, float]]:
     """Return median and ratio of medians, and their spreads."""
-    samples, base = samples[1:], base[1:]  # the first turn of each warms up
-    median = timing.median(samples)
+    ratio, ratio_spread = compared(samples, base)
+    samples = samples[1:]
     figures = {
-        TIME: entry.time(median, SECONDS),
-        RATIO_TO_ADAMW: entry.time(median / timing.median(base), RATIO),
+        TIME: entry.time(timing.median(samples), SECONDS),
+        RATIO_TO_ADAMW: entry.time(ratio, RATIO),
     }
-    spread = {TIME: timing.spread(samples), RATIO_TO_ADAMW: timing.ratio_spread(samples, base)}
-    return figures, spread
+    return figures, {TIME: timing.spread(samples), RATIO_TO_ADAMW: ratio_spread}
+
+
+def compared(samples: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """Return the ratio of the medians over the rounds that both have, and its spread.
+
+    The first turn of each, which warms up, is left out.
+    """
+    count = min(len(samples), len(base))
+    samples, base = samples[1:count], base[1:count]
+    return timing.median(samples) / timing.median(base), timing.ratio_spread(samples, base)

@@ -1,4 +1,11 @@
 // All kernels of one instruction set; simd_*.cpp say which.
+
+// SINGD_COUNT(what, n): n elements or multiply_adds are about to be worked on. Only the test of the
+// operations' growth counts them.
+#ifndef SINGD_COUNT
+#define SINGD_COUNT(what, n)
+#endif
+
 namespace singd::cpu::SINGD_INSTRUCTIONS {
 namespace {
 

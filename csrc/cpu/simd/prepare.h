@@ -3,6 +3,7 @@
 template <class T>
 void transpose_padded(const T* from, int64_t rows, int64_t columns, int64_t from_stride, T* to,
                       int64_t to_stride) {
+  SINGD_COUNT(elements, columns * to_stride);
   for (int64_t j = 0; j < columns; ++j) {
     for (int64_t i = 0; i < rows; ++i) to[j * to_stride + i] = from[i * from_stride + j];
     for (int64_t i = rows; i < to_stride; ++i) to[j * to_stride + i] = T(0);

@@ -82,6 +82,7 @@ void multiply_rows(int64_t rows, int64_t depth, Operand<T> a, const T* b, int64_
 template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const Operand<T>& a, const T* b,
               int64_t b_stride, T* c, int64_t c_stride, Before<T> before) {
+  SINGD_COUNT(multiply_adds, rows * columns * depth);
   constexpr int64_t kStep = int64_t{SINGD_TILE_VECTORS} * kLanes<T>;
   int64_t j = 0;
   const auto at = [&] {
@@ -110,6 +111,7 @@ SINGD_INLINE T lane_sum(const Vector<T>& v) {
 template <class T>
 void multiply_few(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_stride,
                   const T* b, int64_t b_stride, T* c, int64_t c_stride) {
+  SINGD_COUNT(multiply_adds, rows * columns * depth);
   constexpr int kRows = 4;
   for (int64_t j = 0; j < columns; ++j) {
     int64_t i = 0;

@@ -52,6 +52,7 @@ SINGD_INLINE void load_features(const RowsView& rows, const Stored* data, int64_
 template <class T>
 void load_rows(const RowsView& rows, int64_t first, int64_t count, int64_t begin, int64_t end,
                T* to, int64_t stride) {
+  SINGD_COUNT(elements, count * stride);
   const int64_t features = smaller(end, rows.features);
   if (begin < features) {
     with_type(rows.array, [&](const auto* data) {
@@ -69,6 +70,7 @@ void load_rows(const RowsView& rows, int64_t first, int64_t count, int64_t begin
 template <class T>
 SINGD_INLINE void add_squares(const T* x, int64_t rows, int64_t stride, int64_t columns, T* partial,
                               T* sums) {
+  SINGD_COUNT(elements, rows * columns);
 #pragma GCC ivdep
   for (int64_t j = 0; j < columns; ++j) partial[j] = x[j] * x[j];
   for (int64_t r = 1; r < rows; ++r) {
@@ -93,6 +95,7 @@ template <class Stored, class T>
 SINGD_INLINE void add_plain_squares(const RowsView& rows, const Stored* data, int64_t begin,
                                     int64_t end, T* partial, T* sums) {
   for_each_chunk(rows.count, [&](int64_t first, int64_t count) {
+    SINGD_COUNT(elements, count * (end - begin));
     for (int64_t j = 0; j < end - begin; ++j) partial[j] = T(0);
     for (int64_t r = first; r < first + count; ++r) {
       const Stored* row = row_start(rows, data, r) + begin;

@@ -9,7 +9,9 @@ SINGD_INLINE void for_each_piece(const StepLayer<T>& layer, const Panel& panel, 
     const StepPart& part = layer.parts[i];
     const int64_t begin = larger(part.begin, panel.column_begin);
     const int64_t end = smaller(part.begin + part.width, panel.column_end);
-    if (begin < end) f(part, begin - panel.column_begin, begin - part.begin, end - begin);
+    if (begin >= end) continue;
+    SINGD_COUNT(elements, (panel.row_end - panel.row_begin) * (end - begin));
+    f(part, begin - panel.column_begin, begin - part.begin, end - begin);
   }
 }
 

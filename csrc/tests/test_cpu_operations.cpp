@@ -1,0 +1,247 @@
+// How the work of the CPU's kernels grows, in counted operations instead of time: the code of
+// csrc/cpu is compiled here for plain instructions with a counter in its products and its passes
+// over elements (SINGD_COUNT), and with stand-ins for the little that it takes from torch.
+//
+// Table 2 of the paper: a step is O(k d_i d_o), a statistic O(k m d), and nothing of a sparse
+// structure is O(d^2).
+#include <cstdint>
+
+namespace {
+struct Counts {
+  int64_t multiply_adds = 0, elements = 0;
+};
+Counts counts;
+}  // namespace
+
+#define SINGD_COUNT(what, n) counts.what += (n)
+#define SINGD_INSTRUCTIONS counted
+#define SINGD_VECTOR_BYTES 16
+#define SINGD_TILE_ROWS 4
+#define SINGD_TILE_VECTORS 2
+#include "../cpu/kernels.h"
+#include "../cpu/local_step.h"
+#include "../cpu/simd/kernels.h"
+#include "../cpu/statistics.h"
+#include "../structures/spec.h"
+#include "check.h"
+
+namespace singd::cpu {
+const Kernels& kernels() { return counted::kernels; }
+}  // namespace singd::cpu
+
+using namespace singd;
+using namespace singd::cpu;
+using namespace singd::tests;
+
+namespace {
+
+using Numbers = std::vector<float>;
+
+ConstArray array_of(const Numbers& numbers) { return {numbers.data(), Scalar::kFloat32}; }
+
+Numbers random_numbers(int64_t count) {
+  Numbers numbers(static_cast<std::size_t>(count));
+  uint32_t state = 1;
+  for (float& number : numbers) {
+    state = state * 1664525 + 1013904223;
+    number = static_cast<float>(state >> 8) / (1 << 24) - 0.5f;
+  }
+  return numbers;
+}
+
+LocalKind kind_of(const Layout& layout) {
+  switch (layout.family) {
+    case Family::kDiagonal:
+      return LocalKind::kDiagonal;
+    case Family::kBlockDiagonal:
+      return LocalKind::kBlocks;
+    default:
+      return layout.transposed ? LocalKind::kColumnBorder : LocalKind::kRowBorder;
+  }
+}
+
+struct Shape {
+  int64_t d_o, d_i, layers = 1;
+
+  int64_t elements() const { return layers * d_o * d_i; }
+};
+
+// A step of layers with C and K of one structure.
+Counts step(const std::string& spec, Shape shape) {
+  const Layout left = make_layout(spec, shape.d_o), right = make_layout(spec, shape.d_i);
+  const Numbers gradient = random_numbers(shape.d_o * shape.d_i);
+  const Numbers c = random_numbers(storage_size(left)), k = random_numbers(storage_size(right));
+  Numbers weight = gradient, momentum = gradient;
+  at::Tensor workspace;
+  LocalStep<float> local(workspace);
+  for (int64_t i = 0; i < shape.layers; ++i) {
+    StepLayer<float> layer;
+    layer.rows = shape.d_o;
+    layer.columns = shape.d_i;
+    layer.left.layout = left;
+    layer.left.kind = kind_of(left);
+    layer.right.layout = right;
+    layer.right.kind = kind_of(right);
+    layer.options = {0.1, 0.9, 0.01, 1};
+    layer.num_parts = 1;
+    StepPart& part = layer.parts[0];
+    part.weight = {weight.data(), Scalar::kFloat32};
+    part.momentum = {momentum.data(), Scalar::kFloat32};
+    part.gradient = array_of(gradient);
+    part.width = part.gradient_stride = shape.d_i;
+    local.add(layer, array_of(c), storage_size(left), array_of(k), storage_size(right));
+  }
+  counts = {};
+  local.run([&](size_t, bool updated) { check(updated, spec + ": the step was refused"); });
+  check(weight != gradient && momentum != gradient, spec + ": nothing was written");
+  return counts;
+}
+
+// The statistic of m rows.
+Counts statistic(const std::string& spec, int64_t m, int64_t d) {
+  const Layout layout = make_layout(spec, d);
+  const Numbers x = random_numbers(m * d), factor = random_numbers(storage_size(layout));
+  Numbers sums(static_cast<std::size_t>(storage_size(layout)), 0.0f);
+  const RowsView rows{array_of(x), d, 0, 1, m, 1, d, false, 1.0, 1.0};
+  counts = {};
+  LocalStatistic<float>(rows, layout, factor.data(), sums.data()).add();
+  check(sums != Numbers(sums.size(), 0.0f), spec + ": the statistic is empty");
+  return counts;
+}
+
+void check_at_most(int64_t got, int64_t bound, const std::string& what) {
+  check(got <= bound, what + ": " + std::to_string(got) + ", more than " + std::to_string(bound));
+}
+
+void check_same(int64_t got, int64_t expected, const std::string& what) {
+  check(got == expected,
+        what + ": " + std::to_string(got) + " instead of " + std::to_string(expected));
+}
+
+std::string sized(const std::string& family, int64_t k) { return family + ":" + std::to_string(k); }
+
+const std::vector<std::string> kBorders{"rank_triu", "rank_tril", "rank_triu_topleft",
+                                        "rank_tril_topleft"};
+
+// Diagonal: one read for the check and one pass that writes; no product.
+void test_diagonal_step() {
+  for (const Shape shape : {Shape{64, 128}, Shape{256, 128}, Shape{64, 1024}, Shape{64, 128, 5}}) {
+    const Counts got = step("diagonal", shape);
+    check_same(got.multiply_adds, 0, "diagonal step: multiply-adds");
+    check_same(got.elements, 2 * shape.elements(), "diagonal step: elements");
+  }
+}
+
+// Blocks of width k on both sides: 2 k multiply-adds an element, and d k^2 for P = F F^T; a read
+// for the check, one into scratch and the write.
+void test_block_step() {
+  for (const int64_t k : {16, 32, 64}) {
+    for (const Shape shape : {Shape{128, 256}, Shape{512, 256}, Shape{128, 1024}}) {
+      const int64_t sides = shape.d_o + shape.d_i;
+      const Counts got = step(sized("block_diagonal", k), shape);
+      const std::string what = "step with blocks of " + std::to_string(k);
+      check_same(got.multiply_adds, 2 * k * shape.elements() + k * k * sides, what);
+      check_same(got.elements, 3 * shape.elements() + k * sides, what + ": elements");
+    }
+  }
+  // Widths that are no whole vectors are padded to the next one.
+  const Shape shape{390, 600};
+  check_at_most(step("block_diagonal:30", shape).multiply_adds,
+                2 * 32 * padded(shape.d_o) * padded(shape.d_i), "step with blocks of 30");
+}
+
+// A border of width b on both sides: its thin products and their return on each side, 4 b
+// multiply-adds an element. A read for the left side's thin products, one into scratch, the write.
+void test_border_step() {
+  for (const int64_t b : {16, 32, 64}) {
+    std::vector<std::string> specs;
+    for (const std::string& family : kBorders) specs.push_back(sized(family, b));
+    const std::string half = std::to_string(b / 2);
+    specs.push_back("hierarchical:" + half + "," + half);
+    for (const Shape shape : {Shape{128, 256}, Shape{512, 256}, Shape{128, 1024}}) {
+      const int64_t sides = shape.d_o + shape.d_i;
+      for (const std::string& spec : specs) {
+        const Counts got = step(spec, shape);
+        const int64_t products = got.multiply_adds - 4 * b * shape.elements();
+        check(products >= 0, "step with " + spec + " multiplies less than thin products take");
+        check_at_most(products, b * b * sides, "step with " + spec + ": preparation");
+        check_at_most(got.elements, 3 * shape.elements() + 2 * b * sides,
+                      "step with " + spec + ": elements");
+      }
+    }
+  }
+}
+
+// A border of width 1: on the right it is not padded, on the left it never is.
+void test_thin_border_step() {
+  for (const std::string& family : kBorders) {
+    for (const Shape shape : {Shape{128, 256}, Shape{512, 1024}}) {
+      const Counts got = step(sized(family, 1), shape);
+      check_at_most(got.multiply_adds, 4 * shape.elements() + 16 * (shape.d_o + shape.d_i),
+                    "step with " + family + ":1");
+    }
+  }
+}
+
+void test_layers() {
+  for (const char* spec :
+       {"diagonal", "block_diagonal:32", "rank_triu:1", "rank_tril:16", "hierarchical:16,16"}) {
+    const Counts one = step(spec, {256, 128}), many = step(spec, {256, 128, 7});
+    check_same(many.multiply_adds, 7 * one.multiply_adds, std::string(spec) + ": seven layers");
+    check_same(many.elements, 7 * one.elements, std::string(spec) + ": seven layers' elements");
+  }
+}
+
+// Exactly k multiply-adds an element of X for blocks and row borders, which keep entries of U. A
+// column border takes S = X K[:, B] first. Elements: one visit, and squares where a diagonal is
+// kept; rows are padded, and every panel of columns loads the border's once more.
+void test_statistics() {
+  for (const int64_t d : {192, 768}) {
+    for (const int64_t m : {128, 512}) {
+      const std::string of = " of " + std::to_string(m) + " x " + std::to_string(d);
+      const Counts diagonal = statistic("diagonal", m, d);
+      check_same(diagonal.multiply_adds, 0, "diagonal statistic: multiply-adds" + of);
+      check_same(diagonal.elements, 2 * m * d, "diagonal statistic: elements" + of);
+      for (const int64_t k : {16, 32, 64}) {
+        const Counts blocks = statistic(sized("block_diagonal", k), m, d);
+        check_same(blocks.multiply_adds, m * d * k, "statistic of blocks" + of);
+        check_at_most(blocks.elements, m * d + m * d / 4, "statistic of blocks: elements" + of);
+        const std::string half = std::to_string(k / 2);
+        for (const std::string& spec : {sized("rank_triu", k), sized("rank_tril_topleft", k),
+                                        "hierarchical:" + half + "," + half}) {
+          const Counts border = statistic(spec, m, d);
+          check_same(border.multiply_adds, m * d * k, "statistic of " + spec + of);
+          check_at_most(border.elements, 4 * m * d, "statistic of " + spec + ": elements" + of);
+        }
+        for (const std::string& spec : {sized("rank_tril", k), sized("rank_triu_topleft", k)}) {
+          const Counts border = statistic(spec, m, d);
+          check_same(border.multiply_adds, 2 * m * d * k + k * k * d, "statistic of " + spec + of);
+          check_at_most(border.elements, 3 * m * d + k * d,
+                        "statistic of " + spec + ": elements" + of);
+        }
+      }
+    }
+  }
+}
+
+// Rows beyond the chunks that they come in cost what all others cost.
+void test_rows() {
+  for (const char* spec : {"diagonal", "block_diagonal:30", "rank_triu:1", "hierarchical:15,15"}) {
+    const Counts one = statistic(spec, 64, 390), many = statistic(spec, 10 * 64, 390);
+    check_same(many.multiply_adds, 10 * one.multiply_adds, std::string(spec) + ": ten chunks");
+    check_same(many.elements, 10 * one.elements, std::string(spec) + ": ten chunks' elements");
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_diagonal_step();
+  test_block_step();
+  test_border_step();
+  test_thin_border_step();
+  test_layers();
+  test_statistics();
+  test_rows();
+  return failures;
+}
