@@ -24,7 +24,9 @@ namespace singd::cpu {
 
 template <class T>
 constexpr at::ScalarType scalar_type() {
-  return std::is_same_v<std::remove_const_t<T>, double> ? at::kDouble : at::kFloat;
+  using Number = std::remove_const_t<T>;
+  if (std::is_same_v<Number, at::BFloat16>) return at::kBFloat16;
+  return std::is_same_v<Number, double> ? at::kDouble : at::kFloat;
 }
 
 // The type in which tensors of this dtype are computed with.
@@ -45,6 +47,8 @@ struct AtenMath {
   static constexpr int64_t kDirectToeplitz = 256;
   // Elements of elementwise work below which a further thread costs more than it saves.
   static constexpr int64_t kGrain = 32768;
+  // Columns of a symmetric product at a time: narrower ones save more, wider ones are faster.
+  static constexpr int64_t kSymmetricPanel = 256;
 
   // C = A B, m x k times k x n, for a batch of equal matrices.
   template <class A, class B, class T>
@@ -63,6 +67,28 @@ struct AtenMath {
     at::Tensor out = tensor(c, m, n, batch);
     batch == 1 ? out.addmm_(tensor(a, m, k, batch), tensor(b, k, n, batch))
                : out.add_(at::bmm(tensor(a, m, k, batch), tensor(b, k, n, batch)));
+  }
+
+  // C = A^T B or C += A^T B for k x d matrices whose product is known to be symmetric: panels of one
+  // triangle, mirrored.
+  template <class A, class B, class T>
+  static void multiply_symmetric(int64_t d, int64_t k, MatrixView<A> a, MatrixView<B> b,
+                                 MatrixView<T> c, bool add) {
+    at::Tensor left = tensor(a.transpose(), d, k, 1), right = tensor(b, k, d, 1);
+    at::Tensor out = tensor(c, d, d, 1), panel;
+    for (int64_t begin = 0; begin < d; begin += kSymmetricPanel) {
+      const int64_t width = std::min(kSymmetricPanel, d - begin), end = begin + width;
+      panel = out.narrow(0, 0, end).narrow(1, begin, width);
+      const at::Tensor mirrored = out.narrow(0, begin, width).narrow(1, 0, begin);
+      if (add) {
+        const at::Tensor sum = at::mm(left.narrow(0, 0, end), right.narrow(1, begin, width));
+        panel.add_(sum);
+        mirrored.add_(sum.narrow(0, 0, begin).t());
+      } else {
+        at::mm_out(panel, left.narrow(0, 0, end), right.narrow(1, begin, width));
+        mirrored.copy_(panel.narrow(0, 0, begin).t());
+      }
+    }
   }
 
   // f(begin, end) over [0, count) in threads; `cost` is the work of one item in elements.

@@ -2,6 +2,8 @@
 // The statistic is H = K^T U K itself (d x d): K has to be applied first when rows are few.
 #pragma once
 
+#include <numeric>
+
 #include "entrywise.h"
 
 namespace singd {
@@ -31,33 +33,37 @@ struct Dense : Entrywise<Dense> {
     const int64_t d = layout.dim;
     const MatrixView<const T> x{rows, d}, factor{k, d};
     const MatrixView<T> h{statistic, d};
-    if (k == nullptr) return Math::multiply_add(d, d, m, x.transpose(), x, h);
+    if (k == nullptr) return Math::multiply_symmetric(d, m, x, x, h, true);
     std::vector<T> scratch((m > 2 * d ? 2 * d : m) * d);
     if (m > 2 * d) {  // U = X^T X first: m d^2 + 2 d^3 products
       const MatrixView<T> u{scratch.data(), d}, uk{scratch.data() + d * d, d};
-      Math::multiply(d, d, m, x.transpose(), x, u);
+      Math::multiply_symmetric(d, m, x, x, u, false);
       Math::multiply(d, d, d, u, factor, uk);
-      Math::multiply_add(d, d, d, factor.transpose(), uk, h);
+      Math::multiply_symmetric(d, d, factor, uk, h, true);
     } else {  // Y = X K first: 2 m d^2 products
       const MatrixView<T> y{scratch.data(), d};
       Math::multiply(m, d, d, x, factor, y);
-      Math::multiply_add(d, d, m, y.transpose(), y, h);
+      Math::multiply_symmetric(d, m, MatrixView<const T>{scratch.data(), d}, y, h, true);
     }
   }
 
   template <class Math, class T>
   void conjugate(const T* /*k*/, const T* statistic, T* h) const {
-    project(statistic, h);
-    clear_other_triangle(h);
+    weigh<Math>(statistic, h);
   }
 
   template <class Math, class T>
   void gram(const T* k, T* h) const {
     const int64_t d = layout.dim;
     const MatrixView<const T> factor{k, d};
-    Math::multiply(d, d, d, factor.transpose(), factor, MatrixView<T>{h, d});
-    apply_weights(h);
-    clear_other_triangle(h);
+    Math::multiply_symmetric(d, d, factor, factor, MatrixView<T>{h, d}, false);
+    weigh_gram<Math>(h);
+  }
+
+  // h <- Pi(h) for a symmetric h.
+  template <class Math, class T>
+  void weigh_gram(T* h) const {
+    if (layout.triangle != Triangle::kFull) weigh<Math>(h, h);
   }
 
   template <class Math, class T>
@@ -79,7 +85,46 @@ struct Dense : Entrywise<Dense> {
     }
   }
 
+  // As in Entrywise, row by row.
+  template <class T>
+  double norm_bound(const T* k) const {
+    const int64_t d = layout.dim;
+    std::vector<double> column_sums(static_cast<size_t>(d), 0.0), row(static_cast<size_t>(d));
+    double largest_row = 0, squares = 0;
+    for (int64_t i = 0; i < d; ++i) {
+      for (int64_t j = 0; j < d; ++j) {
+        row[j] = std::abs(static_cast<double>(k[i * d + j]));
+        column_sums[j] += row[j];
+      }
+      // Eight sums each: a single one would wait for every addition.
+      double sums[8] = {}, square_sums[8] = {};
+      for (int64_t j = 0; j < d; ++j) {
+        sums[j % 8] += row[j];
+        square_sums[j % 8] += row[j] * row[j];
+      }
+      largest_row = std::max(largest_row, std::accumulate(sums, sums + 8, 0.0));
+      squares += std::accumulate(square_sums, square_sums + 8, 0.0);
+    }
+    const double largest_column = *std::max_element(column_sums.begin(), column_sums.end());
+    return std::min(std::sqrt(squares), std::sqrt(largest_row * largest_column));
+  }
+
  private:
+  // h = Pi(S).
+  template <class Math, class T>
+  void weigh(const T* symmetric, T* h) const {
+    const int64_t d = layout.dim;
+    const T weight = layout.triangle == Triangle::kFull ? T(1) : T(2);
+    Math::parallel_for(d, d, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T diagonal = symmetric[i * d + i];
+        for (int64_t j = 0; j < d; ++j) h[i * d + j] = weight * symmetric[i * d + j];
+        h[i * d + i] = diagonal;
+      }
+    });
+    clear_other_triangle(h);
+  }
+
   template <class T>
   void clear_other_triangle(T* k) const {
     const int64_t d = layout.dim;

@@ -63,17 +63,14 @@ struct Toeplitz {
   }
 
   // The sum over diagonal l of K^T K is sum_t (d - l - t) a[t] a[t + l], for upper and for lower
-  // factors: two correlations, in float64 since the two nearly cancel for large l.
+  // factors: the correlation of a with a weighted a, in float64.
   template <class Math, class T>
   void gram(const T* k, T* h) const {
     const int64_t d = layout.dim;
-    std::vector<double> a(k, k + d), ramp(d), plain(d), weighted(d);
-    for (int64_t t = 0; t < d; ++t) ramp[t] = static_cast<double>(t) * a[t];
-    correlate<Math>(a, a, plain);
-    correlate<Math>(ramp, a, weighted);
-    for (int64_t l = 0; l < d; ++l) {
-      h[l] = static_cast<T>(average(static_cast<double>(d - l) * plain[l] - weighted[l], l));
-    }
+    std::vector<double> a(k, k + d), weighted(d), sums(d);
+    for (int64_t t = 0; t < d; ++t) weighted[t] = static_cast<double>(d - t) * a[t];
+    correlate<Math>(a, weighted, sums);
+    for (int64_t l = 0; l < d; ++l) h[l] = static_cast<T>(average(sums[l], l));
   }
 
   template <class Math, class T>

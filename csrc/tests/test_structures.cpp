@@ -43,6 +43,12 @@ struct PlainMath {
     multiply_add(m, n, k, a, b, c, batch);
   }
 
+  template <class A, class B, class T>
+  static void multiply_symmetric(int64_t d, int64_t k, MatrixView<A> a, MatrixView<B> b,
+                                 MatrixView<T> c, bool add) {
+    add ? multiply_add(d, d, k, a.transpose(), b, c) : multiply(d, d, k, a.transpose(), b, c);
+  }
+
   template <class Function>
   static void parallel_for(int64_t count, int64_t, Function f) {
     f(int64_t{0}, count);
