@@ -10,15 +10,16 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from . import _C
 from ._warnings import warn_user
-from .layers import Layer, own_parameters, supported_modules
+from .layers import Layer
+from .registry import supported_modules
 
 
 def supported_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of the layers that can be preconditioned, frozen ones too."""
     unique = {
         id(p): p
-        for _, module, _ in supported_modules(model)
-        for p in own_parameters(module).values()
+        for _, module, kind in supported_modules(model)
+        for p in kind.parameters(module).values()
     }
     return list(unique.values())
 

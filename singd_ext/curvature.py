@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .layers import Layer
+from .layers import Layer, State
 from .moves import follow
 from .observation import accumulates, observe, observe_traced, register
 
@@ -79,7 +79,7 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _accumulate(optimizer: SINGD, layer: Layer, x: Tensor, g: Tensor, backward_pass: int) -> None:
     options = optimizer.options(layer.group)
     reduce = options.kfac_approx == "reduce"
-    state = optimizer.state[layer.parameters[0]]
+    state = layer.entries(optimizer.state)
     if not _begin_pass(optimizer, layer, state, backward_pass):
         return
     with torch.no_grad():
@@ -100,7 +100,7 @@ def _accumulate(optimizer: SINGD, layer: Layer, x: Tensor, g: Tensor, backward_p
     _count_loss_terms(layer, state, options.loss_average, batch, shared)
 
 
-def _begin_pass(optimizer: SINGD, layer: Layer, state: dict[str, Any], backward_pass: int) -> bool:
+def _begin_pass(optimizer: SINGD, layer: Layer, state: State, backward_pass: int) -> bool:
     """Note the current backward pass; return whether it counts.
 
     It does if it adds to the layer's gradients. Where earlier passes have left none, these were
@@ -116,7 +116,7 @@ def _begin_pass(optimizer: SINGD, layer: Layer, state: dict[str, Any], backward_
 
 
 def _count_loss_terms(
-    layer: Layer, state: dict[str, Any], loss_average: str | None, batch: int, shared: int
+    layer: Layer, state: State, loss_average: str | None, batch: int, shared: int
 ) -> None:
     """Add up the terms that the loss averages over, so that micro-batches make one big batch.
 
@@ -137,7 +137,7 @@ def install_hook(optimizer: SINGD, layer: Layer) -> torch.utils.hooks.RemovableH
     return layer.module.register_forward_hook(OutputHook(optimizer, layer), with_kwargs=True)
 
 
-def drop_statistics(state: dict[str, Any]) -> None:
+def drop_statistics(state: State) -> None:
     """Forget what was gathered for a layer."""
     for name in STATISTICS:
         state.pop(name, None)

@@ -1,16 +1,9 @@
-"""A module's weight, input and output gradient as W, X and g of the algorithm.
-
-Every layer type is brought to one layout: rows [batch, shared, features], where `shared` runs over
-the positions that share the weight (sequence, pixels). To add a layer type, write a `LayerKind` and
-list it in `KINDS`.
-"""
+"""The preconditioned layers of a model."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -18,120 +11,33 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter, UninitializedParameter
 
 from . import ops
-from .convolution import average_groups, averaged_patches, patch_chunks, summed_patch_energies
+from .kinds import LayerKind
 from .memory import FactorProduct
+from .registry import supported_modules
+
+State = MutableMapping[str, Any]
 
 
-class LayerKind(ABC):
-    """How one type of module looks to the algorithm. Shapes are those of a single call."""
+class Entries(State):
+    """The entries of a parameter's state whose keys begin with a prefix, without the prefix."""
 
-    @abstractmethod
-    def gradient_rows(self, module: nn.Module, g: Tensor) -> Tensor:
-        """Return the output gradient as rows [batch, shared, d_o], without copying where it can."""
+    def __init__(self, state: State, prefix: str) -> None:
+        self._state, self._prefix = state, prefix
 
-    @abstractmethod
-    def accumulate_input_(
-        self,
-        module: nn.Module,
-        statistic: Tensor,
-        x: Tensor,
-        factor: Tensor,
-        dim: int,
-        structure: str,
-        *,
-        ones_column: bool,
-        reduce: bool,
-    ) -> None:
-        """Add the rows of input x to K's statistic (`ops.accumulate_statistic_`)."""
+    def __getitem__(self, key: str) -> Any:
+        return self._state[self._prefix + key]
 
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._state[self._prefix + key] = value
 
-class LinearKind(LayerKind):
-    """`nn.Linear` with any leading dimensions: the first is the batch, the others are shared."""
+    def __delitem__(self, key: str) -> None:
+        del self._state[self._prefix + key]
 
-    def gradient_rows(self, module: nn.Module, g: Tensor) -> Tensor:
-        if g.ndim == 1:
-            g = g.unsqueeze(0)
-        return g.reshape(g.shape[0], prod(g.shape[1:-1]), g.shape[-1])
+    def __iter__(self) -> Iterator[str]:
+        return (k.removeprefix(self._prefix) for k in self._state if k.startswith(self._prefix))
 
-    def accumulate_input_(
-        self,
-        module: nn.Module,
-        statistic: Tensor,
-        x: Tensor,
-        factor: Tensor,
-        dim: int,
-        structure: str,
-        *,
-        ones_column: bool,
-        reduce: bool,
-    ) -> None:
-        ops.accumulate_statistic_(
-            statistic,
-            self.gradient_rows(module, x),  # inputs and outputs have the same layout
-            factor,
-            dim,
-            structure,
-            ones_column=ones_column,
-            shared="mean" if reduce else "expand",
-        )
-
-
-class ConvKind(LayerKind):
-    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: output positions are shared, patches are the rows.
-
-    KFAC-reduce never forms patches, nor does KFAC-expand with a diagonal K.
-    """
-
-    def gradient_rows(self, module: nn.Module, g: Tensor) -> Tensor:
-        return self._batched(module, g).flatten(2).transpose(1, 2)
-
-    def accumulate_input_(
-        self,
-        module: nn.Module,
-        statistic: Tensor,
-        x: Tensor,
-        factor: Tensor,
-        dim: int,
-        structure: str,
-        *,
-        ones_column: bool,
-        reduce: bool,
-    ) -> None:
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        x, dtype = self._batched(module, x), statistic.dtype
-        if structure == "diagonal" and not reduce:
-            pixels = average_groups(module, x, dtype)
-            energies = torch.zeros(prod(pixels.shape[1:]), dtype=dtype, device=x.device)
-            ops.accumulate_statistic_(
-                energies, pixels.flatten(1).unsqueeze(0), energies, energies.numel(), structure
-            )
-            sums, positions = summed_patch_energies(module, energies.view(pixels.shape[1:]))
-            statistic[: sums.numel()] += sums
-            if ones_column:
-                statistic[-1] += positions * x.shape[0]
-            return
-        for rows in (
-            [averaged_patches(module, x, dtype).unsqueeze(1)]
-            if reduce
-            else patch_chunks(module, x, dtype)
-        ):
-            ops.accumulate_statistic_(
-                statistic, rows, factor, dim, structure, ones_column=ones_column
-            )
-
-    @staticmethod
-    def _batched(module: nn.Module, x: Tensor) -> Tensor:
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        return x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x
-
-
-# Layer types, looked up by isinstance in this order.
-KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: LinearKind(),
-    nn.Conv1d: ConvKind(),
-    nn.Conv2d: ConvKind(),
-    nn.Conv3d: ConvKind(),
-}
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 @dataclass(eq=False)
@@ -149,11 +55,17 @@ class Layer:
     pass_counts: bool = False  # whether it adds to the layer's gradients
     due: bool = False  # whether compiled models observe it at the moment
     home: tuple[torch.dtype, torch.device] = field(init=False)  # of the parameters, as last seen
+    dim_K: int = field(init=False)  # d_i: input features, plus one for a bias
+    dim_C: int = field(init=False)  # d_o
     product_K: FactorProduct = field(default_factory=FactorProduct)
     product_C: FactorProduct = field(default_factory=FactorProduct)
 
     def __post_init__(self) -> None:
         self.home = (self.parameters[0].dtype, self.parameters[0].device)
+        with torch.no_grad():
+            views = [self.view(i, p) for i, p in enumerate(self.parameters)]
+        columns = 0 if self.weight is None else views[0][0].numel()
+        self.dim_K, self.dim_C = columns + (self.bias is not None), views[0].shape[0]
 
     def forget(self) -> None:
         """Drop what belongs to the original and not to a copy of it."""
@@ -166,16 +78,20 @@ class Layer:
         """The trained parameters; the layer's state is kept with the first."""
         return [p for p in (self.weight, self.bias) if p is not None]
 
-    @property
-    def dim_K(self) -> int:
-        """d_i: input features, plus one for a bias."""
-        columns = 0 if self.weight is None else self.weight[0].numel()
-        return columns + (self.bias is not None)
+    def entries(self, state: dict[Tensor, dict[str, Any]]) -> State:
+        """Return the layer's part of an optimizer's state: all but the momentum buffers."""
+        own = state[self.parameters[0]]
+        return Entries(own, self.kind.prefix) if self.kind.prefix else own
 
-    @property
-    def dim_C(self) -> int:
-        """d_o."""
-        return self.parameters[0].shape[0]
+    def view(self, index: int, tensor: Tensor) -> Tensor:
+        """Return the layer's part of W as a view of its parameter number `index`.
+
+        Args:
+            index: Of `parameters`.
+            tensor: The parameter, its gradient or its momentum.
+        """
+        key = "bias" if index == 1 or self.weight is None else "weight"
+        return self.kind.matrix(self.module, tensor, key)
 
     def accumulate_(
         self,
@@ -206,29 +122,6 @@ class Layer:
         return rows.shape[0], rows.shape[1]
 
 
-def supported_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerKind]]:
-    """Yield (name, module, kind) of the layers that can be preconditioned.
-
-    Submodules of nn.MultiheadAttention are left out: it reads their weights without calling them.
-    """
-    inside_attention = {
-        child
-        for module in model.modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for child in module.modules()
-    }
-    for name, module in model.named_modules():
-        kind = next((kind for cls, kind in KINDS.items() if isinstance(module, cls)), None)
-        if kind is not None and module not in inside_attention:
-            yield name, module, kind
-
-
-def own_parameters(module: nn.Module) -> dict[str, Parameter]:
-    """Return the module's "weight" and "bias" where they are parameters of its own."""
-    named = dict(module.named_parameters(recurse=False))
-    return {key: named[key] for key in ("weight", "bias") if key in named}
-
-
 def find_layers(model: nn.Module, params: Iterable[Any], group: int) -> list[Layer]:
     """Return the layers of `model` that train any of the given parameters.
 
@@ -240,7 +133,7 @@ def find_layers(model: nn.Module, params: Iterable[Any], group: int) -> list[Lay
     owner: dict[int, str] = {}
     layers = []
     for name, module, kind in supported_modules(model):
-        own = {key: p for key, p in own_parameters(module).items() if id(p) in trained}
+        own = {key: p for key, p in kind.parameters(module).items() if id(p) in trained}
         if not own:
             continue
         for key, parameter in own.items():
