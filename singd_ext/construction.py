@@ -46,9 +46,9 @@ def check_layers(
         ValueError: If a layer's parameters are in different groups, or on a device without kernels.
         TypeError: For parameters that are not real floating-point numbers.
     """
-    modules = {layer.module for layer in taken}
+    names_taken = {name for layer in taken for name in (layer.name, *layer.tied)}
     for layer in layers:
-        if layer.module in modules:
+        if not names_taken.isdisjoint((layer.name, *layer.tied)):
             raise ValueError(
                 f"the parameters of layer '{layer.name}' are in different parameter groups; K and "
                 "C belong to the whole layer: put its weight and bias in one group, as "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,10 @@ class LayerKind(ABC):
             key: "weight" or "bias".
         """
         return tensor
+
+    def call_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the input x of a call; by default its first argument."""
+        return args[0] if args else next(iter(kwargs.values()))
 
     @abstractmethod
     def gradient_rows(self, module: nn.Module, g: Tensor) -> Tensor:
@@ -93,6 +98,13 @@ class LinearKind(LayerKind):
             ones_column=ones_column,
             shared="mean" if reduce else "expand",
         )
+
+
+class Conv1DKind(LinearKind):
+    """Hugging Face's Conv1D: a linear layer with a weight of [input, output] features."""
+
+    def matrix(self, module: nn.Module, tensor: Tensor, key: str) -> Tensor:
+        return tensor.t() if key == "weight" else tensor
 
 
 class ConvKind(LayerKind):

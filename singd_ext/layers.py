@@ -53,6 +53,7 @@ class Layer:
     last_pass: int = -1  # the backward pass that last added to the statistics
     counted_terms: int = 0  # loss terms counted in it
     pass_counts: bool = False  # whether it adds to the layer's gradients
+    tied: dict[str, nn.Module] = field(default_factory=dict)  # further modules with the same W
     due: bool = False  # whether compiled models observe it at the moment
     home: tuple[torch.dtype, torch.device] = field(init=False)  # of the parameters, as last seen
     dim_K: int = field(init=False)  # d_i: input features, plus one for a bias
@@ -78,6 +79,26 @@ class Layer:
         """The trained parameters; the layer's state is kept with the first."""
         return [p for p in (self.weight, self.bias) if p is not None]
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules that use W."""
+        return [self.module, *self.tied.values()]
+
+    def described(self) -> str:
+        """Return its type and the roles of its parameters, for messages."""
+        roles = [key for key, p in (("weight", self.weight), ("bias", self.bias)) if p is not None]
+        return f"{type(self.module).__name__} with {' and '.join(roles)}"
+
+    def overlaps(self, other: Layer, index: int) -> bool:
+        """Whether the other layer's parameter number `index` has numbers that are in W too."""
+        parameter = other.parameters[index]
+        mine = next((i for i, p in enumerate(self.parameters) if p is parameter), None)
+        if mine is None:
+            return False
+        a, b = self.view(mine, parameter.detach()), other.view(index, parameter.detach())
+        first, last = sorted((a, b), key=Tensor.storage_offset)
+        return last.storage_offset() < first.storage_offset() + first.numel()
+
     def entries(self, state: dict[Tensor, dict[str, Any]]) -> State:
         """Return the layer's part of an optimizer's state: all but the momentum buffers."""
         own = state[self.parameters[0]]
@@ -95,6 +116,7 @@ class Layer:
 
     def accumulate_(
         self,
+        module: nn.Module,
         statistic_K: Tensor,
         statistic_C: Tensor,
         x: Tensor,
@@ -103,8 +125,8 @@ class Layer:
         structures: tuple[str, str],
         reduce: bool,
     ) -> tuple[int, int]:
-        """Add one call's input x and output gradient g; return its (batch, shared) sizes."""
-        rows = self.kind.gradient_rows(self.module, g)
+        """Add input x and output gradient g of a module's call; return (batch, shared) sizes."""
+        rows = self.kind.gradient_rows(module, g)
         shared = "sum" if reduce else "expand"
         ops.accumulate_statistic_(
             statistic_C, rows, factors[1], self.dim_C, structures[1], shared=shared
@@ -116,7 +138,7 @@ class Layer:
             )  # fmt: skip
         else:
             self.kind.accumulate_input_(
-                self.module, statistic_K, x, factors[0], self.dim_K, structures[0],
+                module, statistic_K, x, factors[0], self.dim_K, structures[0],
                 ones_column=self.bias is not None, reduce=reduce,
             )  # fmt: skip
         return rows.shape[0], rows.shape[1]
@@ -125,32 +147,55 @@ class Layer:
 def find_layers(model: nn.Module, params: Iterable[Any], group: int) -> list[Layer]:
     """Return the layers of `model` that train any of the given parameters.
 
+    Modules of one kind that share all their parameters are one layer.
+
     Raises:
-        ValueError: If a parameter is shared by two layers, uninitialised or empty; the message
-            names the layers.
+        ValueError: If layers share a parameter in another way, or one is uninitialised or empty;
+            the message names the layers.
     """
     trained = {id(p) for p in params if p.requires_grad}
-    owner: dict[int, str] = {}
+    owners: dict[int, list[Layer]] = {}
     layers = []
     for name, module, kind in supported_modules(model):
         own = {key: p for key, p in kind.parameters(module).items() if id(p) in trained}
         if not own:
             continue
         for key, parameter in own.items():
-            if id(parameter) in owner:
-                raise ValueError(
-                    f"layers '{owner[id(parameter)]}' and '{name}' share the parameter '{key}', "
-                    "which cannot be preconditioned; exclude it with `params`"
-                )
-            owner[id(parameter)] = name
-            if isinstance(parameter, UninitializedParameter):
-                raise ValueError(
-                    f"parameter '{name}.{key}' is uninitialised: run a forward pass first"
-                )
-            if parameter.numel() == 0:
-                raise ValueError(
-                    f"parameter '{name}.{key}' of shape {tuple(parameter.shape)} is empty and "
-                    "cannot be trained; exclude it with `params`"
-                )
-        layers.append(Layer(name, module, kind, own.get("weight"), own.get("bias"), group))
+            _check_parameter(f"{name}.{key}", parameter)
+        layer = Layer(name, module, kind, own.get("weight"), own.get("bias"), group)
+        overlapping = [
+            other
+            for i, parameter in enumerate(layer.parameters)
+            for other in owners.get(id(parameter), [])
+            if other.overlaps(layer, i)
+        ]
+        if overlapping:
+            _tie(overlapping[0], layer)
+            continue
+        for parameter in layer.parameters:
+            owners.setdefault(id(parameter), []).append(layer)
+        layers.append(layer)
     return layers
+
+
+def _check_parameter(name: str, parameter: Parameter) -> None:
+    if isinstance(parameter, UninitializedParameter):
+        raise ValueError(f"parameter '{name}' is uninitialised: run a forward pass first")
+    if parameter.numel() == 0:
+        raise ValueError(
+            f"parameter '{name}' of shape {tuple(parameter.shape)} is empty and cannot be trained; "
+            "exclude it with `params`"
+        )
+
+
+def _tie(layer: Layer, other: Layer) -> None:
+    """Make the module of another layer one more of this layer, if both have the same W."""
+    same = layer.weight is other.weight and layer.bias is other.bias
+    if not same or layer.kind is not other.kind:
+        raise ValueError(
+            f"layers '{layer.name}' ({layer.described()}) and '{other.name}' "
+            f"({other.described()}) share a parameter, but not all of [weight, bias]: K and C "
+            "belong to both. Let them share weight and bias, have both without bias, or leave "
+            "the parameters that differ, or the shared one, out of `params`"
+        )
+    layer.tied[other.name] = other.module

@@ -43,11 +43,13 @@ def check_owned(layer: Layer) -> None:
     Raises:
         RuntimeError: Naming the parameter that was replaced.
     """
-    own = layer.kind.parameters(layer.module)
-    for key, p in (("weight", layer.weight), ("bias", layer.bias)):
-        if p is not None and own.get(key) is not p:
+    for name, module in ((layer.name, layer.module), *layer.tied.items()):
+        own = layer.kind.parameters(module)
+        for key, p in (("weight", layer.weight), ("bias", layer.bias)):
+            if p is None or own.get(key) is p:
+                continue
             raise RuntimeError(
-                f"parameter '{key}' of layer '{layer.name}' was replaced by another after SINGD "
+                f"parameter '{key}' of layer '{name}' was replaced by another after SINGD "
                 "was constructed, and would not be trained: assign to its `data` instead, or "
                 "construct SINGD again"
             )

@@ -20,7 +20,7 @@ from .construction import (
     untrained_names,
     warn_untrained,
 )
-from .curvature import drop_statistics, install_hook
+from .curvature import drop_statistics, install_hooks
 from .fallback import OWN, Factory, Fallback, Group, check_new_parameters, is_own, tensor_of
 from .groups import listed, split_group
 from .hyperparameters import FIXED_OPTIONS, Hyperparameters, check_flag, check_number
@@ -176,7 +176,7 @@ class SINGD(torch.optim.Optimizer):
         for layer in layers:
             self._layers.append(layer)
             self._complete_state(layer, options)
-            self._handles.append(install_hook(self, layer))
+        self._handles += install_hooks(self, layers)
         self._mark_due()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -213,8 +213,8 @@ class SINGD(torch.optim.Optimizer):
                     "copied first: take the optimizer out of the layer"
                 )
             layer.forget()
-            if observes:
-                self._handles.append(install_hook(self, layer))
+        if observes:
+            self._handles += install_hooks(self, self._layers)
         self._mark_due()
 
     def _forget_layers(self) -> None:
