@@ -68,7 +68,8 @@ def trained(seeds: Sequence[int] = range(3), **options: Any) -> tuple[nn.Sequent
 def statistics_names(optimizer: torch.optim.Optimizer) -> set[str]:
     """Names of the gathered statistics that the state holds at the moment."""
     lasting = {"K", "C", "m_K", "m_C", "momentum_buffer", "rejected", "skipped"}
-    return {key for state in optimizer.state.values() for key in state} - lasting
+    keys = {key for state in optimizer.state.values() for key in state}
+    return {key for key in keys if key.rpartition(".")[2] not in lasting}
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -121,11 +121,11 @@ def _check_entries(
     keys = ["K", "C", "rejected", "skipped"]
     keys += ["m_K", "m_C"] if group["alpha1"] != 0 else []
     keys += ["momentum_buffer"] if group["momentum"] != 0 else []
-    for key in keys:
-        if key in own and key not in saved:
+    for key in own:
+        if _entry(key) in keys and key not in saved:
             raise ValueError(f"parameter '{name}': the saved state has no '{key}'")
-    for key in ("K", "C"):
-        if key in saved and key not in own:
+    for key in saved:
+        if _entry(key) in ("K", "C") and key not in own:
             raise ValueError(
                 f"parameter '{name}': the saved state has a '{key}', the optimizer none"
             )
@@ -135,6 +135,11 @@ def _check_entries(
                 f"parameter '{name}': saved '{key}' has shape {tuple(value.shape)}, expected "
                 f"{tuple(own[key].shape)}"
             )
+
+
+def _entry(key: str) -> str:
+    """Return what an entry of the state is, whichever of a parameter's layers it belongs to."""
+    return key.rpartition(".")[2]
 
 
 def _parameters(

@@ -60,10 +60,10 @@ def _measure(
     layer: Layer, state: dict[Tensor, State], options: Hyperparameters, grad_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return ‖β₂ P‖ and β₂² ⟨P, ∂ℓ/∂W⟩ of a layer."""
-    own, (structure_K, structure_C) = state[layer.parameters[0]], options.structures
+    own, (structure_K, structure_C) = layer.entries(state), options.structures
     columns = [
-        (torch.zeros_like(p) if p.grad is None else p.grad).reshape(p.shape[0], -1)
-        for p in layer.parameters  # one of two may be frozen
+        layer.view(i, torch.zeros_like(p) if p.grad is None else p.grad).reshape(layer.dim_C, -1)
+        for i, p in enumerate(layer.parameters)  # one of two may be frozen
     ]
     dtype = torch.float64 if columns[0].dtype == torch.float64 else torch.float32
     half = torch.cat(columns, dim=1).to(dtype)

@@ -10,15 +10,16 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from . import _C
 from ._warnings import warn_user
-from .layers import Layer, own_parameters, supported_modules
+from .layers import Layer
+from .registry import supported_modules
 
 
 def supported_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of the layers that can be preconditioned, frozen ones too."""
     unique = {
         id(p): p
-        for _, module, _ in supported_modules(model)
-        for p in own_parameters(module).values()
+        for _, module, kind in supported_modules(model)
+        for p in kind.parameters(module).values()
     }
     return list(unique.values())
 
@@ -45,9 +46,9 @@ def check_layers(
         ValueError: If a layer's parameters are in different groups, or on a device without kernels.
         TypeError: For parameters that are not real floating-point numbers.
     """
-    modules = {layer.module for layer in taken}
+    names_taken = {name for layer in taken for name in (layer.name, *layer.tied)}
     for layer in layers:
-        if layer.module in modules:
+        if not names_taken.isdisjoint((layer.name, *layer.tied)):
             raise ValueError(
                 f"the parameters of layer '{layer.name}' are in different parameter groups; K and "
                 "C belong to the whole layer: put its weight and bias in one group, as "

@@ -8,13 +8,15 @@ backward pass of a step to the factor update that consumes them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from .layers import Layer
+from .attention import AttentionHook, Projection
+from .layers import Layer, State
 from .moves import follow
 from .observation import accumulates, observe, observe_traced, register
 
@@ -32,11 +34,16 @@ class OutputHook:
     only the model that the optimizer was built for is observed.
     """
 
-    def __init__(self, optimizer: SINGD | None = None, layer: Layer | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: SINGD | None = None,
+        layer: Layer | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
         self._optimizer: Callable[[], SINGD | None] = (
             weakref.ref(optimizer) if optimizer is not None else lambda: None
         )
-        self._layer = layer
+        self._layer, self._module = layer, module
         self.key = register(self)
 
     def __reduce__(self) -> tuple[type[OutputHook], tuple[()]]:
@@ -55,31 +62,42 @@ class OutputHook:
             )
         if torch.compiler.is_compiling():
             if layer.due and output.requires_grad:
-                return observe_traced(output, _input(args, kwargs), self.key)
+                return observe_traced(
+                    output, layer.kind.call_input(args, kwargs).detach(), self.key
+                )
             return None
+        if output.requires_grad and (optimizer := self.wants()) is not None:
+            x = layer.kind.call_input(args, kwargs).detach()
+            observe(output, x, self, active=not optimizer.is_paused)
+        return None
+
+    def wants(self) -> SINGD | None:
+        """Return the optimizer if the next factor update needs the forward pass that runs."""
         optimizer = self._optimizer()
-        if optimizer is None or not output.requires_grad:
+        if optimizer is None or self._layer is None:
             return None
         optimizer.settle_steps()
-        if optimizer.factors_due(layer.group):
-            observe(output, _input(args, kwargs), self, active=not optimizer.is_paused)
-        return None
+        return optimizer if optimizer.factors_due(self._layer.group) else None
+
+    def marked_due(self) -> bool:
+        """Whether compiled models are to be observed at the moment."""
+        return self._layer is not None and self._layer.due
 
     def receive(self, x: Tensor, g: Tensor, backward_pass: int) -> None:
         """Add one call's input and output gradient to the layer's statistics."""
         optimizer = self._optimizer()
-        if optimizer is not None and self._layer is not None and not optimizer.is_paused:
-            _accumulate(optimizer, self._layer, x, g, backward_pass)
+        if optimizer is None or optimizer.is_paused:
+            return
+        if self._layer is not None and self._module is not None:
+            _accumulate(optimizer, self._layer, self._module, x, g, backward_pass)
 
 
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return (args[0] if args else kwargs["input"]).detach()
-
-
-def _accumulate(optimizer: SINGD, layer: Layer, x: Tensor, g: Tensor, backward_pass: int) -> None:
+def _accumulate(
+    optimizer: SINGD, layer: Layer, module: nn.Module, x: Tensor, g: Tensor, backward_pass: int
+) -> None:
     options = optimizer.options(layer.group)
     reduce = options.kfac_approx == "reduce"
-    state = optimizer.state[layer.parameters[0]]
+    state = layer.entries(optimizer.state)
     if not _begin_pass(optimizer, layer, state, backward_pass):
         return
     with torch.no_grad():
@@ -88,6 +106,7 @@ def _accumulate(optimizer: SINGD, layer: Layer, x: Tensor, g: Tensor, backward_p
                 dtype = torch.float64 if state[factor].dtype == torch.float64 else torch.float32
                 state[f"statistic_{factor}"] = torch.zeros_like(state[factor], dtype=dtype)
         batch, shared = layer.accumulate_(
+            module,
             state["statistic_K"],
             state["statistic_C"],
             x,
@@ -100,7 +119,7 @@ def _accumulate(optimizer: SINGD, layer: Layer, x: Tensor, g: Tensor, backward_p
     _count_loss_terms(layer, state, options.loss_average, batch, shared)
 
 
-def _begin_pass(optimizer: SINGD, layer: Layer, state: dict[str, Any], backward_pass: int) -> bool:
+def _begin_pass(optimizer: SINGD, layer: Layer, state: State, backward_pass: int) -> bool:
     """Note the current backward pass; return whether it counts.
 
     It does if it adds to the layer's gradients. Where earlier passes have left none, these were
@@ -116,7 +135,7 @@ def _begin_pass(optimizer: SINGD, layer: Layer, state: dict[str, Any], backward_
 
 
 def _count_loss_terms(
-    layer: Layer, state: dict[str, Any], loss_average: str | None, batch: int, shared: int
+    layer: Layer, state: State, loss_average: str | None, batch: int, shared: int
 ) -> None:
     """Add up the terms that the loss averages over, so that micro-batches make one big batch.
 
@@ -132,12 +151,23 @@ def _count_loss_terms(
     layer.counted_terms += more
 
 
-def install_hook(optimizer: SINGD, layer: Layer) -> torch.utils.hooks.RemovableHandle:
-    """Observe a layer; the handle's `remove` ends it."""
-    return layer.module.register_forward_hook(OutputHook(optimizer, layer), with_kwargs=True)
+def install_hooks(optimizer: SINGD, layers: Iterable[Layer]) -> list[RemovableHandle]:
+    """Observe layers; the handles' `remove` ends it."""
+    handles = []
+    attention: dict[nn.MultiheadAttention, dict[str, OutputHook]] = {}
+    for layer, module in [(la, module) for la in layers for module in la.modules]:
+        hook = OutputHook(optimizer, layer, module)
+        if isinstance(layer.kind, Projection):
+            assert isinstance(module, nn.MultiheadAttention)
+            attention.setdefault(module, {})[layer.kind.name] = hook
+        else:
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    for module, hooks in attention.items():
+        handles += AttentionHook(hooks).install(module)
+    return handles
 
 
-def drop_statistics(state: dict[str, Any]) -> None:
+def drop_statistics(state: State) -> None:
     """Forget what was gathered for a layer."""
     for name in STATISTICS:
         state.pop(name, None)

@@ -72,9 +72,10 @@ def param_groups(
         (owner, decays): [] for owner in (OWN, FALLBACK) for decays in (True, False)
     }
     candidates = [p for p in trainable.values() if id(p) not in excluded]
-    preconditioned = set()
+    preconditioned: set[int] = set()
     for layer in find_layers(model, candidates, 0):
         ids = {id(p) for p in layer.parameters}
+        new = ids - preconditioned  # several layers may be parts of one parameter
         preconditioned |= ids
         selected = [names[i] for i in ids if i in without_decay]
         if 0 < len(selected) < len(ids):
@@ -84,7 +85,7 @@ def param_groups(
                 f"or give {selected} to the fallback with `exclude`"
             )
         decays = not selected and layer.weight is not None
-        groups[OWN, decays] += [p for p in trainable.values() if id(p) in ids]
+        groups[OWN, decays] += [p for p in trainable.values() if id(p) in new]
     norms = _within(model, NORMS)
     for name, p in trainable.items():
         if id(p) not in preconditioned:

@@ -1,16 +1,9 @@
-"""A module's weight, input and output gradient as W, X and g of the algorithm.
-
-Every layer type is brought to one layout: rows [batch, shared, features], where `shared` runs over
-the positions that share the weight (sequence, pixels). To add a layer type, write a `LayerKind` and
-list it in `KINDS`.
-"""
+"""The preconditioned layers of a model."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -18,120 +11,33 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter, UninitializedParameter
 
 from . import ops
-from .convolution import average_groups, averaged_patches, patch_chunks, summed_patch_energies
+from .kinds import LayerKind
 from .memory import FactorProduct
+from .registry import supported_modules
+
+State = MutableMapping[str, Any]
 
 
-class LayerKind(ABC):
-    """How one type of module looks to the algorithm. Shapes are those of a single call."""
+class Entries(State):
+    """The entries of a parameter's state whose keys begin with a prefix, without the prefix."""
 
-    @abstractmethod
-    def gradient_rows(self, module: nn.Module, g: Tensor) -> Tensor:
-        """Return the output gradient as rows [batch, shared, d_o], without copying where it can."""
+    def __init__(self, state: State, prefix: str) -> None:
+        self._state, self._prefix = state, prefix
 
-    @abstractmethod
-    def accumulate_input_(
-        self,
-        module: nn.Module,
-        statistic: Tensor,
-        x: Tensor,
-        factor: Tensor,
-        dim: int,
-        structure: str,
-        *,
-        ones_column: bool,
-        reduce: bool,
-    ) -> None:
-        """Add the rows of input x to K's statistic (`ops.accumulate_statistic_`)."""
+    def __getitem__(self, key: str) -> Any:
+        return self._state[self._prefix + key]
 
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._state[self._prefix + key] = value
 
-class LinearKind(LayerKind):
-    """`nn.Linear` with any leading dimensions: the first is the batch, the others are shared."""
+    def __delitem__(self, key: str) -> None:
+        del self._state[self._prefix + key]
 
-    def gradient_rows(self, module: nn.Module, g: Tensor) -> Tensor:
-        if g.ndim == 1:
-            g = g.unsqueeze(0)
-        return g.reshape(g.shape[0], prod(g.shape[1:-1]), g.shape[-1])
+    def __iter__(self) -> Iterator[str]:
+        return (k.removeprefix(self._prefix) for k in self._state if k.startswith(self._prefix))
 
-    def accumulate_input_(
-        self,
-        module: nn.Module,
-        statistic: Tensor,
-        x: Tensor,
-        factor: Tensor,
-        dim: int,
-        structure: str,
-        *,
-        ones_column: bool,
-        reduce: bool,
-    ) -> None:
-        ops.accumulate_statistic_(
-            statistic,
-            self.gradient_rows(module, x),  # inputs and outputs have the same layout
-            factor,
-            dim,
-            structure,
-            ones_column=ones_column,
-            shared="mean" if reduce else "expand",
-        )
-
-
-class ConvKind(LayerKind):
-    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: output positions are shared, patches are the rows.
-
-    KFAC-reduce never forms patches, nor does KFAC-expand with a diagonal K.
-    """
-
-    def gradient_rows(self, module: nn.Module, g: Tensor) -> Tensor:
-        return self._batched(module, g).flatten(2).transpose(1, 2)
-
-    def accumulate_input_(
-        self,
-        module: nn.Module,
-        statistic: Tensor,
-        x: Tensor,
-        factor: Tensor,
-        dim: int,
-        structure: str,
-        *,
-        ones_column: bool,
-        reduce: bool,
-    ) -> None:
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        x, dtype = self._batched(module, x), statistic.dtype
-        if structure == "diagonal" and not reduce:
-            pixels = average_groups(module, x, dtype)
-            energies = torch.zeros(prod(pixels.shape[1:]), dtype=dtype, device=x.device)
-            ops.accumulate_statistic_(
-                energies, pixels.flatten(1).unsqueeze(0), energies, energies.numel(), structure
-            )
-            sums, positions = summed_patch_energies(module, energies.view(pixels.shape[1:]))
-            statistic[: sums.numel()] += sums
-            if ones_column:
-                statistic[-1] += positions * x.shape[0]
-            return
-        for rows in (
-            [averaged_patches(module, x, dtype).unsqueeze(1)]
-            if reduce
-            else patch_chunks(module, x, dtype)
-        ):
-            ops.accumulate_statistic_(
-                statistic, rows, factor, dim, structure, ones_column=ones_column
-            )
-
-    @staticmethod
-    def _batched(module: nn.Module, x: Tensor) -> Tensor:
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        return x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x
-
-
-# Layer types, looked up by isinstance in this order.
-KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: LinearKind(),
-    nn.Conv1d: ConvKind(),
-    nn.Conv2d: ConvKind(),
-    nn.Conv3d: ConvKind(),
-}
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 @dataclass(eq=False)
@@ -147,13 +53,20 @@ class Layer:
     last_pass: int = -1  # the backward pass that last added to the statistics
     counted_terms: int = 0  # loss terms counted in it
     pass_counts: bool = False  # whether it adds to the layer's gradients
+    tied: dict[str, nn.Module] = field(default_factory=dict)  # further modules with the same W
     due: bool = False  # whether compiled models observe it at the moment
     home: tuple[torch.dtype, torch.device] = field(init=False)  # of the parameters, as last seen
+    dim_K: int = field(init=False)  # d_i: input features, plus one for a bias
+    dim_C: int = field(init=False)  # d_o
     product_K: FactorProduct = field(default_factory=FactorProduct)
     product_C: FactorProduct = field(default_factory=FactorProduct)
 
     def __post_init__(self) -> None:
         self.home = (self.parameters[0].dtype, self.parameters[0].device)
+        with torch.no_grad():
+            views = [self.view(i, p) for i, p in enumerate(self.parameters)]
+        columns = 0 if self.weight is None else views[0][0].numel()
+        self.dim_K, self.dim_C = columns + (self.bias is not None), views[0].shape[0]
 
     def forget(self) -> None:
         """Drop what belongs to the original and not to a copy of it."""
@@ -167,18 +80,43 @@ class Layer:
         return [p for p in (self.weight, self.bias) if p is not None]
 
     @property
-    def dim_K(self) -> int:
-        """d_i: input features, plus one for a bias."""
-        columns = 0 if self.weight is None else self.weight.numel() // len(self.weight)
-        return columns + (self.bias is not None)
+    def modules(self) -> list[nn.Module]:
+        """All modules that use W."""
+        return [self.module, *self.tied.values()]
 
-    @property
-    def dim_C(self) -> int:
-        """d_o."""
-        return self.parameters[0].shape[0]
+    def described(self) -> str:
+        """Return its type and the roles of its parameters, for messages."""
+        roles = [key for key, p in (("weight", self.weight), ("bias", self.bias)) if p is not None]
+        return f"{type(self.module).__name__} with {' and '.join(roles)}"
+
+    def overlaps(self, other: Layer, index: int) -> bool:
+        """Whether the other layer's parameter number `index` has numbers that are in W too."""
+        parameter = other.parameters[index]
+        mine = next((i for i, p in enumerate(self.parameters) if p is parameter), None)
+        if mine is None:
+            return False
+        a, b = self.view(mine, parameter.detach()), other.view(index, parameter.detach())
+        first, last = sorted((a, b), key=Tensor.storage_offset)
+        return last.storage_offset() < first.storage_offset() + first.numel()
+
+    def entries(self, state: dict[Tensor, dict[str, Any]]) -> State:
+        """Return the layer's part of an optimizer's state: all but the momentum buffers."""
+        own = state[self.parameters[0]]
+        return Entries(own, self.kind.prefix) if self.kind.prefix else own
+
+    def view(self, index: int, tensor: Tensor) -> Tensor:
+        """Return the layer's part of W as a view of its parameter number `index`.
+
+        Args:
+            index: Of `parameters`.
+            tensor: The parameter, its gradient or its momentum.
+        """
+        key = "bias" if index == 1 or self.weight is None else "weight"
+        return self.kind.matrix(self.module, tensor, key)
 
     def accumulate_(
         self,
+        module: nn.Module,
         statistic_K: Tensor,
         statistic_C: Tensor,
         x: Tensor,
@@ -187,8 +125,8 @@ class Layer:
         structures: tuple[str, str],
         reduce: bool,
     ) -> tuple[int, int]:
-        """Add one call's input x and output gradient g; return its (batch, shared) sizes."""
-        rows = self.kind.gradient_rows(self.module, g)
+        """Add input x and output gradient g of a module's call; return (batch, shared) sizes."""
+        rows = self.kind.gradient_rows(module, g)
         shared = "sum" if reduce else "expand"
         ops.accumulate_statistic_(
             statistic_C, rows, factors[1], self.dim_C, structures[1], shared=shared
@@ -200,64 +138,64 @@ class Layer:
             )  # fmt: skip
         else:
             self.kind.accumulate_input_(
-                self.module, statistic_K, x, factors[0], self.dim_K, structures[0],
+                module, statistic_K, x, factors[0], self.dim_K, structures[0],
                 ones_column=self.bias is not None, reduce=reduce,
             )  # fmt: skip
         return rows.shape[0], rows.shape[1]
 
 
-def supported_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerKind]]:
-    """Yield (name, module, kind) of the layers that can be preconditioned.
-
-    Submodules of nn.MultiheadAttention are left out: it reads their weights without calling them.
-    """
-    inside_attention = {
-        child
-        for module in model.modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for child in module.modules()
-    }
-    for name, module in model.named_modules():
-        kind = next((kind for cls, kind in KINDS.items() if isinstance(module, cls)), None)
-        if kind is not None and module not in inside_attention:
-            yield name, module, kind
-
-
-def own_parameters(module: nn.Module) -> dict[str, Parameter]:
-    """Return the module's "weight" and "bias" where they are parameters of its own."""
-    named = dict(module.named_parameters(recurse=False))
-    return {key: named[key] for key in ("weight", "bias") if key in named}
-
-
 def find_layers(model: nn.Module, params: Iterable[Any], group: int) -> list[Layer]:
     """Return the layers of `model` that train any of the given parameters.
 
+    Modules of one kind that share all their parameters are one layer.
+
     Raises:
-        ValueError: If a parameter is shared by two layers, uninitialised or empty; the message
-            names the layers.
+        ValueError: If layers share a parameter in another way, or one is uninitialised or empty;
+            the message names the layers.
     """
     trained = {id(p) for p in params if p.requires_grad}
-    owner: dict[int, str] = {}
+    owners: dict[int, list[Layer]] = {}
     layers = []
     for name, module, kind in supported_modules(model):
-        own = {key: p for key, p in own_parameters(module).items() if id(p) in trained}
+        own = {key: p for key, p in kind.parameters(module).items() if id(p) in trained}
         if not own:
             continue
         for key, parameter in own.items():
-            if id(parameter) in owner:
-                raise ValueError(
-                    f"layers '{owner[id(parameter)]}' and '{name}' share the parameter '{key}', "
-                    "which cannot be preconditioned; exclude it with `params`"
-                )
-            owner[id(parameter)] = name
-            if isinstance(parameter, UninitializedParameter):
-                raise ValueError(
-                    f"parameter '{name}.{key}' is uninitialised: run a forward pass first"
-                )
-            if parameter.numel() == 0:
-                raise ValueError(
-                    f"parameter '{name}.{key}' of shape {tuple(parameter.shape)} is empty and "
-                    "cannot be trained; exclude it with `params`"
-                )
-        layers.append(Layer(name, module, kind, own.get("weight"), own.get("bias"), group))
+            _check_parameter(f"{name}.{key}", parameter)
+        layer = Layer(name, module, kind, own.get("weight"), own.get("bias"), group)
+        overlapping = [
+            other
+            for i, parameter in enumerate(layer.parameters)
+            for other in owners.get(id(parameter), [])
+            if other.overlaps(layer, i)
+        ]
+        if overlapping:
+            _tie(overlapping[0], layer)
+            continue
+        for parameter in layer.parameters:
+            owners.setdefault(id(parameter), []).append(layer)
+        layers.append(layer)
     return layers
+
+
+def _check_parameter(name: str, parameter: Parameter) -> None:
+    if isinstance(parameter, UninitializedParameter):
+        raise ValueError(f"parameter '{name}' is uninitialised: run a forward pass first")
+    if parameter.numel() == 0:
+        raise ValueError(
+            f"parameter '{name}' of shape {tuple(parameter.shape)} is empty and cannot be trained; "
+            "exclude it with `params`"
+        )
+
+
+def _tie(layer: Layer, other: Layer) -> None:
+    """Make the module of another layer one more of this layer, if both have the same W."""
+    same = layer.weight is other.weight and layer.bias is other.bias
+    if not same or layer.kind is not other.kind:
+        raise ValueError(
+            f"layers '{layer.name}' ({layer.described()}) and '{other.name}' "
+            f"({other.described()}) share a parameter, but not all of [weight, bias]: K and C "
+            "belong to both. Let them share weight and bias, have both without bias, or leave "
+            "the parameters that differ, or the shared one, out of `params`"
+        )
+    layer.tied[other.name] = other.module

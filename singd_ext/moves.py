@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -28,8 +28,9 @@ def follow(optimizer: SINGD, layer: Layer) -> None:
             if not isinstance(value, Tensor):
                 continue
             dtype = value.dtype
-            own = dtypes[key in ("C", "m_C")]
-            is_factor = key in ("K", "C", "m_K", "m_C")
+            entry = key.rpartition(".")[2]  # without the prefix of one of several layers
+            own = dtypes[entry in ("C", "m_C")]
+            is_factor = entry in ("K", "C", "m_K", "m_C")
             if key == "momentum_buffer" or (is_factor and own is None and dtype == before):
                 dtype = parameter.dtype
             state[key] = value.to(parameter.device, dtype)
@@ -42,11 +43,13 @@ def check_owned(layer: Layer) -> None:
     Raises:
         RuntimeError: Naming the parameter that was replaced.
     """
-    own: dict[str, Any] = layer.module._parameters
-    for key, p in (("weight", layer.weight), ("bias", layer.bias)):
-        if p is not None and own.get(key) is not p:
+    for name, module in ((layer.name, layer.module), *layer.tied.items()):
+        own = layer.kind.parameters(module)
+        for key, p in (("weight", layer.weight), ("bias", layer.bias)):
+            if p is None or own.get(key) is p:
+                continue
             raise RuntimeError(
-                f"parameter '{key}' of layer '{layer.name}' was replaced by another after SINGD "
+                f"parameter '{key}' of layer '{name}' was replaced by another after SINGD "
                 "was constructed, and would not be trained: assign to its `data` instead, or "
                 "construct SINGD again"
             )

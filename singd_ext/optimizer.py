@@ -21,7 +21,7 @@ from .construction import (
     untrained_names,
     warn_untrained,
 )
-from .curvature import drop_statistics, install_hook
+from .curvature import drop_statistics, install_hooks
 from .fallback import OWN, Factory, Fallback, Group, check_new_parameters, is_own, tensor_of
 from .groups import listed, split_group
 from .hyperparameters import (
@@ -183,7 +183,7 @@ class SINGD(torch.optim.Optimizer):
         for layer in layers:
             self._layers.append(layer)
             self._complete_state(layer, options)
-            self._handles.append(install_hook(self, layer))
+        self._handles += install_hooks(self, layers)
         self._mark_due()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -220,8 +220,8 @@ class SINGD(torch.optim.Optimizer):
                     "copied first: take the optimizer out of the layer"
                 )
             layer.forget()
-            if observes:
-                self._handles.append(install_hook(self, layer))
+        if observes:
+            self._handles += install_hooks(self, self._layers)
         self._mark_due()
 
     def _forget_layers(self) -> None:
@@ -239,7 +239,7 @@ class SINGD(torch.optim.Optimizer):
     def _complete_state(self, layer: Layer, options: Hyperparameters) -> None:
         """Create what these options need and the layer's state does not have yet."""
         parameter = layer.parameters[0]
-        state = self.state[parameter]
+        state = layer.entries(self.state)
         for factor, dim, spec, dtype in zip(
             ("K", "C"),
             (layer.dim_K, layer.dim_C),
@@ -271,7 +271,7 @@ class SINGD(torch.optim.Optimizer):
         """Return {module name: (K, C)}; the matrices share the optimizer's memory."""
         result = {}
         for layer in self._layers:
-            state = self.state[layer.parameters[0]]
+            state = layer.entries(self.state)
             structures = self.options(layer.group).structures
             result[layer.name] = (
                 StructuredMatrix(structures[0], layer.dim_K, state["K"]),
@@ -284,7 +284,7 @@ class SINGD(torch.optim.Optimizer):
 
         Both happen where a result is not finite; the layer then keeps its state bit for bit.
         """
-        states = {layer.name: self.state[layer.parameters[0]] for layer in self._layers}
+        states = {layer.name: layer.entries(self.state) for layer in self._layers}
         return {name: (int(s["rejected"]), int(s["skipped"])) for name, s in states.items()}
 
     def remove_hooks(self) -> None:
@@ -428,7 +428,7 @@ class SINGD(torch.optim.Optimizer):
 
     def _drop_statistics(self) -> None:
         for layer in self._layers:
-            drop_statistics(self.state[layer.parameters[0]])
+            drop_statistics(layer.entries(self.state))
 
     def _plan(self, group: int) -> tuple[list[Layer], Hyperparameters, int, float | None]:
         """Check everything about a group's step: layers, options, step and β₁, None if not due."""
@@ -470,7 +470,7 @@ class SINGD(torch.optim.Optimizer):
         scales: Scales,
         calls: GroupCalls,
     ) -> None:
-        states = {layer: self.state[layer.parameters[0]] for layer in layers}
+        states = {layer: layer.entries(self.state) for layer in layers}
         observed = [layer for layer, state in states.items() if state.get("rows", 0) > 0]
         unseen = [layer.name for layer, state in states.items() if "rows" not in state]
         if unseen and self._handles:

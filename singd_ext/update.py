@@ -5,7 +5,8 @@ Each is one call of an operator over lists of all layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,9 @@ from torch import Tensor
 
 from . import ops
 from .hyperparameters import Hyperparameters
-from .layers import Layer
+from .layers import Layer, State
 from .memory import CallMemory
 from .scaling import Scales
-
-State = dict[str, Any]
 
 # Holds the place of the bias of a layer without one.
 _NO_BIAS = torch.empty(0)
@@ -68,7 +67,7 @@ def update_factors(
 
 def update_parameters(
     layers: Sequence[Layer],
-    state: dict[Tensor, State],
+    state: dict[Tensor, dict[str, Any]],
     options: Hyperparameters,
     step: int,
     scales: Scales,
@@ -76,21 +75,19 @@ def update_parameters(
 ) -> Tensor:
     """Update weights, biases and their momenta; see `ops.preconditioned_update_`."""
     # W = [weight, bias]; of a layer of one parameter, that one takes the weight's place.
-    owners = [layer.parameters[0] for layer in layers]
-    seconds = [la.parameters[1] if len(la.parameters) > 1 else _NO_BIAS for la in layers]
-    states = [state[p] for p in owners]
-    weights, biases = [_target(p) for p in owners], [_target(p) for p in seconds]
-    has_momentum = options.momentum != 0
+    states = [layer.entries(state) for layer in layers]
+    weights, biases = _views(layers, 0, _target), _views(layers, 1, _target)
+    has_momentum, momentum_of = options.momentum != 0, partial(_momentum_buffer, state)
     lr = options.lr
     outcomes, workspace = memory.of(weights)
     return ops.preconditioned_update_(
         weights,
         biases,
-        [_momentum_buffer(p, state) for p in owners] if has_momentum else [],
-        [_momentum_buffer(p, state) for p in seconds] if has_momentum else [],
+        _views(layers, 0, momentum_of) if has_momentum else [],
+        _views(layers, 1, momentum_of) if has_momentum else [],
         [s["skipped"] for s in states],
-        [_gradient(p) for p in owners],
-        [_gradient(p) for p in seconds],
+        _views(layers, 0, _gradient),
+        _views(layers, 1, _gradient),
         [s["K"] for s in states],
         [s["C"] for s in states],
         *options.structures,
@@ -115,7 +112,7 @@ def update_parameters(
 
 def update_layer_by_layer(
     layers: Sequence[Layer],
-    state: dict[Tensor, State],
+    state: dict[Tensor, dict[str, Any]],
     options: Hyperparameters,
     step: int,
     scales: Scales,
@@ -132,9 +129,21 @@ def update_layer_by_layer(
     return torch.cat(outcomes) if outcomes else torch.empty(0, dtype=torch.int64)
 
 
+def _views(
+    layers: Sequence[Layer], index: int, tensor_of: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Return every layer's part of what `tensor_of` gives for its parameter number `index`."""
+    return [
+        layer.view(index, tensor_of(layer.parameters[index]))
+        if index < len(layer.parameters)
+        else _NO_BIAS
+        for layer in layers
+    ]
+
+
 def _is_frozen(parameter: Tensor) -> bool:
     """Whether it was frozen after construction: part of W, with a gradient of zero, and kept."""
-    return parameter.grad is None and parameter is not _NO_BIAS
+    return parameter.grad is None
 
 
 def _target(parameter: Tensor) -> Tensor:
@@ -142,14 +151,10 @@ def _target(parameter: Tensor) -> Tensor:
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    if parameter is _NO_BIAS:
-        return _NO_BIAS
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def _momentum_buffer(parameter: Tensor, state: dict[Tensor, State]) -> Tensor:
-    if parameter is _NO_BIAS:
-        return _NO_BIAS
+def _momentum_buffer(state: dict[Tensor, dict[str, Any]], parameter: Tensor) -> Tensor:
     buffer = state[parameter]["momentum_buffer"]
     return buffer.clone() if _is_frozen(parameter) else buffer
 

@@ -1,0 +1,156 @@
+"""How each type of module looks to the algorithm: its parameters, inputs and output gradients.
+
+Every layer type is brought to one layout: W is [d_o, ...], inputs and output gradients are rows
+[batch, shared, features], where `shared` runs over the positions that share the weight (sequence,
+pixels).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import Parameter
+
+from . import ops
+from .convolution import average_groups, averaged_patches, patch_chunks, summed_patch_energies
+
+
+class LayerKind(ABC):
+    """How one type of module looks to the algorithm. Shapes are those of a single call.
+
+    Kinds have no state of their own: one serves all modules of its type.
+    """
+
+    prefix = ""  # of the entries in a parameter's state, where several layers share the parameter
+
+    def parameters(self, module: nn.Module) -> dict[str, Parameter]:
+        """Return what makes up W = [weight, bias], under these two names; one may be missing.
+
+        By default the module's own parameters of these names.
+        """
+        own = module._parameters
+        return {key: p for key in ("weight", "bias") if (p := own.get(key)) is not None}
+
+    def matrix(self, module: nn.Module, tensor: Tensor, key: str) -> Tensor:
+        """Return the layer's part of W as a view: [d_o, ...] of the weight, [d_o] of the bias.
+
+        Args:
+            module: The layer.
+            tensor: The parameter, its gradient or its momentum.
+            key: "weight" or "bias".
+        """
+        return tensor
+
+    def call_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the input x of a call; by default its first argument."""
+        return args[0] if args else next(iter(kwargs.values()))
+
+    @abstractmethod
+    def gradient_rows(self, module: nn.Module, g: Tensor) -> Tensor:
+        """Return the output gradient as rows [batch, shared, d_o], without copying where it can."""
+
+    @abstractmethod
+    def accumulate_input_(
+        self,
+        module: nn.Module,
+        statistic: Tensor,
+        x: Tensor,
+        factor: Tensor,
+        dim: int,
+        structure: str,
+        *,
+        ones_column: bool,
+        reduce: bool,
+    ) -> None:
+        """Add the rows of input x to K's statistic (`ops.accumulate_statistic_`)."""
+
+
+class LinearKind(LayerKind):
+    """`nn.Linear` with any leading dimensions: the first is the batch, the others are shared."""
+
+    def gradient_rows(self, module: nn.Module, g: Tensor) -> Tensor:
+        if g.ndim == 1:
+            g = g.unsqueeze(0)
+        return g.reshape(g.shape[0], prod(g.shape[1:-1]), g.shape[-1])
+
+    def accumulate_input_(
+        self,
+        module: nn.Module,
+        statistic: Tensor,
+        x: Tensor,
+        factor: Tensor,
+        dim: int,
+        structure: str,
+        *,
+        ones_column: bool,
+        reduce: bool,
+    ) -> None:
+        ops.accumulate_statistic_(
+            statistic,
+            self.gradient_rows(module, x),  # inputs and outputs have the same layout
+            factor,
+            dim,
+            structure,
+            ones_column=ones_column,
+            shared="mean" if reduce else "expand",
+        )
+
+
+class Conv1DKind(LinearKind):
+    """Hugging Face's Conv1D: a linear layer with a weight of [input, output] features."""
+
+    def matrix(self, module: nn.Module, tensor: Tensor, key: str) -> Tensor:
+        return tensor.t() if key == "weight" else tensor
+
+
+class ConvKind(LayerKind):
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: output positions are shared, patches are the rows.
+
+    KFAC-reduce never forms patches, nor does KFAC-expand with a diagonal K.
+    """
+
+    def gradient_rows(self, module: nn.Module, g: Tensor) -> Tensor:
+        return self._batched(module, g).flatten(2).transpose(1, 2)
+
+    def accumulate_input_(
+        self,
+        module: nn.Module,
+        statistic: Tensor,
+        x: Tensor,
+        factor: Tensor,
+        dim: int,
+        structure: str,
+        *,
+        ones_column: bool,
+        reduce: bool,
+    ) -> None:
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        x, dtype = self._batched(module, x), statistic.dtype
+        if structure == "diagonal" and not reduce:
+            pixels = average_groups(module, x, dtype)
+            energies = torch.zeros(prod(pixels.shape[1:]), dtype=dtype, device=x.device)
+            ops.accumulate_statistic_(
+                energies, pixels.flatten(1).unsqueeze(0), energies, energies.numel(), structure
+            )
+            sums, positions = summed_patch_energies(module, energies.view(pixels.shape[1:]))
+            statistic[: sums.numel()] += sums
+            if ones_column:
+                statistic[-1] += positions * x.shape[0]
+            return
+        for rows in (
+            [averaged_patches(module, x, dtype).unsqueeze(1)]
+            if reduce
+            else patch_chunks(module, x, dtype)
+        ):
+            ops.accumulate_statistic_(
+                statistic, rows, factor, dim, structure, ones_column=ones_column
+            )
+
+    @staticmethod
+    def _batched(module: nn.Module, x: Tensor) -> Tensor:
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        return x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x
