@@ -54,6 +54,7 @@ class Layer:
     counted_terms: int = 0  # loss terms counted in it
     pass_counts: bool = False  # whether it adds to the layer's gradients
     tied: dict[str, nn.Module] = field(default_factory=dict)  # further modules with the same W
+    parameters: list[Parameter] = field(init=False)  # those trained; the first has the state
     due: bool = False  # whether compiled models observe it at the moment
     home: tuple[torch.dtype, torch.device] = field(init=False)  # of the parameters, as last seen
     dim_K: int = field(init=False)  # d_i: input features, plus one for a bias
@@ -62,6 +63,7 @@ class Layer:
     product_C: FactorProduct = field(default_factory=FactorProduct)
 
     def __post_init__(self) -> None:
+        self.parameters = [p for p in (self.weight, self.bias) if p is not None]
         self.home = (self.parameters[0].dtype, self.parameters[0].device)
         with torch.no_grad():
             views = [self.view(i, p) for i, p in enumerate(self.parameters)]
@@ -73,11 +75,6 @@ class Layer:
         self.last_pass = -1
         self.due = False
         self.product_K, self.product_C = FactorProduct(), FactorProduct()
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        """The trained parameters; the layer's state is kept with the first."""
-        return [p for p in (self.weight, self.bias) if p is not None]
 
     @property
     def modules(self) -> list[nn.Module]:
