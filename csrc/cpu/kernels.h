@@ -152,6 +152,8 @@ struct FactorKernels {
                    int64_t begin, int64_t end);
   void (*old_momentum)(const FactorTask& task, const FactorOptions& options, int64_t begin,
                        int64_t end);
+  // A bound of the spectral norm of any factor but a Toeplitz one; scratch: dim numbers.
+  double (*norm)(const Layout& layout, const void* numbers, double* scratch);
   bool (*store)(const void* values, const void* old, int64_t begin, int64_t end, const Array& to,
                 const RoundingKey& key);
 };

@@ -39,7 +39,8 @@ class WholeFactors {
       for (FactorTask* task : {&k, &c}) {
         allocate_task(*task, arena);
         const int64_t numbers =
-            has_local_products(task->layout) ? factor_scratch(task->layout) : task->size;
+            has_local_products(task->layout) ? factor_scratch(task->layout)
+                                             : task->size + 2 * task->layout.dim;
         scratch = std::max(scratch, numbers * element_size(task->statistic.type));
       }
       scratch_ = arena.take<std::byte>(scratch);
@@ -109,7 +110,11 @@ class WholeFactors {
       parallel(task, [&](int64_t begin, int64_t end) {
         kernels_of(task).old_momentum(task, options_, begin, end);
       });
-      const double beta = step_size(task, family.norm_bound(m), m);
+      const double bound =
+          task.layout.family == Family::kToeplitz
+              ? family.norm_bound(m)
+              : kernels_of(task).norm(task.layout, m, reinterpret_cast<double*>(scratch_));
+      const double beta = step_size(task, bound, m);
       parallel(task, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) e[i] = static_cast<T>(-beta * m[i]);
       });

@@ -100,6 +100,8 @@ double norm_bound(const Layout& layout, const T* m, double* column_sums) {
         norms.add_row(m + at + i * size, size, column_sums + begin);
       }
     });
+  } else if (layout.family == Family::kDense) {
+    for (int64_t i = 0; i < d; ++i) norms.add_row(m + i * d, d, column_sums);
   } else {
     for (int64_t r = 0; r < border; ++r) norms.add_row(m + r * d, d, column_sums);
     norms.add_diagonal(m + border * d, d - border, column_sums + layout.head);
@@ -250,6 +252,11 @@ void load_factor(const FactorTask& task, int64_t begin, int64_t end) {
 }
 
 template <class T>
+double norm_of(const Layout& layout, const void* numbers, double* scratch) {
+  return norm_bound(layout, static_cast<const T*>(numbers), scratch);
+}
+
+template <class T>
 bool store_range(const void* values, const void* old, int64_t begin, int64_t end, const Array& to,
                  const RoundingKey& key) {
   return store_numbers(static_cast<const T*>(values), static_cast<const T*>(old), begin, end, to,
@@ -259,5 +266,5 @@ bool store_range(const void* values, const void* old, int64_t begin, int64_t end
 template <class T>
 constexpr FactorKernels factor_kernels() {
   return {factor_curvature<T>, factor_candidate<T>, load_factor<T>,
-          momentum_range<T>,   add_old_momentum<T>, store_range<T>};
+          momentum_range<T>,   add_old_momentum<T>, norm_of<T>, store_range<T>};
 }
