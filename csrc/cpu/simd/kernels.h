@@ -11,6 +11,10 @@ namespace {
 // step.h comes before what stores as it does.
 #include "factors.h"
 #include "candidates.h"
+// candidates.h comes before what takes its norms.
+#include "factor_blocks.h"
+// And all of them before the table.
+#include "factor_kernels.h"
 
 #define SINGD_STRING(name) SINGD_STRING_(name)
 #define SINGD_STRING_(name) #name
