@@ -434,3 +434,20 @@ def test_attention_left_to_another_optimizer_is_not_observed() -> None:
     optimizer = SINGD(model, params=others, fallback="adamw")
     assert list(optimizer.factors()) == ["layer.linear1", "layer.linear2"]
     assert not model.layer.self_attn._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("default")  # of the compiler
+@pytest.mark.parametrize("T", [1, 2])
+def test_compiled_attention_is_observed(T: int) -> None:
+    torch._dynamo.reset()
+    before = _modes()
+    nets = Net(need_weights=False), Net(need_weights=False)
+    optimizers = [SINGD(net, **{**OPTIONS, "T": T}) for net in nets]
+    compiled = torch.compile(nets[0], backend="aot_eager")
+    for seed in range(4):
+        step(compiled, optimizers[0], data(seed, "self"))
+        step(nets[1], optimizers[1], data(seed, "self"))
+    assert _modes() == before
+    actual, expected = (snapshot(*pair) for pair in zip(nets, optimizers, strict=True))
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-10, atol=1e-13, msg=name)

@@ -95,18 +95,26 @@ class AttentionHook:
         """Forward pre-hook: observe what comes, if it is to be."""
         if not torch.is_grad_enabled():
             return
-        if torch.compiler.is_compiling():
-            if any(receiver.marked_due() for receiver in self.receivers.values()):
-                torch._dynamo.graph_break()
-            return
+        # Compiled code leaves the graph where a step is due, and only there.
+        if not torch.compiler.is_compiling() or self._marked_due():
+            self._begin(module)
+
+    def _marked_due(self) -> bool:
+        return any(receiver.marked_due() for receiver in self.receivers.values())
+
+    @torch.compiler.disable
+    def _begin(self, module: nn.MultiheadAttention) -> None:
         due = {name: r for name, r in self.receivers.items() if r.is_due()}
         if due:
             _Observing(self, module, due).__enter__()
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook that is always called: put back the modes as they were."""
-        if torch.compiler.is_compiling():
-            return
+        if not torch.compiler.is_compiling() or self._marked_due():
+            self._end()
+
+    @torch.compiler.disable
+    def _end(self) -> None:
         modes = torch.overrides._get_current_function_mode_stack()
         own = [i for i, m in enumerate(modes) if isinstance(m, _Observing) and m.hook is self]
         if own:  # modes above it were left by what was interrupted
@@ -152,6 +160,7 @@ class _Observing(TorchFunctionMode):
         self._module, self._receivers = module, receivers
         self._batch = 1  # of the last projected query
 
+    @torch.compiler.disable
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
