@@ -81,7 +81,7 @@ class SINGD(torch.optim.Optimizer):
         """Give every layer of the model its factors K = C = I, and observe its backward passes.
 
         Args:
-            model: The network; Linear and Conv1d/2d/3d layers are preconditioned.
+            model: The network; docs/layers.md lists the layers that are preconditioned.
             params: Parameters or parameter groups to train (see `singd_ext.param_groups`). Default:
                 all of the supported layers; with a fallback all of the model.
             lr: β₂, step size of the parameters; a number or a tensor of one element.
@@ -119,8 +119,8 @@ class SINGD(torch.optim.Optimizer):
 
         Raises:
             ValueError: For a bad option, naming it, its value and what is allowed; for layers that
-                share a parameter or whose parameters are spread over groups; for a device without
-                kernels in this build; for a parameter given twice; for a fallback that does not
+                share only some of their parameters or whose parameters are spread over groups; for
+                a device without kernels in this build; for a parameter given twice; for a fallback that does not
                 hold exactly its parameters or needs a closure.
             TypeError: For a DataParallel or DistributedDataParallel wrapper; for a fallback that is
                 no optimizer.
