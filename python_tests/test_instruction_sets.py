@@ -36,7 +36,9 @@ def skip_unless_available(capability: str) -> None:
 def test_the_instruction_set_is_torchs(capability: str) -> None:
     skip_unless_available(capability)
     code = "from singd_ext import _C; print(_C.cpu_instructions())"
-    assert run(sys.executable, "-c", code, capability=capability).strip() == CAPABILITIES[capability]
+    assert (
+        run(sys.executable, "-c", code, capability=capability).strip() == CAPABILITIES[capability]
+    )
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

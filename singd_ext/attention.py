@@ -101,24 +101,23 @@ class AttentionHook:
         """Forward pre-hook: observe what comes, if it is to be."""
         if not torch.is_grad_enabled():
             return
+        # Compiled code leaves the graph where a step is due, and only there.
         if not torch.compiler.is_compiling() or self._marked_due():
             self._begin(module)
 
-    def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook that is always called: put back the modes as they were."""
-        if not torch.compiler.is_compiling() or self._marked_due():
-            self._end()
-
     def _marked_due(self) -> bool:
         return any(receiver.marked_due() for receiver in self.receivers.values())
-
-    # Compiled models run the attention in eager mode in the steps that observe it.
 
     @torch.compiler.disable(reason=_EAGER)
     def _begin(self, module: nn.MultiheadAttention) -> None:
         due = {name: r for name, r in self.receivers.items() if r.is_due()}
         if due:
             _Observing(self, module, due).__enter__()
+
+    def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Forward hook that is always called: put back the modes as they were."""
+        if not torch.compiler.is_compiling() or self._marked_due():
+            self._end()
 
     @torch.compiler.disable(reason=_EAGER)
     def _end(self) -> None:
@@ -171,7 +170,7 @@ class _Observing(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is F.linear:  # of a copy of the function that another optimizer or group runs
+        if func is F.linear:  # in the copy of the function that another optimizer or group runs
             return self._linear(*args, **(kwargs or {}))
         if func is F.multi_head_attention_forward:
             # Torch's own code. Other modes go on seeing all that it calls.
