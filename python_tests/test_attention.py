@@ -436,6 +436,7 @@ def test_attention_left_to_another_optimizer_is_not_observed() -> None:
     assert not model.layer.self_attn._forward_pre_hooks
 
 
+@pytest.mark.filterwarnings("default")  # of the compiler
 @pytest.mark.parametrize("T", [1, 2])
 def test_compiled_attention_is_observed(T: int) -> None:
     torch._dynamo.reset()

@@ -271,7 +271,7 @@ def test_patches_are_not_asked_for(
     def fail(*args: Any) -> None:
         raise AssertionError("patches were formed")
 
-    monkeypatch.setattr("singd_ext.layers.patch_chunks", fail)
+    monkeypatch.setattr("singd_ext.kinds.patch_chunks", fail)
     _largest_tensor(kfac_approx, structure)
     with pytest.raises(AssertionError, match="patches were formed"):
         _largest_tensor("expand", "dense")

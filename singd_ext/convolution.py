@@ -3,6 +3,7 @@
 The rows of a convolution's input are its unfolded patches, averaged over channel groups, with
 features ordered as in `weight.flatten(1)`. Sums of patches over all output positions need only how
 often every kernel offset k reads every input position i: one small matrix per spatial dimension.
+Of transposed convolutions, the features are ordered as in `TransposedKind.matrix`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .transposed_convolution import ConvTranspose, output_sizes, read_count, stuffed
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -31,7 +34,7 @@ def padding_of(conv: Conv) -> list[tuple[int, int]]:
     return [(int(p), int(p)) for p in conv.padding]
 
 
-def averaged_patches(conv: Conv, x: Tensor, dtype: torch.dtype) -> Tensor:
+def averaged_patches(conv: Conv | ConvTranspose, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the patches averaged over output positions, [batch, features] (KFAC-reduce)."""
     x = average_groups(conv, x, dtype).to(dtype)
     counts, positions = _read_counts(conv, x)
@@ -39,7 +42,7 @@ def averaged_patches(conv: Conv, x: Tensor, dtype: torch.dtype) -> Tensor:
     return sums.reshape(x.shape[0], x.shape[1] * prod(sums.shape[1:])) / positions
 
 
-def summed_patch_energies(conv: Conv, energies: Tensor) -> tuple[Tensor, int]:
+def summed_patch_energies(conv: Conv | ConvTranspose, energies: Tensor) -> tuple[Tensor, int]:
     """Return sums over output positions of squared patch entries, [features], and their number.
 
     Args:
@@ -50,23 +53,25 @@ def summed_patch_energies(conv: Conv, energies: Tensor) -> tuple[Tensor, int]:
     return _contract(energies, counts).flatten(), positions
 
 
-def average_groups(conv: Conv, x: Tensor, dtype: torch.dtype) -> Tensor:
+def average_groups(conv: Conv | ConvTranspose, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the input [batch, channels, *spatial], averaged in `dtype` if there are groups."""
     if conv.groups == 1:
         return x
     return x.unflatten(1, (conv.groups, -1)).mean(1, dtype=dtype)
 
 
-def patch_chunks(conv: Conv, x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield patches [samples, positions, features] of a few samples at a time (KFAC-expand)."""
+def patch_chunks(conv: Conv | ConvTranspose, x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield patches [samples, positions, features] of a few samples at a time (KFAC-expand).
+
+    Positions are in the order of the output; those of transposed convolutions in reverse.
+    """
     x = average_groups(conv, x, dtype)
-    pads = padding_of(conv)
-    if any(left or right for left, right in pads):
-        flat = [p for left_right in reversed(pads) for p in left_right]
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = F.pad(x, flat, mode=mode)
+    if isinstance(conv, ConvTranspose):
+        x, strides = stuffed(conv, x), (1,) * len(conv.kernel_size)
+    else:
+        x, strides = _padded(conv, x), conv.stride
     for dim, (kernel, stride, dilation) in enumerate(
-        zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), start=2
+        zip(conv.kernel_size, strides, conv.dilation, strict=True), start=2
     ):
         # [..., size, ..., earlier kernel offsets] -> [..., out, ..., offsets, kernel]
         x = x.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
@@ -79,6 +84,15 @@ def patch_chunks(conv: Conv, x: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield chunk.reshape(chunk.shape[0], positions, features)
 
 
+def _padded(conv: Conv, x: Tensor) -> Tensor:
+    pads = padding_of(conv)
+    if not any(left or right for left, right in pads):
+        return x
+    flat = [p for left_right in reversed(pads) for p in left_right]
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(x, flat, mode=mode)
+
+
 def _contract(x: Tensor, counts: list[Tensor]) -> Tensor:
     """[n, *spatial] with one matrix [kernel, size] per spatial dimension -> [n, *kernel]."""
     for count in counts:  # tensordot moves the new kernel dimension to the end
@@ -86,8 +100,20 @@ def _contract(x: Tensor, counts: list[Tensor]) -> Tensor:
     return x
 
 
-def _read_counts(conv: Conv, x: Tensor) -> tuple[list[Tensor], int]:
+def _read_counts(conv: Conv | ConvTranspose, x: Tensor) -> tuple[list[Tensor], int]:
     """Return the matrices of `_contract` for inputs like x, and the number of output positions."""
+    if isinstance(conv, ConvTranspose):
+        outputs = output_sizes(conv, x)
+        arguments = zip(
+            x.shape[2:],
+            outputs,
+            conv.kernel_size,
+            conv.stride,
+            map(int, conv.padding),
+            conv.dilation,
+            strict=True,
+        )
+        return [read_count(*sizes) for sizes in arguments], prod(outputs)
     results = [
         _read_count(size, kernel, stride, *pads, dilation, conv.padding_mode)
         for size, kernel, stride, pads, dilation in zip(

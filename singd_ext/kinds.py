@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
 from . import ops
-from .convolution import average_groups, averaged_patches, patch_chunks, summed_patch_energies
+from .convolution import (
+    Conv,
+    average_groups,
+    averaged_patches,
+    patch_chunks,
+    summed_patch_energies,
+)
+from .transposed_convolution import ConvTranspose
 
 
 class LayerKind(ABC):
@@ -38,12 +45,21 @@ class LayerKind(ABC):
     def matrix(self, module: nn.Module, tensor: Tensor, key: str) -> Tensor:
         """Return the layer's part of W as a view: [d_o, ...] of the weight, [d_o] of the bias.
 
+        A copy of the weight will do if `write_back` is overridden.
+
         Args:
             module: The layer.
             tensor: The parameter, its gradient or its momentum.
             key: "weight" or "bias".
         """
         return tensor
+
+    def write_back(self, module: nn.Module, tensor: Tensor, matrix: Tensor) -> None:
+        """Write what `matrix` returned for the weight, or its momentum, back to it.
+
+        Called after a step if that was a copy.
+        """
+        raise NotImplementedError
 
     def call_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the input x of a call; by default its first argument."""
@@ -128,7 +144,7 @@ class ConvKind(LayerKind):
         ones_column: bool,
         reduce: bool,
     ) -> None:
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        assert isinstance(module, Conv | ConvTranspose)
         x, dtype = self._batched(module, x), statistic.dtype
         if structure == "diagonal" and not reduce:
             pixels = average_groups(module, x, dtype)
@@ -152,5 +168,37 @@ class ConvKind(LayerKind):
 
     @staticmethod
     def _batched(module: nn.Module, x: Tensor) -> Tensor:
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        assert isinstance(module, Conv | ConvTranspose)
         return x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x
+
+
+class TransposedKind(ConvKind):
+    """`nn.ConvTranspose1d`, `nn.ConvTranspose2d`, `nn.ConvTranspose3d`: as `ConvKind`.
+
+    W is [output channels, input channels / groups, *kernel], the mirrored kernel of a convolution.
+    """
+
+    def matrix(self, module: nn.Module, tensor: Tensor, key: str) -> Tensor:
+        assert isinstance(module, ConvTranspose)
+        if key == "bias":
+            return tensor
+        return self._grouped(module, tensor).flatten(0, 1)  # seldom a view if there are groups
+
+    def write_back(self, module: nn.Module, tensor: Tensor, matrix: Tensor) -> None:
+        view = self._grouped(module, tensor)
+        view.copy_(matrix.view_as(view))
+
+    def call_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        output_size = kwargs.get("output_size", args[1] if len(args) > 1 else None)
+        if output_size is not None:
+            raise ValueError(
+                f"a transposed convolution was called with output_size={output_size}, which SINGD "
+                "does not support: set the layer's output_padding, or exclude it with `params`"
+            )
+        return super().call_input(args, kwargs)
+
+    @staticmethod
+    def _grouped(module: nn.Module, tensor: Tensor) -> Tensor:
+        """Return the weight as a view [groups, outputs / groups, inputs / groups, *kernel]."""
+        assert isinstance(module, ConvTranspose)
+        return tensor.unflatten(0, (module.groups, -1)).transpose(1, 2)

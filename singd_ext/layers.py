@@ -59,6 +59,7 @@ class Layer:
     home: tuple[torch.dtype, torch.device] = field(init=False)  # of the parameters, as last seen
     dim_K: int = field(init=False)  # d_i: input features, plus one for a bias
     dim_C: int = field(init=False)  # d_o
+    is_copied: bool = field(init=False)  # whether W holds a copy of the weight, to be written back
     product_K: FactorProduct = field(default_factory=FactorProduct)
     product_C: FactorProduct = field(default_factory=FactorProduct)
 
@@ -69,6 +70,13 @@ class Layer:
             views = [self.view(i, p) for i, p in enumerate(self.parameters)]
         columns = 0 if self.weight is None else views[0][0].numel()
         self.dim_K, self.dim_C = columns + (self.bias is not None), views[0].shape[0]
+        storages = {t.untyped_storage().data_ptr() for t in (self.parameters[0], views[0])}
+        self.is_copied = len(storages) > 1
+        if self.is_copied and type(self.kind).write_back is LayerKind.write_back:
+            raise TypeError(
+                f"layer '{self.name}': {type(self.kind).__name__}.matrix returns a copy of the "
+                "parameter, whose update would be lost: return a view, or override write_back"
+            )
 
     def forget(self) -> None:
         """Drop what belongs to the original and not to a copy of it."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .attention import PROJECTIONS
-from .kinds import Conv1DKind, ConvKind, LayerKind, LinearKind
+from .kinds import Conv1DKind, ConvKind, LayerKind, LinearKind, TransposedKind
 
 # Types of modules, by class or by the full name of a class that need not be installed, and the
 # layers in each by name; the name of a module that is one layer is empty. Of the classes that a
@@ -17,6 +17,9 @@ KINDS: dict[type[nn.Module] | str, dict[str, LayerKind]] = {
     nn.Conv1d: {"": ConvKind()},
     nn.Conv2d: {"": ConvKind()},
     nn.Conv3d: {"": ConvKind()},
+    nn.ConvTranspose1d: {"": TransposedKind()},
+    nn.ConvTranspose2d: {"": TransposedKind()},
+    nn.ConvTranspose3d: {"": TransposedKind()},
     nn.MultiheadAttention: dict(PROJECTIONS),
     "transformers.pytorch_utils.Conv1D": {"": Conv1DKind()},
 }

@@ -79,11 +79,12 @@ def update_parameters(
     weights, biases = _views(layers, 0, _target), _views(layers, 1, _target)
     has_momentum, momentum_of = options.momentum != 0, partial(_momentum_buffer, state)
     lr = options.lr
+    momenta = _views(layers, 0, momentum_of) if has_momentum else []
     outcomes, workspace = memory.of(weights)
-    return ops.preconditioned_update_(
+    ops.preconditioned_update_(
         weights,
         biases,
-        _views(layers, 0, momentum_of) if has_momentum else [],
+        momenta,
         _views(layers, 1, momentum_of) if has_momentum else [],
         [s["skipped"] for s in states],
         _views(layers, 0, _gradient),
@@ -108,6 +109,12 @@ def update_parameters(
         outcomes=outcomes,
         workspace=workspace,
     )
+    for i, layer in enumerate(layers):
+        if layer.is_copied and not _is_frozen(owner := layer.parameters[0]):
+            layer.kind.write_back(layer.module, owner, weights[i])
+            if has_momentum:
+                layer.kind.write_back(layer.module, momentum_of(owner), momenta[i])
+    return outcomes
 
 
 def update_layer_by_layer(

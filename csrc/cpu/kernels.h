@@ -171,7 +171,8 @@ struct FactorOptions {
 // The numbers of T that the kernels below take as scratch.
 inline int64_t factor_scratch(const Layout& layout) {
   const int64_t d = layout.dim, k = layout.block, border = layout.head + layout.tail;
-  const int64_t block = 2 * k * padded(k), strips = 2 * border * (padded(d) + border);
+  const int64_t block = 2 * k * padded(k) + 4 * kPadding;
+  const int64_t strips = 2 * border * (padded(d) + border);
   const int64_t transposed = layout.transposed ? (border + d) * padded(border) : 0;
   return block + strips + transposed + 2 * padded(d);
 }
@@ -190,6 +191,8 @@ struct FactorKernels {
                    int64_t begin, int64_t end);
   void (*old_momentum)(const FactorTask& task, const FactorOptions& options, int64_t begin,
                        int64_t end);
+  // A bound of the spectral norm of any factor but a Toeplitz one; scratch: dim numbers.
+  double (*norm)(const Layout& layout, const void* numbers, double* scratch);
   bool (*store)(const void* values, const void* old, int64_t begin, int64_t end, const Array& to,
                 const RoundingKey& key);
 };

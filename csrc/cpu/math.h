@@ -69,8 +69,8 @@ struct AtenMath {
                : out.add_(at::bmm(tensor(a, m, k, batch), tensor(b, k, n, batch)));
   }
 
-  // C = A^T B or C += A^T B for k x d matrices whose product is known to be symmetric: panels of one
-  // triangle, mirrored.
+  // C = A^T B or C += A^T B for k x d matrices whose product is known to be symmetric: panels of
+  // one triangle, mirrored.
   template <class A, class B, class T>
   static void multiply_symmetric(int64_t d, int64_t k, MatrixView<A> a, MatrixView<B> b,
                                  MatrixView<T> c, bool add) {

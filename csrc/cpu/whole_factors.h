@@ -38,8 +38,9 @@ class WholeFactors {
       int64_t scratch = 0;
       for (FactorTask* task : {&k, &c}) {
         allocate_task(*task, arena);
-        const int64_t numbers =
-            has_local_products(task->layout) ? factor_scratch(task->layout) : task->size;
+        const int64_t numbers = has_local_products(task->layout)
+                                    ? factor_scratch(task->layout)
+                                    : task->size + 2 * task->layout.dim;
         scratch = std::max(scratch, numbers * element_size(task->statistic.type));
       }
       scratch_ = arena.take<std::byte>(scratch);
@@ -109,7 +110,11 @@ class WholeFactors {
       parallel(task, [&](int64_t begin, int64_t end) {
         kernels_of(task).old_momentum(task, options_, begin, end);
       });
-      const double beta = step_size(task, family.norm_bound(m), m);
+      const double bound =
+          task.layout.family == Family::kToeplitz
+              ? family.norm_bound(m)
+              : kernels_of(task).norm(task.layout, m, reinterpret_cast<double*>(scratch_));
+      const double beta = step_size(task, bound, m);
       parallel(task, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) e[i] = static_cast<T>(-beta * m[i]);
       });
@@ -144,9 +149,9 @@ class WholeFactors {
     return task.capped ? options_.step_cap / bound : beta;
   }
 
-  // A dense factor that is stored in bfloat16 is multiplied in it, with sums in float32, at a quarter
-  // of the time. What is rounded, K^T K and the small K E that is added to K, then still is finer
-  // than K's own last place.
+  // A dense factor that is stored in bfloat16 is multiplied in it, with sums in float32, at a
+  // quarter of the time. What is rounded, K^T K and the small K E that is added to K, then still is
+  // finer than K's own last place.
   static bool in_bfloat16(const FactorTask& task) {
     return task.layout.family == Family::kDense && task.factor.type == Scalar::kBFloat16 &&
            task.statistic.type == Scalar::kFloat32;

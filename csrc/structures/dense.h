@@ -2,8 +2,6 @@
 // The statistic is H = K^T U K itself (d x d): K has to be applied first when rows are few.
 #pragma once
 
-#include <numeric>
-
 #include "entrywise.h"
 
 namespace singd {
@@ -85,28 +83,21 @@ struct Dense : Entrywise<Dense> {
     }
   }
 
-  // As in Entrywise, row by row.
+  template <class Function>
+  void for_each_diagonal(Function f) const {
+    for (int64_t i = 0; i < layout.dim; ++i) f(i * (layout.dim + 1));
+  }
+
   template <class T>
-  double norm_bound(const T* k) const {
-    const int64_t d = layout.dim;
-    std::vector<double> column_sums(static_cast<size_t>(d), 0.0), row(static_cast<size_t>(d));
-    double largest_row = 0, squares = 0;
-    for (int64_t i = 0; i < d; ++i) {
-      for (int64_t j = 0; j < d; ++j) {
-        row[j] = std::abs(static_cast<double>(k[i * d + j]));
-        column_sums[j] += row[j];
-      }
-      // Eight sums each: a single one would wait for every addition.
-      double sums[8] = {}, square_sums[8] = {};
-      for (int64_t j = 0; j < d; ++j) {
-        sums[j % 8] += row[j];
-        square_sums[j % 8] += row[j] * row[j];
-      }
-      largest_row = std::max(largest_row, std::accumulate(sums, sums + 8, 0.0));
-      squares += std::accumulate(square_sums, square_sums + 8, 0.0);
-    }
-    const double largest_column = *std::max_element(column_sums.begin(), column_sums.end());
-    return std::min(std::sqrt(squares), std::sqrt(largest_row * largest_column));
+  T trace(const T* k) const {
+    T sum = 0;
+    for_each_diagonal([&](int64_t slot) { sum += k[slot]; });
+    return sum;
+  }
+
+  template <class T>
+  void add_to_diagonal(T* k, T value) const {
+    for_each_diagonal([&](int64_t slot) { k[slot] += value; });
   }
 
  private:

@@ -19,6 +19,7 @@ Counts counts;
 #define SINGD_TILE_ROWS 4
 #define SINGD_TILE_VECTORS 2
 #include "../cpu/kernels.h"
+#include "../cpu/local_factors.h"
 #include "../cpu/local_step.h"
 #include "../cpu/simd/kernels.h"
 #include "../cpu/statistics.h"
@@ -106,6 +107,27 @@ Counts statistic(const std::string& spec, int64_t m, int64_t d) {
   counts = {};
   LocalStatistic<float>(rows, layout, factor.data(), sums.data()).add();
   check(sums != Numbers(sums.size(), 0.0f), spec + ": the statistic is empty");
+  return counts;
+}
+
+// An update of the factors of layers with two d x d factors.
+Counts update(const std::string& spec, int64_t d, int64_t layers = 1) {
+  const Layout layout = make_layout(spec, d);
+  const int64_t size = storage_size(layout);
+  const Numbers statistic(static_cast<std::size_t>(size), 1e-3f);
+  std::vector<Numbers> state(static_cast<std::size_t>(4 * layers), statistic);
+  std::vector<FactorTask> tasks(static_cast<std::size_t>(2 * layers));
+  for (std::size_t i = 0; i < tasks.size(); ++i) {
+    tasks[i].layout = layout;
+    tasks[i].size = size;
+    tasks[i].statistic = array_of(statistic);
+    tasks[i].factor = {state[2 * i].data(), Scalar::kFloat32};
+    tasks[i].momentum = {state[2 * i + 1].data(), Scalar::kFloat32};
+  }
+  at::Tensor workspace;
+  counts = {};
+  LocalFactors(workspace, {1e-3, 0.1, 0.5, 1e9, false, false, 1}).run(tasks);
+  for (const Numbers& numbers : state) check(numbers != statistic, spec + ": was not updated");
   return counts;
 }
 
@@ -201,7 +223,7 @@ void test_statistics() {
       const std::string of = " of " + std::to_string(m) + " x " + std::to_string(d);
       const Counts diagonal = statistic("diagonal", m, d);
       check_same(diagonal.multiply_adds, 0, "diagonal statistic: multiply-adds" + of);
-      check_same(diagonal.elements, 2 * m * d, "diagonal statistic: elements" + of);
+      check_same(diagonal.elements, m * d, "diagonal statistic: elements" + of);
       for (const int64_t k : {16, 32, 64}) {
         const Counts blocks = statistic(sized("block_diagonal", k), m, d);
         check_same(blocks.multiply_adds, m * d * k, "statistic of blocks" + of);
@@ -233,9 +255,30 @@ void test_rows() {
   }
 }
 
+// Products of blocks or of thin borders, each d k^2 multiply-adds, a few for each factor.
+void test_factor_updates() {
+  for (const int64_t k : {16, 32, 64}) {
+    const std::string half = std::to_string(k / 2);
+    const std::vector<std::pair<std::string, int64_t>> products{
+        {sized("block_diagonal", k), 3},
+        {sized("rank_triu", k), 5},
+        {sized("rank_tril", k), 2},
+        {"hierarchical:" + half + "," + half, 5}};
+    for (const auto& [spec, number] : products) {
+      for (const int64_t d : {256, 1024}) {
+        check_same(update(spec, d).multiply_adds, 2 * number * d * k * k, "update of " + spec);
+      }
+      check_same(update(spec, 256, 5).multiply_adds, 5 * 2 * number * 256 * k * k,
+                 "update of five layers of " + spec);
+    }
+  }
+  check_same(update("diagonal", 1024).multiply_adds, 0, "update of diagonal factors");
+}
+
 }  // namespace
 
 int main() {
+  test_factor_updates();
   test_diagonal_step();
   test_block_step();
   test_border_step();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclass
 class Memory:
-    """The largest number of bytes in use, above those in use before."""
+    """Bytes in use above those in use before: the most, and at the end."""
 
     peak: int = 0
+    end: int = 0
 
 
 @contextmanager
@@ -25,6 +27,7 @@ def measure(device: torch.device) -> Iterator[Memory]:
     On CUDA by the allocator's statistics. On CPU by the profiler's record of every allocation of a
     tensor: what a kernel allocates by other means (a few rows of scratch) is not seen.
     """
+    gc.collect()  # what was dropped before would be freed in the block, and be taken from its peak
     memory = Memory()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -33,16 +36,16 @@ def measure(device: torch.device) -> Iterator[Memory]:
         yield memory
         torch.cuda.synchronize(device)
         memory.peak = torch.cuda.max_memory_allocated(device) - before
+        memory.end = torch.cuda.memory_allocated(device) - before
         return
     quiet_profiler()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         yield memory
     assert record.profiler is not None and record.profiler.kineto_results is not None
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    in_use = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
-        in_use += event.nbytes()
-        memory.peak = max(memory.peak, in_use)
+        memory.end += event.nbytes()
+        memory.peak = max(memory.peak, memory.end)
 
 
 def quiet_profiler() -> None:

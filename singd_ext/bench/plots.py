@@ -170,6 +170,8 @@ def _growth(group: str, rows: Sequence[Row]) -> Panel:
             line = [times[-1] * count / paper[-1] for count in paper]
             axis.plot(values, line, ":", color=colour, linewidth=1)
         axis.set(xscale="log", yscale="log")
+        axis.set_xticks(values, map(str, values))
+        axis.set_xticks([], minor=True)
         axis.set_xlabel(f"{variable} (dotted: growth by Table 2)", fontsize=8)
         axis.set_ylabel("ms (measured)", fontsize=8)
         axis.set_title(group.partition(": ")[2], fontsize=9, loc="left")

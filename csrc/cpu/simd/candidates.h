@@ -100,6 +100,8 @@ double norm_bound(const Layout& layout, const T* m, double* column_sums) {
         norms.add_row(m + at + i * size, size, column_sums + begin);
       }
     });
+  } else if (layout.family == Family::kDense) {
+    for (int64_t i = 0; i < d; ++i) norms.add_row(m + i * d, d, column_sums);
   } else {
     for (int64_t r = 0; r < border; ++r) norms.add_row(m + r * d, d, column_sums);
     norms.add_diagonal(m + border * d, d - border, column_sums + layout.head);
@@ -108,16 +110,11 @@ double norm_bound(const Layout& layout, const T* m, double* column_sums) {
   return norms.bound();
 }
 
-// beta1 for this momentum: normalised if asked for, and such that beta1 ||m|| <= step_cap.
-template <class T>
-double step_size(FactorTask& task, const T* m, const FactorOptions& o, double* scratch) {
-  double beta = o.lr_cov;
-  if (o.normalize_lr_cov) {
-    T most = 1;
-    for (int64_t i = 0; i < task.size; ++i) most = larger(most, m[i] < 0 ? -m[i] : m[i]);
-    beta /= static_cast<double>(most);
-  }
-  const double bound = norm_bound(task.layout, m, scratch);
+// beta1 for a momentum with this bound and this largest entry: normalised if asked for, and such
+// that beta1 ||m|| <= step_cap.
+SINGD_INLINE double step_size(FactorTask& task, double bound, double largest,
+                              const FactorOptions& o) {
+  const double beta = o.normalize_lr_cov ? o.lr_cov / larger(1.0, largest) : o.lr_cov;
   task.capped = beta * bound > o.step_cap;
   return task.capped ? o.step_cap / bound : beta;
 }
@@ -161,32 +158,6 @@ bool diagonal_candidate(const FactorTask& task, double beta, bool second_order) 
   return store_numbers(n.gram, n.k, 0, task.size, task.next_factor, task.key.stream(0));
 }
 
-template <class T>
-bool block_candidate(const FactorTask& task, double beta, bool second_order, T* scratch) {
-  const Numbers<T> n(task);
-  const RoundingKey key = task.key.stream(0);
-  bool finite = true;
-  for_each_block(task.layout, [&](int64_t, int64_t size, int64_t at, int64_t) {
-    const int64_t stride = padded(size), area = size * stride;
-    T *e = scratch, *product = scratch + area;
-    for (int64_t i = 0; i < size; ++i) {
-      copy_scaled(n.h + at + i * size, size, -beta, e + i * stride);
-      for (int64_t j = size; j < stride; ++j) e[i * stride + j] = T(0);
-    }
-    if (second_order) {
-      multiply<T>(size, stride, size, {e, stride, 1}, e, stride, product, stride, kOverwrite<T>);
-      for (int64_t i = 0; i < area; ++i) e[i] += product[i] / 2;
-    }
-    multiply<T>(size, stride, size, {n.k + at, size, 1}, e, stride, product, stride, kOverwrite<T>);
-    for (int64_t i = 0; i < size; ++i) {
-      const int64_t slot = at + i * size;
-      __builtin_memcpy(n.gram + slot, product + i * stride, sizeof(T) * static_cast<size_t>(size));
-    }
-    finite &= store_numbers(n.gram, n.k, at, at + size * size, task.next_factor, key);
-  });
-  return finite;
-}
-
 // to <- A B of bordered matrices in their storage.
 template <class T>
 void multiply_borders(const Border<T>& b, const T* first, const T* second, T* to, T* scratch) {
@@ -215,49 +186,4 @@ bool border_candidate(const FactorTask& task, double beta, bool second_order, T*
   const bool swap = task.layout.transposed;  // (K E)^T = E^T K^T
   multiply_borders(b, swap ? e : n.k, swap ? n.k : e, product, rest);
   return store_numbers(product, n.k, 0, task.size, task.next_factor, task.key.stream(0));
-}
-
-template <class T>
-void factor_candidate(FactorTask& task, const FactorTask& partner, const FactorOptions& o,
-                      void* memory) {
-  const Numbers<T> n(task);
-  T* scratch = static_cast<T*>(memory);
-  momentum_range<T>(task, partner, o, 0, task.size);
-  const double s = o.momentum_scale();
-  for_each_diagonal(task.layout, [&](int64_t slot) { n.h[slot] -= static_cast<T>(s); });
-  add_old_momentum<T>(task, o, 0, task.size);
-  const double beta = step_size(task, n.h, o, static_cast<double*>(memory));
-  const bool second_order = o.expm_order == 2;
-  switch (task.layout.family) {
-    case Family::kDiagonal:
-      task.finite = diagonal_candidate<T>(task, beta, second_order);
-      break;
-    case Family::kBlockDiagonal:
-      task.finite = block_candidate<T>(task, beta, second_order, scratch);
-      break;
-    default:
-      task.finite = border_candidate<T>(task, beta, second_order, scratch);
-  }
-  const RoundingKey key = task.key.stream(1);
-  task.finite &= store_numbers<T>(n.h, nullptr, 0, task.size, task.next_momentum, key);
-}
-
-template <class T>
-void load_factor(const FactorTask& task, int64_t begin, int64_t end) {
-  T* k = static_cast<T*>(task.k);
-  with_type(ConstArray{task.factor.data, task.factor.type},
-            [&](const auto* stored) { load_row(stored + begin, end - begin, T(1), k + begin); });
-}
-
-template <class T>
-bool store_range(const void* values, const void* old, int64_t begin, int64_t end, const Array& to,
-                 const RoundingKey& key) {
-  return store_numbers(static_cast<const T*>(values), static_cast<const T*>(old), begin, end, to,
-                       key);
-}
-
-template <class T>
-constexpr FactorKernels factor_kernels() {
-  return {factor_curvature<T>, factor_candidate<T>, load_factor<T>,
-          momentum_range<T>,   add_old_momentum<T>, store_range<T>};
 }

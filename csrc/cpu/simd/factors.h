@@ -10,15 +10,10 @@ struct Numbers {
       : k(static_cast<T*>(task.k)), h(static_cast<T*>(task.h)), gram(static_cast<T*>(task.gram)) {}
 };
 
-// f(slot) for every diagonal entry.
+// f(slot) for every diagonal entry of a diagonal or bordered factor.
 template <class Function>
 SINGD_INLINE void for_each_diagonal(const Layout& layout, Function f) {
   const int64_t d = layout.dim, border = layout.head + layout.tail;
-  if (layout.family == Family::kBlockDiagonal) {
-    return for_each_block(layout, [&](int64_t, int64_t size, int64_t at, int64_t) {
-      for (int64_t i = 0; i < size; ++i) f(at + i * (size + 1));
-    });
-  }
   for (int64_t r = 0; r < border; ++r) f(r * d + (r < layout.head ? r : r + d - border));
   for (int64_t j = 0; j < d - border; ++j) f(border * d + j);
 }
@@ -45,25 +40,6 @@ void diagonal_curvature(const FactorTask& task, const T* u) {
     n.gram[j] = n.k[j] * n.k[j];
     n.h[j] = static_cast<T>(static_cast<double>(n.k[j] * u[j] * n.k[j]) * task.scale);
   }
-}
-
-template <class T>
-void block_curvature(const FactorTask& task, const T* u, T* scratch) {
-  const Numbers<T> n(task);
-  for_each_block(task.layout, [&](int64_t, int64_t size, int64_t at, int64_t) {
-    const int64_t stride = padded(size);
-    T *uk = scratch, *result = scratch + size * stride;
-    const Operand<T> k_transposed{n.k + at, 1, size};
-    multiply<T>(size, stride, size, {u + at, size, 1}, n.k + at, size, uk, stride, kOverwrite<T>);
-    multiply<T>(size, stride, size, k_transposed, uk, stride, result, stride, kOverwrite<T>);
-    for (int64_t i = 0; i < size; ++i) {
-      copy_scaled(result + i * stride, size, task.scale, n.h + at + i * size);
-    }
-    multiply<T>(size, stride, size, k_transposed, n.k + at, size, result, stride, kOverwrite<T>);
-    for (int64_t i = 0; i < size; ++i) {
-      copy_scaled(result + i * stride, size, 1, n.gram + at + i * size);
-    }
-  });
 }
 
 // A bordered matrix R = [E; D] in its storage, and what products with it share.
@@ -185,25 +161,4 @@ void column_border_curvature(const FactorTask& task, const T* u, T* scratch) {
   for (int64_t j = 0; j < b.interior(); ++j) {
     n.gram[b.border * b.d + j] = diagonal[j] * diagonal[j];
   }
-}
-
-template <class T>
-void factor_curvature(FactorTask& task, void* memory) {
-  const Numbers<T> n(task);
-  T* scratch = static_cast<T*>(memory);
-  const T* u = static_cast<const T*>(task.statistic.data);
-  with_type(ConstArray{task.factor.data, task.factor.type},
-            [&](const auto* stored) { load_row(stored, task.size, T(1), n.k); });
-  for (int64_t i = 0; i < kPadding; ++i) n.k[task.size + i] = n.gram[task.size + i] = T(0);
-  if (task.layout.family == Family::kDiagonal) {
-    diagonal_curvature(task, u);
-  } else if (task.layout.family == Family::kBlockDiagonal) {
-    block_curvature(task, u, scratch);
-  } else if (task.layout.transposed) {
-    column_border_curvature(task, u, scratch);
-  } else {
-    row_border_curvature(task, u, scratch);
-  }
-  task.mean_trace_h = mean_diagonal(task.layout, n.h);
-  task.mean_trace_gram = mean_diagonal(task.layout, n.gram);
 }

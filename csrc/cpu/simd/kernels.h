@@ -17,6 +17,8 @@ namespace {
 #include "step.h"
 #include "factors.h"
 #include "candidates.h"
+#include "factor_blocks.h"
+#include "factor_kernels.h"
 // clang-format on
 
 #define SINGD_STRING(name) SINGD_STRING_(name)

@@ -10,18 +10,19 @@ void transpose_padded(const T* from, int64_t rows, int64_t columns, int64_t from
   }
 }
 
+// The largest sum of |entries| of a row; rows end in zeros up to a whole vector.
 template <class T>
 double largest_row_sum(const T* matrix, int64_t rows, int64_t columns, int64_t stride) {
-  double most = 0;
+  T most = 0;
   for (int64_t i = 0; i < rows; ++i) {
-    double sum = 0;
-    for (int64_t j = 0; j < columns; ++j) {
-      const double value = static_cast<double>(matrix[i * stride + j]);
-      sum += value < 0 ? -value : value;
+    Vector<T> sums = {};
+    for (int64_t j = 0; j < columns; j += kLanes<T>) {
+      const Vector<T> v = load<T>(matrix + i * stride + j);
+      sums += v < 0 ? -v : v;
     }
-    most = larger(most, sum);
+    most = larger(most, lane_sum<T>(sums));
   }
-  return most;
+  return 1.001 * static_cast<double>(most);  // the sum was rounded
 }
 
 template <class T>
