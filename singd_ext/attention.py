@@ -93,6 +93,7 @@ class AttentionHook:
             }.items()
             if any(parts)
         }  # fmt: skip
+        self.current: _Observing | None = None  # not one that an interrupt has left behind
 
     def __reduce__(self) -> tuple[type[AttentionHook], tuple[()]]:
         return AttentionHook, ()
@@ -112,7 +113,8 @@ class AttentionHook:
     def _begin(self, module: nn.MultiheadAttention) -> None:
         due = {name: r for name, r in self.receivers.items() if r.is_due()}
         if due:
-            _Observing(self, module, due).__enter__()
+            self.current = _Observing(self, module, due)
+            self.current.__enter__()
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook that is always called: put back the modes as they were."""
@@ -170,7 +172,8 @@ class _Observing(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is F.linear:  # in the copy of the function that another optimizer or group runs
+        if func is F.linear and self.hook.current is self:
+            # In the copy of the function that another group or optimizer runs.
             return self._linear(*args, **(kwargs or {}))
         if func is F.multi_head_attention_forward:
             # Torch's own code. Other modes go on seeing all that it calls.
