@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -436,9 +437,9 @@ def test_attention_left_to_another_optimizer_is_not_observed() -> None:
     assert not model.layer.self_attn._forward_pre_hooks
 
 
-@pytest.mark.filterwarnings("default")  # of the compiler
 @pytest.mark.parametrize("T", [1, 2])
 def test_compiled_attention_is_observed(T: int) -> None:
+    warnings.simplefilter("ignore")  # the compiler reads `grad` of tensors; pytest restores
     torch._dynamo.reset()
     before = _modes()
     nets = Net(need_weights=False), Net(need_weights=False)
