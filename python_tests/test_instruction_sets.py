@@ -65,7 +65,7 @@ def test_operators_run_in_torchs_threads(threads: int) -> None:
 )
 @pytest.mark.parametrize("instructions", ["plain", "avx2", "avx512"])
 def test_instruction_sets_share_no_functions(instructions: str, tmp_path: Path) -> None:
-    """Of an inline function in several objects the linker keeps any one: perhaps the AVX-512 one."""
+    """Of inline functions in several objects the linker keeps any one: perhaps that of AVX-512."""
     if os.uname().machine != "x86_64" and instructions != "plain":
         pytest.skip("an instruction set of x86-64")
     target = tmp_path / "kernels.o"

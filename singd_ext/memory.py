@@ -44,7 +44,7 @@ class GroupCalls:
 
 
 def _times_its_transpose(square: Tensor) -> Tensor:
-    """Return K Kᵀ; on a CPU panels of one triangle, mirrored, which is little over half the work."""
+    """Return K Kᵀ; on a CPU panels of one triangle, mirrored: little over half of the work."""
     if square.device.type != "cpu":
         return square @ square.T
     product = torch.empty_like(square)

@@ -33,11 +33,10 @@ from .hyperparameters import (
 )
 from .layers import Layer, find_layers
 from .memory import GroupCalls
-from .moves import check_owned, follow
-from .scaling import Scales, VoidSteps, is_on_host, is_set_on_host, scales_of_step
+from .scaling import VoidSteps, is_on_host, is_set_on_host, scales_of_step
+from .steps import complete_state, plan_of, step_factors, step_parameters
 from .structured import StructuredMatrix
 from .summary import Summary
-from .update import update_factors, update_layer_by_layer, update_parameters
 
 
 class SINGD(torch.optim.Optimizer):
@@ -182,7 +181,7 @@ class SINGD(torch.optim.Optimizer):
         self._calls[index] = GroupCalls(self._warned)
         for layer in layers:
             self._layers.append(layer)
-            self._complete_state(layer, options)
+            complete_state(self.state, layer, options)
         self._handles += install_hooks(self, layers)
         self._mark_due()
 
@@ -235,29 +234,6 @@ class SINGD(torch.optim.Optimizer):
         self._pauses = 0
         self._marked_due: dict[int, bool] = {}
         self._void_steps = VoidSteps()
-
-    def _complete_state(self, layer: Layer, options: Hyperparameters) -> None:
-        """Create what these options need and the layer's state does not have yet."""
-        parameter = layer.parameters[0]
-        state = layer.entries(self.state)
-        for factor, dim, spec, dtype in zip(
-            ("K", "C"),
-            (layer.dim_K, layer.dim_C),
-            options.structures,
-            options.preconditioner_dtype,
-            strict=True,
-        ):
-            if factor not in state:
-                dtype = parameter.dtype if dtype is None else dtype
-                state[factor] = StructuredMatrix.eye(spec, dim, dtype, parameter.device).data
-            if options.alpha1 != 0 and f"m_{factor}" not in state:
-                state[f"m_{factor}"] = torch.zeros_like(state[factor])
-        for counter in ("rejected", "skipped"):
-            if counter not in state:
-                state[counter] = torch.zeros((), dtype=torch.int64, device=parameter.device)
-        for p in layer.parameters:
-            if options.momentum != 0 and "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     # ---------------------------------------------------------------- what users read
 
@@ -323,7 +299,7 @@ class SINGD(torch.optim.Optimizer):
         self._checked[group] = options
         for layer in self._layers:
             if layer.group == group:
-                self._complete_state(layer, options)
+                complete_state(self.state, layer, options)
         return options
 
     def factors_due(self, group: int) -> bool:
@@ -378,19 +354,19 @@ class SINGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plans = [self._plan(group) for group in self._checked]
+        plans = [plan_of(self, group) for group in self._checked]
         scales = scales_of_step(self, self._curvature_scale)
         self._curvature_scale = None
         if is_set_on_host(scales.found_inf):  # the whole step is void, and comes again
             self._drop_statistics()
             return loss
         self._fallback.step(self._fallback_groups(), self.state, scales)
-        for (layers, options, step, lr_cov), calls in zip(plans, self._calls.values(), strict=True):
-            if lr_cov is not None:
-                self._update_factors(layers, options, step, lr_cov, scales, calls)
+        for plan, calls in zip(plans, self._calls.values(), strict=True):
+            if plan.lr_cov is not None:
+                step_factors(self, plan, scales, calls)
         bounds = divisors([plan[:2] for plan in plans], self.state, scales.gradient)
         for plan, calls, divisor in zip(plans, self._calls.values(), bounds, strict=True):
-            self._update_parameters(*plan[:3], scales, calls, divisor)
+            step_parameters(self, plan, scales, calls, divisor)
         self._count_steps(1)
         if not is_on_host(scales.found_inf):
             self._void_steps.note(scales.found_inf)
@@ -429,85 +405,6 @@ class SINGD(torch.optim.Optimizer):
     def _drop_statistics(self) -> None:
         for layer in self._layers:
             drop_statistics(layer.entries(self.state))
-
-    def _plan(self, group: int) -> tuple[list[Layer], Hyperparameters, int, float | None]:
-        """Check everything about a group's step: layers, options, step and β₁, None if not due."""
-        options, step = self.options(group), self.param_groups[group]["steps"]
-        lr_cov = options.lr_cov_at(step) if self.factors_due(group) else None
-        return self._ready_layers(group), options, step, lr_cov
-
-    def _ready_layers(self, group: int) -> list[Layer]:
-        """Return the group's layers that have a gradient in this step."""
-        ready, due = [], self.factors_due(group)
-        for layer in self._layers:
-            if layer.group != group:
-                continue
-            grads = [p.grad for p in layer.parameters]
-            unused = all(g is None for g in grads)
-            if unused or due:
-                check_owned(layer)
-            if unused:
-                continue
-            if any(
-                g is None and p.requires_grad for p, g in zip(layer.parameters, grads, strict=True)
-            ):
-                raise RuntimeError(
-                    f"only one of weight and bias of layer '{layer.name}' has a gradient; K "
-                    "belongs to both: freeze the other one with requires_grad_(False)"
-                )
-            if any(g is not None and g.is_sparse for g in grads):
-                raise TypeError(f"layer '{layer.name}' has a sparse gradient; use dense gradients")
-            follow(self, layer)
-            ready.append(layer)
-        return ready
-
-    def _update_factors(
-        self,
-        layers: list[Layer],
-        options: Hyperparameters,
-        step: int,
-        lr_cov: float,
-        scales: Scales,
-        calls: GroupCalls,
-    ) -> None:
-        states = {layer: layer.entries(self.state) for layer in layers}
-        observed = [layer for layer, state in states.items() if state.get("rows", 0) > 0]
-        unseen = [layer.name for layer, state in states.items() if "rows" not in state]
-        if unseen and self._handles:
-            self._warn_once(
-                f"layers {unseen} have gradients, but their modules were not called: their factors "
-                "stay as they are"
-            )
-        outcomes = update_factors(
-            observed,
-            [states[layer] for layer in observed],
-            options,
-            step,
-            lr_cov,
-            scales,
-            calls.factors,
-        )
-        calls.factor_incidents.read(outcomes, [layer.name for layer in observed])
-        for state in states.values():
-            drop_statistics(state)
-
-    def _update_parameters(
-        self,
-        layers: list[Layer],
-        options: Hyperparameters,
-        step: int,
-        scales: Scales,
-        calls: GroupCalls,
-        divisor: list[Tensor] | None,
-    ) -> None:
-        arguments = (layers, self.state, options, step)
-        if divisor is not None and options.max_update_norm is not None:
-            outcomes = update_layer_by_layer(*arguments, scales, calls.parameters, divisor)
-        else:
-            if divisor:
-                scales = scales._replace(gradient=divisor[0])
-            outcomes = update_parameters(*arguments, scales, calls.parameters)
-        calls.parameter_incidents.read(outcomes, [layer.name for layer in layers])
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
