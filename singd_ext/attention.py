@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 # Functions of torch.nn.functional that call `linear` for a MultiheadAttention.
 _FUNCTIONS = ("multi_head_attention_forward", "_in_projection", "_in_projection_packed")
 
+# Read where torch.compile is given fullgraph=True.
+_EAGER = (
+    "SINGD observes nn.MultiheadAttention in eager mode: compile the model without fullgraph=True, "
+    "or leave the attention's parameters out of `params`"
+)
+
 
 class Projection(LinearKind):
     """Inputs and outputs within the function are [sequence, batch, features]."""
@@ -87,6 +93,7 @@ class AttentionHook:
             }.items()
             if any(parts)
         }  # fmt: skip
+        self.current: _Observing | None = None  # not one that an interrupt has left behind
 
     def __reduce__(self) -> tuple[type[AttentionHook], tuple[()]]:
         return AttentionHook, ()
@@ -102,18 +109,19 @@ class AttentionHook:
     def _marked_due(self) -> bool:
         return any(receiver.marked_due() for receiver in self.receivers.values())
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=_EAGER)
     def _begin(self, module: nn.MultiheadAttention) -> None:
         due = {name: r for name, r in self.receivers.items() if r.is_due()}
         if due:
-            _Observing(self, module, due).__enter__()
+            self.current = _Observing(self, module, due)
+            self.current.__enter__()
 
     def after(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook that is always called: put back the modes as they were."""
         if not torch.compiler.is_compiling() or self._marked_due():
             self._end()
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=_EAGER)
     def _end(self) -> None:
         modes = torch.overrides._get_current_function_mode_stack()
         own = [i for i, m in enumerate(modes) if isinstance(m, _Observing) and m.hook is self]
@@ -160,10 +168,13 @@ class _Observing(TorchFunctionMode):
         self._module, self._receivers = module, receivers
         self._batch = 1  # of the last projected query
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=_EAGER)
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func is F.linear and self.hook.current is self:
+            # In the copy of the function that another group or optimizer runs.
+            return self._linear(*args, **(kwargs or {}))
         if func is F.multi_head_attention_forward:
             # Torch's own code. Other modes go on seeing all that it calls.
             names = {**vars(F), "linear": self._linear, "has_torch_function": lambda tensors: False}
@@ -172,8 +183,8 @@ class _Observing(TorchFunctionMode):
             func = names[func.__name__]
         return func(*args, **(kwargs or {}))
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        output = F.linear(x, weight, bias)
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        x, output = input, F.linear(input, weight, bias)
         name = self._name(weight)
         if name == "out_proj":  # it comes as [sequence * batch, features]
             x = x.unflatten(0, (-1, self._batch))
