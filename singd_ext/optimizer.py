@@ -120,8 +120,8 @@ class SINGD(torch.optim.Optimizer):
         Raises:
             ValueError: For a bad option, naming it, its value and what is allowed; for layers that
                 share only some of their parameters or whose parameters are spread over groups; for
-                a device without kernels in this build; for a parameter given twice; for a fallback that does not
-                hold exactly its parameters or needs a closure.
+                a device without kernels in this build; for a parameter given twice; for a fallback
+                that does not hold exactly its parameters or needs a closure.
             TypeError: For a DataParallel or DistributedDataParallel wrapper; for a fallback that is
                 no optimizer.
             RuntimeError: In a process group of several processes.
