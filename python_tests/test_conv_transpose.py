@@ -13,7 +13,7 @@ from singd_ext.kinds import TransposedKind
 
 pytestmark = [pytest.mark.filterwarnings("error")]
 
-SMALL_STEPS = {**OPTIONS, "lr": 0.01, "lr_cov": 1e-4}  # the loss sums over positions
+SMALL_STEPS = {**OPTIONS, "lr": 0.01, "lr_cov": 1e-6}  # the loss sums over positions
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 CLASSES: dict[int, type[ConvTranspose]] = {
     1: nn.ConvTranspose1d,
