@@ -22,6 +22,7 @@ KINDS: dict[type[nn.Module] | str, dict[str, LayerKind]] = {
     nn.ConvTranspose3d: {"": TransposedKind()},
     nn.MultiheadAttention: dict(PROJECTIONS),
     "transformers.pytorch_utils.Conv1D": {"": Conv1DKind()},
+    "torch_geometric.nn.dense.linear.Linear": {"": LinearKind()},
 }
 
 
