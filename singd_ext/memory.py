@@ -17,28 +17,40 @@ from .incidents import Incidents
 _PANEL = 256
 
 
+class Workspace:
+    """Memory that calls may overwrite. Calls that follow one another share it."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return it, on the device that is asked for; operators enlarge it in place."""
+        if self._memory.device != device:
+            self._memory = self._memory.new_empty(0, device=device)
+        return self._memory
+
+
 class CallMemory:
     """Outcomes and workspace of the calls of one operator for one parameter group."""
 
-    def __init__(self) -> None:
+    def __init__(self, workspace: Workspace) -> None:
         self._outcomes = torch.empty(0, dtype=torch.int64)
-        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._workspace = workspace
 
     def of(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return (outcomes, workspace) for a call over layers of these tensors."""
         device = tensors[0].device if tensors else self._outcomes.device
-        if self._outcomes.device != device:
-            self._workspace = self._workspace.new_empty(0, device=device)
         if self._outcomes.device != device or len(self._outcomes) != len(tensors):
             self._outcomes = self._outcomes.new_empty(len(tensors), device=device)
-        return self._outcomes, self._workspace
+        return self._outcomes, self._workspace.on(device)
 
 
 class GroupCalls:
     """What belongs to the calls of both operators for one parameter group."""
 
     def __init__(self, warned: set[str]) -> None:
-        self.factors, self.parameters = CallMemory(), CallMemory()
+        workspace = Workspace()
+        self.factors, self.parameters = CallMemory(workspace), CallMemory(workspace)
         self.factor_incidents = Incidents(incidents.FACTORS, warned)
         self.parameter_incidents = Incidents(incidents.PARAMETERS, warned)
 

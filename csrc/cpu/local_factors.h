@@ -75,7 +75,7 @@ class LocalFactors {
 
  private:
   // Numbers stored of a group, and at least for every thread.
-  static constexpr int64_t kGroup = int64_t{1} << 20, kGroupOfThread = int64_t{1} << 18;
+  static constexpr int64_t kGroup = int64_t{1} << 17, kGroupOfThread = int64_t{1} << 16;
   // Numbers below which a further thread costs more than it saves.
   static constexpr int64_t kGrain = 8192;
 
