@@ -42,6 +42,9 @@ class LayerKind(ABC):
         own = module._parameters
         return {key: p for key in ("weight", "bias") if (p := own.get(key)) is not None}
 
+    def check(self, name: str, module: nn.Module, structures: tuple[str, str]) -> None:  # noqa: B027
+        """Raise ValueError, naming the layer, if it cannot have these structures of K and C."""
+
     def matrix(self, module: nn.Module, tensor: Tensor, key: str) -> Tensor:
         """Return the layer's part of W as a view: [d_o, ...] of the weight, [d_o] of the bias.
 

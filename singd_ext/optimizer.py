@@ -176,6 +176,8 @@ class SINGD(torch.optim.Optimizer):
         tensors = [tensor_of(entry) for entry in group["params"]]
         layers = find_layers(self._model, tensors, index)
         check_layers(self._model, layers, self._layers, tensors)
+        for layer in layers:
+            layer.kind.check(layer.name, layer.module, options.structures)
         super().add_param_group({**group, "steps": 0, "optimizer": OWN})
         self._checked[index] = options
         self._calls[index] = GroupCalls(self._warned)
