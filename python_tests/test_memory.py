@@ -59,6 +59,6 @@ def test_outcomes_and_workspace_are_the_same_memory_in_every_step(
         calls = optimizer._calls[0]
         if seed > 0:
             memories = (calls.factors, calls.parameters)
-            tensors = [t for memory in memories for t in (memory._outcomes, memory._workspace)]
+            tensors = [m._outcomes for m in memories] + [m._workspace._memory for m in memories]
             addresses.add(tuple(t.data_ptr() for t in tensors))
     assert len(addresses) == 1
