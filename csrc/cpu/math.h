@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/conj_physical.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/fft_irfft.h>
 #include <ATen/ops/fft_rfft.h>
 #include <ATen/ops/from_blob.h>
@@ -103,16 +104,20 @@ struct AtenMath {
   static void convolve(const T* a, int64_t d, Side side, bool causal, const T* x, T* y,
                        int64_t other) {
     if (other == 0) return;
-    const bool left = side == Side::kLeft;
-    const int64_t rows = left ? d : other, columns = left ? other : d, dim = left ? 0 : 1;
+    if (side == Side::kLeft) {  // FFTs along columns are several times slower than two transposes
+      const at::Tensor rows = tensor(MatrixView<const T>{x, other}, d, other, 1).t().contiguous();
+      const at::Tensor out = at::empty_like(rows);
+      convolve(a, d, Side::kRight, causal, rows.const_data_ptr<T>(), out.mutable_data_ptr<T>(),
+               other);
+      tensor(MatrixView<T>{y, other}, d, other, 1).copy_(out.t());
+      return;
+    }
     const int64_t n = fft_length(d);
     at::Tensor kernel = at::fft_rfft(tensor(MatrixView<const T>{a, d}, 1, d, 1), n, 1);
     if (!causal) kernel = at::conj_physical(kernel);
-    const at::Tensor spectrum =
-        at::fft_rfft(tensor(MatrixView<const T>{x, columns}, rows, columns, 1), n, dim);
-    const at::Tensor product = at::mul(spectrum, left ? kernel.t() : kernel);
-    tensor(MatrixView<T>{y, columns}, rows, columns, 1)
-        .copy_(at::fft_irfft(product, n, dim).narrow(dim, 0, d));
+    const at::Tensor spectrum = at::fft_rfft(tensor(MatrixView<const T>{x, d}, other, d, 1), n, 1);
+    tensor(MatrixView<T>{y, d}, other, d, 1)
+        .copy_(at::fft_irfft(at::mul(spectrum, kernel), n, 1).narrow(1, 0, d));
   }
 
   // out[l] += sum over the m rows of sum_i y[i] y[i + l]. Power spectra are summed in float64:
