@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "arena.h"
@@ -19,18 +20,45 @@
 
 namespace singd::cpu {
 
+// A factor with local products: its storage of `size` numbers.
+struct LocalFactor {
+  LocalKind kind = LocalKind::kIdentity;
+  Layout layout;
+  ConstArray storage;
+  int64_t size = 0;
+
+  LocalFactor() = default;
+  LocalFactor(const Layout& l, ConstArray numbers, int64_t count)
+      : kind(kind_of(l)), layout(l), storage(numbers), size(count) {}
+
+ private:
+  static LocalKind kind_of(const Layout& layout) {
+    switch (layout.family) {
+      case Family::kDiagonal:
+        return LocalKind::kDiagonal;
+      case Family::kBlockDiagonal:
+        return LocalKind::kBlocks;
+      default:
+        return layout.transposed ? LocalKind::kColumnBorder : LocalKind::kRowBorder;
+    }
+  }
+};
+
 template <class T>
 class LocalStep {
  public:
   explicit LocalStep(at::Tensor& workspace)
       : workspace_(workspace), kernels_(kernels().step<T>()) {}
 
-  // Adds a layer; the factors' storages are null where the side is the identity.
-  void add(const StepLayer<T>& layer, ConstArray left, int64_t left_size, ConstArray right,
-           int64_t right_size) {
+  // Adds a layer and its factors C and K; without them its gradient is taken as it is.
+  void add(StepLayer<T> layer, const LocalFactor& left = {}, const LocalFactor& right = {}) {
+    for (const auto& [product, factor] :
+         {std::pair(&layer.left, &left), std::pair(&layer.right, &right)}) {
+      product->kind = factor->kind;
+      product->layout = factor->layout;
+      factors_.push_back(*factor);
+    }
     layers_.push_back(layer);
-    storages_.push_back({left, left_size});
-    storages_.push_back({right, right_size});
   }
 
   // updated(index, whether the layer was updated) for every layer, in their order.
@@ -51,10 +79,6 @@ class LocalStep {
   }
 
  private:
-  struct Storage {
-    ConstArray array;
-    int64_t size;
-  };
   struct Task {
     size_t layer;
     Panel panel;
@@ -121,7 +145,7 @@ class LocalStep {
         const LocalProduct<T>& product = side == 0 ? layer.left : layer.right;
         const int64_t square = padded(product.layout.block) * padded(product.layout.block);
         const int64_t strip = product.layout.dim * padded(product.border());
-        scratch_ = std::max(scratch_, storages_[2 * i + side].size + std::max(square, strip));
+        scratch_ = std::max(scratch_, factors_[2 * i + side].size + std::max(square, strip));
       }
       if (layer.left.has_border()) {
         const int64_t size = layer.left.border() * padded(layer.columns);
@@ -161,12 +185,12 @@ class LocalStep {
 
   void prepare() {
     int64_t elements = 0;
-    for (const Storage& storage : storages_) elements += storage.size;
-    parallel(0, storages_.size(), elements, [&](size_t i) {
+    for (const LocalFactor& factor : factors_) elements += factor.size;
+    parallel(0, factors_.size(), elements, [&](size_t i) {
       StepLayer<T>& layer = layers_[i / 2];
       LocalProduct<T>& product = i % 2 == 0 ? layer.left : layer.right;
       if (product.kind == LocalKind::kIdentity) return;
-      kernels_.prepare(product, storages_[i].array, storages_[i].size, scratch());
+      kernels_.prepare(product, factors_[i].storage, factors_[i].size, scratch());
     });
     writes_.assign(layers_.size(), 1);
     first_read_.push_back(read_tasks_.size());
@@ -226,7 +250,7 @@ class LocalStep {
   at::Tensor& workspace_;
   const StepKernels<T>& kernels_;
   std::vector<StepLayer<T>> layers_;
-  std::vector<Storage> storages_;
+  std::vector<LocalFactor> factors_;
   std::vector<Task> read_tasks_, write_tasks_;
   std::vector<size_t> first_read_, first_write_;  // of every layer, and one past the last
   std::vector<char> writes_;

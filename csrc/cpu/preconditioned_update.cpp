@@ -32,17 +32,6 @@ struct Options {
   double lr, momentum, weight_decay, unscale;
 };
 
-LocalKind local_kind(const Layout& layout) {
-  switch (layout.family) {
-    case Family::kDiagonal:
-      return LocalKind::kDiagonal;
-    case Family::kBlockDiagonal:
-      return LocalKind::kBlocks;
-    default:
-      return layout.transposed ? LocalKind::kColumnBorder : LocalKind::kRowBorder;
-  }
-}
-
 at::ScalarType step_type(const LayerStep& layer) {
   auto dtype = c10::promoteTypes(layer.K.storage.scalar_type(), layer.C.storage.scalar_type());
   for (const Part& part : layer.parts) {
@@ -83,6 +72,10 @@ StepLayer<T> step_layer(const LayerStep& layer, const std::vector<Staged>& stage
     part.key = key.stream(i);
   }
   return step;
+}
+
+LocalFactor local_factor(const LayerFactor& factor) {
+  return {factor.layout, const_array_of(factor.storage), factor.storage.numel()};
 }
 
 // The step's gradient is the matrix p from now on.
@@ -170,7 +163,7 @@ bool update_whole(const LayerStep& layer, const Options& options, const Rounding
     use_matrix(step, {p, array_type<T>()}, sizeof(T));
   }
   LocalStep<T> local(workspace);
-  local.add(step, {}, 0, {}, 0);
+  local.add(step);
   bool updated = false;
   local.run([&](size_t, bool ok) { updated = ok; });
   for (size_t i = 0; i < staged.size() && updated; ++i) staged[i].copy_back(layer.parts[i]);
@@ -195,12 +188,7 @@ void update_layers(const std::vector<LayerStep>& layers, const Options& options,
     }
     staged.emplace_back(layer.parts.begin(), layer.parts.end());
     StepLayer<T> step = step_layer<T>(layer, staged.back(), options, key.stream(i));
-    step.left.layout = layer.C.layout;
-    step.left.kind = local_kind(layer.C.layout);
-    step.right.layout = layer.K.layout;
-    step.right.kind = local_kind(layer.K.layout);
-    local.add(step, const_array_of(layer.C.storage), layer.C.storage.numel(),
-              const_array_of(layer.K.storage), layer.K.storage.numel());
+    local.add(step, local_factor(layer.C), local_factor(layer.K));
     indices.push_back(i);
   }
   local.run([&](size_t local_index, bool updated) {

@@ -112,7 +112,7 @@ class WholeFactors {
       });
       const double bound =
           task.layout.family == Family::kToeplitz
-              ? family.norm_bound(m)
+              ? Toeplitz(task.layout).norm_bound(m)
               : kernels_of(task).norm(task.layout, m, reinterpret_cast<double*>(scratch_));
       const double beta = step_size(task, bound, m);
       parallel(task, [&](int64_t begin, int64_t end) {

@@ -36,14 +36,6 @@ struct BlockDiagonal : Entrywise<BlockDiagonal> {
   }
 
   template <class Math, class T>
-  void accumulate(const T* /*k*/, const T* rows, int64_t m, T* statistic) const {
-    for_each_group([&](Blocks b) {
-      const auto x = columns(b, rows, layout.dim);
-      Math::multiply_add(b.width, b.width, m, x.transpose(), x, in_storage(b, statistic), b.count);
-    });
-  }
-
-  template <class Math, class T>
   void conjugate(const T* k, const T* statistic, T* h) const {
     std::vector<T> uk(size());
     product<Math>(statistic, k, uk.data());

@@ -37,16 +37,6 @@ struct Bordered : Entrywise<Bordered> {
     });
   }
 
-  template <class Math, class T>
-  void accumulate(const T* k, const T* rows, int64_t m, T* statistic) const {
-    if (!layout.transposed || k == nullptr) {
-      return add_border_and_diagonal<Math>(rows, m, statistic);
-    }
-    std::vector<T> y(m * layout.dim);  // Y = X K, whose Gram matrix is H
-    multiply<Math>(k, Side::kRight, false, rows, y.data(), m);
-    add_border_and_diagonal<Math>(y.data(), m, statistic);
-  }
-
   // Row-bordered: H[B, :] = R[B, B]^T U[B, :] R, and for j in I, with e = R[B, j]:
   // H[j, j] = e^T U[B, B] e + 2 D_j e^T U[B, j] + D_j^2 U[j, j].
   template <class Math, class T>
@@ -154,17 +144,6 @@ struct Bordered : Entrywise<Bordered> {
     for_each_stored([&](int64_t slot, int64_t, int64_t, int weight) {
       h[slot] = weight == 0 ? T(0) : static_cast<T>(weight) * h[slot];
     });
-  }
-
-  template <class Math, class T>
-  void add_border_and_diagonal(const T* x, int64_t m, T* statistic) const {
-    const int64_t d = layout.dim;
-    for_each_span([&](Span rows) {
-      const MatrixView<const T> border_columns{x + rows.index, d};
-      Math::multiply_add(rows.count, d, m, border_columns.transpose(), MatrixView<const T>{x, d},
-                         MatrixView<T>{statistic + rows.row * d, d});
-    });
-    add_column_squares(x + layout.head, d, m, interior(), statistic + border() * d);
   }
 
   // core = E[:, B].

@@ -83,21 +83,10 @@ struct Dense : Entrywise<Dense> {
     }
   }
 
+  // Without a visit of every entry.
   template <class Function>
   void for_each_diagonal(Function f) const {
     for (int64_t i = 0; i < layout.dim; ++i) f(i * (layout.dim + 1));
-  }
-
-  template <class T>
-  T trace(const T* k) const {
-    T sum = 0;
-    for_each_diagonal([&](int64_t slot) { sum += k[slot]; });
-    return sum;
-  }
-
-  template <class T>
-  void add_to_diagonal(T* k, T value) const {
-    for_each_diagonal([&](int64_t slot) { k[slot] += value; });
   }
 
  private:

@@ -5,22 +5,6 @@
 
 namespace singd {
 
-// sums[j] += sum over the m rows of X[:, j]^2; X has the given row stride. Rows are summed in tiles
-// first, so that rounding errors grow with the tile and the number of tiles, not with m.
-template <class T>
-void add_column_squares(const T* x, int64_t row_stride, int64_t m, int64_t columns, T* sums) {
-  constexpr int64_t kTile = 128;
-  std::vector<T> partial(columns);
-  for (int64_t start = 0; start < m; start += kTile) {
-    std::fill(partial.begin(), partial.end(), T(0));
-    for (int64_t r = start; r < std::min(m, start + kTile); ++r) {
-      const T* row = x + r * row_stride;
-      for (int64_t j = 0; j < columns; ++j) partial[j] += row[j] * row[j];
-    }
-    for (int64_t j = 0; j < columns; ++j) sums[j] += partial[j];
-  }
-}
-
 // y = diag(k) x for `side` left (x has one row per entry of k), y = x diag(k) for right. Both x and
 // y have the given row stride; `other` is the length of the other dimension.
 template <class Math, class T>
@@ -53,11 +37,6 @@ struct Diagonal : Entrywise<Diagonal> {
   template <class Function>
   void for_each_entry(Function f) const {
     for (int64_t i = 0; i < layout.dim; ++i) f(i, i, i, 1);
-  }
-
-  template <class Math, class T>
-  void accumulate(const T* /*k*/, const T* rows, int64_t m, T* statistic) const {
-    add_column_squares(rows, layout.dim, m, layout.dim, statistic);
   }
 
   template <class Math, class T>

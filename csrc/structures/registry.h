@@ -12,7 +12,7 @@
 //   product<Math>(a, b, c)                  c = A B, all of this structure
 //   multiply<Math>(k, side, transpose, x, y, other)
 //                                           y = op(K) x (x is dim x other) or y = x op(K)
-//   for_each_diagonal(f), trace(k), add_to_diagonal(k, v), norm_bound(k)
+//   for_each_diagonal(f), trace(k), add_to_diagonal(k, v)
 #pragma once
 
 #include <stdexcept>

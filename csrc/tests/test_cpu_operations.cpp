@@ -4,6 +4,8 @@
 //
 // Table 2 of the paper: a step is O(k d_i d_o), a statistic O(k m d), and nothing of a sparse
 // structure is O(d^2).
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 namespace {
@@ -23,6 +25,7 @@ Counts counts;
 #include "../cpu/local_step.h"
 #include "../cpu/simd/kernels.h"
 #include "../cpu/statistics.h"
+#include "../structures/registry.h"
 #include "../structures/spec.h"
 #include "check.h"
 
@@ -50,17 +53,6 @@ Numbers random_numbers(int64_t count) {
   return numbers;
 }
 
-LocalKind kind_of(const Layout& layout) {
-  switch (layout.family) {
-    case Family::kDiagonal:
-      return LocalKind::kDiagonal;
-    case Family::kBlockDiagonal:
-      return LocalKind::kBlocks;
-    default:
-      return layout.transposed ? LocalKind::kColumnBorder : LocalKind::kRowBorder;
-  }
-}
-
 struct Shape {
   int64_t d_o, d_i, layers = 1;
 
@@ -79,10 +71,6 @@ Counts step(const std::string& spec, Shape shape) {
     StepLayer<float> layer;
     layer.rows = shape.d_o;
     layer.columns = shape.d_i;
-    layer.left.layout = left;
-    layer.left.kind = kind_of(left);
-    layer.right.layout = right;
-    layer.right.kind = kind_of(right);
     layer.options = {0.1, 0.9, 0.01, 1};
     layer.num_parts = 1;
     StepPart& part = layer.parts[0];
@@ -90,7 +78,8 @@ Counts step(const std::string& spec, Shape shape) {
     part.momentum = {momentum.data(), Scalar::kFloat32};
     part.gradient = array_of(gradient);
     part.width = part.gradient_stride = shape.d_i;
-    local.add(layer, array_of(c), storage_size(left), array_of(k), storage_size(right));
+    local.add(layer, {left, array_of(c), storage_size(left)},
+              {right, array_of(k), storage_size(right)});
   }
   counts = {};
   local.run([&](size_t, bool updated) { check(updated, spec + ": the step was refused"); });
@@ -275,9 +264,41 @@ void test_factor_updates() {
   check_same(update("diagonal", 1024).multiply_adds, 0, "update of diagonal factors");
 }
 
+// The bound of the spectral norm that a factor's step is held to.
+void test_norms() {
+  for (const char* spec : {"dense", "tril", "triu", "diagonal", "block_diagonal:3", "rank_triu:2",
+                           "rank_tril:2", "rank_tril_topleft:2", "hierarchical:2,3"}) {
+    for (const int64_t d : {1, 5, 7, 40}) {
+      const Layout layout = make_layout(spec, d);
+      const std::size_t n = static_cast<std::size_t>(d);
+      const Numbers random = random_numbers(storage_size(layout));
+      Numbers numbers(random.size(), 0.0f);  // zero outside the pattern, as factors are
+      std::vector<double> row_sums(n, 0.0), column_sums(n, 0.0), scratch(n);
+      double squares = 0;
+      visit(layout, [&](const auto& family) {
+        family.for_each_entry([&](int64_t slot, int64_t i, int64_t j, int) {
+          const double value = numbers[slot] = random[slot];
+          row_sums[i] += std::abs(value);
+          column_sums[j] += std::abs(value);
+          squares += value * value;
+        });
+      });
+      const double rows = *std::max_element(row_sums.begin(), row_sums.end());
+      const double columns = *std::max_element(column_sums.begin(), column_sums.end());
+      const double expected = std::min(std::sqrt(squares), std::sqrt(rows * columns));
+      const double got =
+          kernels().factors(Scalar::kFloat32).norm(layout, numbers.data(), scratch.data());
+      check(std::abs(got - expected) <= 1e-5 * expected,
+            std::string(spec) + ": the norm of dimension " + std::to_string(d) + " is " +
+                std::to_string(got) + " instead of " + std::to_string(expected));
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  test_norms();
   test_factor_updates();
   test_diagonal_step();
   test_block_step();
