@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import copies
 from ._warnings import warn_user
 from .checkpoint import checked_state, restore_state, saved_group
 from .clipping import divisors
@@ -188,15 +189,8 @@ class SINGD(torch.optim.Optimizer):
         self._mark_due()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles take the model along: see `__setstate__`."""
-        own = {
-            "_model": self._model,
-            "_layers": self._layers,
-            "_observes": bool(self._handles),
-            "_fallback": self._fallback,
-            "_waiting": self._waiting,
-        }
-        return {**super().__getstate__(), **own}
+        """Copies and pickles take the model along."""
+        return {**super().__getstate__(), **copies.taken_along(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Train the copied model, which is the one that was copied in the same call, if any.
@@ -204,26 +198,12 @@ class SINGD(torch.optim.Optimizer):
         Raises:
             RuntimeError: If a layer that holds the optimizer is being copied.
         """
-        if "_layers" not in state:  # load_state_dict comes by here
-            super().__setstate__(state)
-            return
-        self._forget_layers()
-        observes = state.pop("_observes")
+        is_copy = copies.is_copy(state)  # load_state_dict comes by here too
+        if is_copy:
+            self._forget_layers()
         super().__setstate__(state)
-        for index, group in enumerate(self.param_groups):
-            if is_own(group):
-                self._checked[index] = Hyperparameters.of_group(group)
-                self._calls[index] = GroupCalls(self._warned)
-        for layer in self._layers:
-            if not hasattr(layer.module, "_modules"):  # its copy is not finished
-                raise RuntimeError(
-                    f"layer '{layer.name}' holds the SINGD that trains it, so that neither can be "
-                    "copied first: take the optimizer out of the layer"
-                )
-            layer.forget()
-        if observes:
-            self._handles += install_hooks(self, self._layers)
-        self._mark_due()
+        if is_copy:
+            copies.take_up(self)
 
     def _forget_layers(self) -> None:
         """Set everything to what it is before the first parameter group."""

@@ -1,7 +1,7 @@
-"""The networks of the presets, in plain PyTorch: GPT-2, ViT and ResNet.
+"""The networks of the presets, in plain PyTorch: GPT-2, ViT, ResNet, and one that is all overhead.
 
-They have the layers and shapes of the published ones, so that times and bytes are theirs; weights
-are random.
+The first three have the layers and shapes of the published ones, so that times and bytes are
+theirs; weights are random.
 """
 
 from __future__ import annotations
@@ -118,3 +118,16 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classifier(self.features(images).mean((2, 3)))
+
+
+class ManyLayers(nn.Module):
+    """Many small linear layers, one after the other, each added to its input."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x) / len(self.layers)
+        return x

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..construction import default_parameters
-from .models import GPT, ResNet, ViT
+from .models import GPT, ManyLayers, ResNet, ViT
 
 Batch = tuple[Tensor, Tensor]
 
@@ -131,7 +131,28 @@ class ResNetSize:
         return Task(model, batch, _classification, description)
 
 
-Size = GPTSize | ViTSize | ResNetSize
+@dataclass(frozen=True)
+class ManyLayersSize:
+    """Sizes of a network of small layers, whose kernels take no time, and of its batch."""
+
+    layers: int
+    width: int
+    batch: int
+
+    def task(self) -> Task:
+        """Return classification of random vectors."""
+        model = ManyLayers(self.layers, self.width)
+        description = (
+            f"{self.layers} linear layers of {self.width} × {self.width}, batch of {self.batch}"
+        )
+
+        def batch() -> Batch:
+            return torch.randn(self.batch, self.width), torch.randint(self.width, (self.batch,))
+
+        return Task(model, batch, _classification, description)
+
+
+Size = GPTSize | ViTSize | ResNetSize | ManyLayersSize
 
 PRESETS: dict[str, Size] = {
     "tiny": GPTSize(vocabulary=256, blocks=2, width=64, heads=4, sequence=32, batch=4),
@@ -139,6 +160,7 @@ PRESETS: dict[str, Size] = {
     "gpt2-medium": GPTSize(50257, blocks=24, width=1024, heads=16, sequence=1024, batch=8),
     "vit-b": ViTSize(224, 16, blocks=12, width=768, heads=12, classes=1000, batch=64),
     "resnet50": ResNetSize(224, (3, 4, 6, 3), width=64, classes=1000, batch=64),
+    "many-layers": ManyLayersSize(layers=100, width=8, batch=4),
 }
 
 # The same networks so small that they only show that everything runs.
@@ -148,6 +170,7 @@ SMALL: dict[str, Size] = {
     "gpt2-medium": GPTSize(40, blocks=3, width=32, heads=4, sequence=8, batch=2),
     "vit-b": ViTSize(16, 8, blocks=2, width=24, heads=2, classes=10, batch=2),
     "resnet50": ResNetSize(32, (1, 1), width=4, classes=10, batch=2),
+    "many-layers": ManyLayersSize(layers=5, width=4, batch=2),
 }
 
 
