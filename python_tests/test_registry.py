@@ -114,3 +114,13 @@ def test_bad_kind_is_refused_naming_it(kind: object) -> None:
 def test_a_kind_must_say_how_rows_look() -> None:
     with pytest.raises(TypeError, match="abstract"):
         LayerKind()
+
+
+def test_a_kind_whose_matrix_is_a_copy_is_refused_unless_it_writes_back() -> None:
+    class CopyingKind(ScaledKind):
+        def matrix(self, module: nn.Module, tensor: Tensor, key: str) -> Tensor:
+            return super().matrix(module, tensor, key).clone()
+
+    singd_ext.register_layer(Scaled, CopyingKind())
+    with pytest.raises(TypeError, match=r"layer 'first': CopyingKind\.matrix returns a copy"):
+        SINGD(Net(), **OPTIONS)

@@ -50,7 +50,7 @@ def _scale_of_running_scaler() -> Tensor | None:
     were scaled; clipping may have changed them since, and a constant in the graph cannot be seen
     from a hook. The scaler itself is alive in a caller's frame, whoever stands in between
     (Lightning, accelerate, a wrapping optimizer), and its scale changes only in `update`, after
-    the step. Looking for one code object costs about 50 ns a frame, and reads no device.
+    the step. Looking for one code object is cheap, and reads no device.
     """
     frame = sys._getframe().f_back
     while frame is not None:
