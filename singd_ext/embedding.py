@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .kinds import LinearKind
+from .kinds import LinearKind, Statistic
 
 
 class EmbeddingKind(LinearKind):
@@ -30,16 +30,7 @@ class EmbeddingKind(LinearKind):
         return tensor.t()
 
     def accumulate_input_(
-        self,
-        module: nn.Module,
-        statistic: Tensor,
-        x: Tensor,
-        factor: Tensor,
-        dim: int,
-        structure: str,
-        *,
-        ones_column: bool,
-        reduce: bool,
+        self, module: nn.Module, statistic: Statistic, x: Tensor, reduce: bool
     ) -> None:
         assert isinstance(module, nn.Embedding)
         tokens = x.reshape(1 if x.ndim == 0 else x.shape[0], -1).long()
@@ -47,8 +38,8 @@ class EmbeddingKind(LinearKind):
         if not reduce:
             sample = torch.zeros_like(sample)
         kept = tokens != (-1 if module.padding_idx is None else module.padding_idx)
-        pairs, counts = torch.unique((sample * dim + tokens)[kept], return_counts=True)
-        counts = counts.to(statistic.dtype)
+        pairs, counts = torch.unique((sample * statistic.dim + tokens)[kept], return_counts=True)
+        counts = counts.to(statistic.sums.dtype)
         if reduce:  # a sample's row holds the share of each token
             counts = (counts / max(1, tokens.shape[1])).square()
-        statistic.index_add_(0, pairs % dim, counts)
+        statistic.sums.index_add_(0, pairs % statistic.dim, counts)

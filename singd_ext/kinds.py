@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,28 @@ from .convolution import (
     summed_patch_energies,
 )
 from .transposed_convolution import ConvTranspose
+
+
+class Statistic(NamedTuple):
+    """What the calls of a layer add up for one factor; see `ops.accumulate_statistic_`."""
+
+    sums: Tensor
+    factor: Tensor
+    dim: int
+    structure: str
+    ones_column: bool = False  # every row is followed by a 1, for the bias
+
+    def add(self, rows: Tensor, shared: str = "expand") -> None:
+        """Add rows [batch, shared, features]; `shared` says what becomes of that dimension."""
+        ops.accumulate_statistic_(
+            self.sums,
+            rows,
+            self.factor,
+            self.dim,
+            self.structure,
+            ones_column=self.ones_column,
+            shared=shared,
+        )
 
 
 class LayerKind(ABC):
@@ -74,18 +96,9 @@ class LayerKind(ABC):
 
     @abstractmethod
     def accumulate_input_(
-        self,
-        module: nn.Module,
-        statistic: Tensor,
-        x: Tensor,
-        factor: Tensor,
-        dim: int,
-        structure: str,
-        *,
-        ones_column: bool,
-        reduce: bool,
+        self, module: nn.Module, statistic: Statistic, x: Tensor, reduce: bool
     ) -> None:
-        """Add the rows of input x to K's statistic (`ops.accumulate_statistic_`)."""
+        """Add the rows of input x to K's statistic; `reduce` is KFAC-reduce."""
 
 
 class LinearKind(LayerKind):
@@ -97,26 +110,10 @@ class LinearKind(LayerKind):
         return g.reshape(g.shape[0], prod(g.shape[1:-1]), g.shape[-1])
 
     def accumulate_input_(
-        self,
-        module: nn.Module,
-        statistic: Tensor,
-        x: Tensor,
-        factor: Tensor,
-        dim: int,
-        structure: str,
-        *,
-        ones_column: bool,
-        reduce: bool,
+        self, module: nn.Module, statistic: Statistic, x: Tensor, reduce: bool
     ) -> None:
-        ops.accumulate_statistic_(
-            statistic,
-            self.gradient_rows(module, x),  # inputs and outputs have the same layout
-            factor,
-            dim,
-            structure,
-            ones_column=ones_column,
-            shared="mean" if reduce else "expand",
-        )
+        rows = self.gradient_rows(module, x)  # inputs and outputs have the same layout
+        statistic.add(rows, "mean" if reduce else "expand")
 
 
 class Conv1DKind(LinearKind):
@@ -136,38 +133,27 @@ class ConvKind(LayerKind):
         return self._batched(module, g).flatten(2).transpose(1, 2)
 
     def accumulate_input_(
-        self,
-        module: nn.Module,
-        statistic: Tensor,
-        x: Tensor,
-        factor: Tensor,
-        dim: int,
-        structure: str,
-        *,
-        ones_column: bool,
-        reduce: bool,
+        self, module: nn.Module, statistic: Statistic, x: Tensor, reduce: bool
     ) -> None:
         assert isinstance(module, Conv | ConvTranspose)
-        x, dtype = self._batched(module, x), statistic.dtype
-        if structure == "diagonal" and not reduce:
+        x, dtype = self._batched(module, x), statistic.sums.dtype
+        if statistic.structure == "diagonal" and not reduce:
             pixels = average_groups(module, x, dtype)
             energies = torch.zeros(prod(pixels.shape[1:]), dtype=dtype, device=x.device)
-            ops.accumulate_statistic_(
-                energies, pixels.flatten(1).unsqueeze(0), energies, energies.numel(), structure
+            Statistic(energies, energies, energies.numel(), "diagonal").add(
+                pixels.flatten(1).unsqueeze(0)
             )
             sums, positions = summed_patch_energies(module, energies.view(pixels.shape[1:]))
-            statistic[: sums.numel()] += sums
-            if ones_column:
-                statistic[-1] += positions * x.shape[0]
+            statistic.sums[: sums.numel()] += sums
+            if statistic.ones_column:
+                statistic.sums[-1] += positions * x.shape[0]
             return
         for rows in (
             [averaged_patches(module, x, dtype).unsqueeze(1)]
             if reduce
             else patch_chunks(module, x, dtype)
         ):
-            ops.accumulate_statistic_(
-                statistic, rows, factor, dim, structure, ones_column=ones_column
-            )
+            statistic.add(rows)
 
     @staticmethod
     def _batched(module: nn.Module, x: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter, UninitializedParameter
 
-from . import ops
-from .kinds import LayerKind
+from .kinds import LayerKind, Statistic
 from .memory import FactorProduct
 from .registry import supported_modules
 
@@ -132,20 +131,15 @@ class Layer:
     ) -> tuple[int, int]:
         """Add input x and output gradient g of a module's call; return (batch, shared) sizes."""
         rows = self.kind.gradient_rows(module, g)
-        shared = "sum" if reduce else "expand"
-        ops.accumulate_statistic_(
-            statistic_C, rows, factors[1], self.dim_C, structures[1], shared=shared
+        to_C = Statistic(statistic_C, factors[1], self.dim_C, structures[1])
+        to_C.add(rows, "sum" if reduce else "expand")
+        to_K = Statistic(
+            statistic_K, factors[0], self.dim_K, structures[0], ones_column=self.bias is not None
         )
         if self.weight is None:  # only the bias is trained: its input is the column of ones
-            ops.accumulate_statistic_(
-                statistic_K, rows[..., :0], factors[0], 1, structures[0], ones_column=True,
-                shared="mean" if reduce else "expand",
-            )  # fmt: skip
+            to_K.add(rows[..., :0], "mean" if reduce else "expand")
         else:
-            self.kind.accumulate_input_(
-                module, statistic_K, x, factors[0], self.dim_K, structures[0],
-                ones_column=self.bias is not None, reduce=reduce,
-            )  # fmt: skip
+            self.kind.accumulate_input_(module, to_K, x, reduce)
         return rows.shape[0], rows.shape[1]
 
 
