@@ -212,6 +212,35 @@ def test_gradients_of_1e30_are_rejected_as_curvature_but_stepped_with(dtype: tor
     assert _all_finite(after) and after["a.weight"].abs().max() > 1e27
 
 
+@pytest.mark.parametrize("size", [1e25, 1.0])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_finite_gradient_that_overflows_when_preconditioned_keeps_the_layer(
+    structure: str, size: float
+) -> None:
+    model = TwoLayers(dtype=torch.float32)
+    optimizer = SINGD(model, structures=(structure, structure), **{**OPTIONS, "T": 10})
+    model.backward(0)
+    optimizer.step()
+    for factor in optimizer.factors()["a"]:
+        factor.data.mul_(1e8)  # C Cᵀ and K Kᵀ are about 1e16: 1e32 is finite, 1e57 is not
+    before = snapshot(model, optimizer)
+    model.backward(1, g=torch.full((4, 3), size))
+    overflows = size > 1
+    if overflows:
+        with pytest.warns(UserWarning, match=r"'a'\].*not finite"):
+            optimizer.step()
+    else:
+        optimizer.step()
+    after = snapshot(model, optimizer)
+    assert optimizer.rejections() == {"a": (0, int(overflows)), "b": (0, 0)}
+    assert _all_finite(after)
+    assert _all_changed(_parameters_of(after, "b"), _parameters_of(before, "b"))
+    if overflows:
+        assert_bitwise(of_layer(after, "a"), of_layer(before, "a"))
+    else:
+        assert after["a.weight"].abs().max() > 1e25
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_layers_of_width_one_equal_a_dense_structure(structure: str, bias: bool) -> None:
