@@ -1,0 +1,80 @@
+"""Loads and stores of 16-bit numbers: exact, rounded to nearest, or stochastically by index."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from singd_ext import ops
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def every_number(dtype: torch.dtype) -> Tensor:
+    """[256, 256]: all bit patterns but those of magnitudes beyond 1e36, infinities and NaN.
+
+    Near overflow a step may be refused, and infinities times a weight decay of 0 are NaN.
+    """
+    numbers = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(dtype).view(256, 256)
+    return torch.where(numbers.float().abs() < 1e36, numbers, torch.zeros_like(numbers))
+
+
+def step(weight: Tensor, gradient: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    """Weight and momentum after W - M with M = 1/2 old M + gradient, K = C = I and old M = 0."""
+    weight, momentum = weight.clone(), torch.zeros_like(weight)
+    empty = weight.new_empty(0)
+    ones = [torch.ones(d) for d in weight.shape]
+    ops.preconditioned_update_(
+        [weight], [empty], [momentum], [empty], [torch.zeros((), dtype=torch.int64)], [gradient],
+        [empty], [ones[1]], [ones[0]], "diagonal", "diagonal",
+        lr=torch.tensor(1.0), momentum=0.5, weight_decay=0.0, **options,
+    )  # fmt: skip
+    return weight, momentum
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_weight_is_read_and_written_exactly(dtype: torch.dtype) -> None:
+    weight = every_number(dtype)
+    after, _ = step(weight, torch.zeros_like(weight))
+    assert torch.equal(after, weight)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_gradient_is_read_exactly_and_momentum_written(dtype: torch.dtype) -> None:
+    gradient = every_number(dtype)
+    after, momentum = step(torch.zeros_like(gradient), gradient)
+    assert torch.equal(momentum, gradient) and torch.equal(after, -gradient)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_stores_round_to_nearest_as_torch_does(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-24, 15, (2, 256, 256), generator=generator, device="cpu")
+    random = torch.randn(2, 256, 256, generator=generator, device="cpu")
+    numbers = torch.ldexp(random, exponents).to(torch.get_default_device(), dtype)
+    weight, gradient = numbers[0], numbers[1]
+    after, _ = step(weight, gradient)
+    assert torch.equal(after, (weight.float() - gradient.float()).to(dtype))
+
+
+def test_stochastic_rounding_draws_anew_for_every_element() -> None:
+    weight = torch.ones(64, 64, dtype=torch.bfloat16)
+    gradient = torch.full_like(weight, 2.0**-9)  # half of the spacing below 1
+    after, _ = step(weight, gradient, rounding_key=[1, 2])
+    down = after != 1
+    assert 0.4 < down.float().mean() < 0.6
+    for lines in (down, down.T):
+        assert len({tuple(line.tolist()) for line in lines}) == 64
+
+
+def test_scaled_gradients_are_divided_by_their_scale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(2, 40, 30, generator=generator, device="cpu")
+    weight, gradient = random.to(torch.get_default_device())
+    plain, scaled = (
+        step(weight, factor * gradient, grad_scale=torch.tensor(factor)) for factor in (1.0, 8.0)
+    )
+    for expected, actual in zip(plain, scaled, strict=True):
+        assert torch.equal(actual, expected)
+    assert not torch.equal(plain[0], weight)
