@@ -82,6 +82,11 @@ class Hyperparameters:
         """The options in their order, as `option_values` gives them of a group."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
+    @cached_property
+    def lr_tensor(self) -> Tensor:
+        """β₂ as a tensor."""
+        return self.lr if isinstance(self.lr, Tensor) else torch.tensor(self.lr, dtype=torch.double)
+
     def check_tensors(self) -> None:
         """Validate again what can change in place: step sizes in tensors."""
         if isinstance(self.lr, Tensor):

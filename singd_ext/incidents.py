@@ -35,8 +35,8 @@ class Incidents:
 
     def read(self, outcomes: Tensor, names: Sequence[str]) -> None:
         """Look at the outcomes of a call, one code a layer of these names."""
-        if outcomes.device.type == "cpu" or self.wait:
-            self._warn(outcomes.cpu(), names)
+        if not outcomes.is_cuda or self.wait:
+            self._warn(outcomes.tolist(), names)
         elif not torch.cuda.is_current_stream_capturing():
             self._read_late(outcomes, names)
 
@@ -44,7 +44,7 @@ class Incidents:
         if self._arrived is not None:
             if not self._arrived.query():
                 return
-            self._warn(self._host, self._names)
+            self._warn(self._host.tolist(), self._names)
         if self._host.shape != outcomes.shape:
             self._host = torch.empty(outcomes.shape, dtype=torch.int64, pin_memory=True)
         self._host.copy_(outcomes, non_blocking=True)
@@ -52,11 +52,11 @@ class Incidents:
         self._arrived.record(torch.cuda.current_stream(outcomes.device))
         self._names = list(names)
 
-    def _warn(self, outcomes: Tensor, names: Sequence[str]) -> None:
-        if not outcomes.any():
+    def _warn(self, outcomes: list[int], names: Sequence[str]) -> None:
+        if not any(outcomes):
             return
         for code, text in self._texts.items():
-            of_code = [n for n, c in zip(names, outcomes.tolist(), strict=True) if c == code]
+            of_code = [n for n, c in zip(names, outcomes, strict=True) if c == code]
             if of_code and text not in self._warned:
                 self._warned.add(text)
                 warn_user(f"layers {of_code}: {text} (further warnings of this kind are not shown)")

@@ -15,6 +15,7 @@ from .memory import FactorProduct
 from .registry import supported_modules
 
 State = MutableMapping[str, Any]
+Gradients = list[Tensor | None]  # of a layer's parameters; None of one that was frozen
 
 
 class Entries(State):
@@ -58,6 +59,7 @@ class Layer:
     home: tuple[torch.dtype, torch.device] = field(init=False)  # of the parameters, as last seen
     dim_K: int = field(init=False)  # d_i: input features, plus one for a bias
     dim_C: int = field(init=False)  # d_o
+    is_plain: bool = field(init=False)  # whether the parameters are in W as they are
     is_copied: bool = field(init=False)  # whether W holds a copy of the weight, to be written back
     product_K: FactorProduct = field(default_factory=FactorProduct)
     product_C: FactorProduct = field(default_factory=FactorProduct)
@@ -65,6 +67,7 @@ class Layer:
     def __post_init__(self) -> None:
         self.parameters = [p for p in (self.weight, self.bias) if p is not None]
         self.home = (self.parameters[0].dtype, self.parameters[0].device)
+        self.is_plain = type(self.kind).matrix is LayerKind.matrix
         with torch.no_grad():
             views = [self.view(i, p) for i, p in enumerate(self.parameters)]
         columns = 0 if self.weight is None else views[0][0].numel()
@@ -115,6 +118,8 @@ class Layer:
             index: Of `parameters`.
             tensor: The parameter, its gradient or its momentum.
         """
+        if self.is_plain:
+            return tensor
         key = "bias" if index == 1 or self.weight is None else "weight"
         return self.kind.matrix(self.module, tensor, key)
 

@@ -6,6 +6,7 @@ None of it is state: it can be recomputed, and is not saved.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -68,6 +69,12 @@ def _times_its_transpose(square: Tensor) -> Tensor:
     return product
 
 
+@cache  # asked for every factor in every step
+def keeps_product(structure: str, dim: int) -> bool:
+    """Whether K Kᵀ of such a factor is kept from step to step: of dense and triangular ones."""
+    return _C.storage_sections(structure, dim)[0] == ("dense", 0, (dim, dim))
+
+
 class FactorProduct:
     """K Kᵀ of a dense or triangular factor: it changes every T steps, and is needed in each."""
 
@@ -76,8 +83,8 @@ class FactorProduct:
         self._of: tuple[Tensor, int] | None = None  # the factor and its version
 
     def of(self, factor: Tensor, dim: int, structure: str) -> Tensor:
-        """Return K Kᵀ [dim, dim] in K's dtype; an empty tensor for sparse structures."""
-        if factor.numel() != dim * dim or _C.storage_sections(structure, dim)[0][0] != "dense":
+        """Return K Kᵀ [dim, dim] in K's dtype; an empty tensor where `keeps_product` says no."""
+        if not keeps_product(structure, dim):
             return self._product
         if self._of is None or self._of[0] is not factor or self._of[1] != factor._version:
             square = factor.view(dim, dim)

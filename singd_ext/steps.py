@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .curvature import drop_statistics
 from .hyperparameters import Hyperparameters
-from .layers import Layer
+from .layers import Gradients, Layer
 from .memory import GroupCalls
 from .moves import check_owned, follow
 from .scaling import Scales
@@ -27,6 +27,7 @@ class Plan(NamedTuple):
     options: Hyperparameters
     step: int
     lr_cov: float | None  # β₁; None if the factors are not due
+    gradients: list[Gradients]  # of the layers
 
 
 def plan_of(optimizer: SINGD, group: int) -> Plan:
@@ -38,35 +39,33 @@ def plan_of(optimizer: SINGD, group: int) -> Plan:
         TypeError: For a sparse gradient.
     """
     options, step = optimizer.options(group), optimizer.param_groups[group]["steps"]
-    lr_cov = options.lr_cov_at(step) if optimizer.factors_due(group) else None
-    return Plan(_ready_layers(optimizer, group, lr_cov is not None), options, step, lr_cov)
-
-
-def _ready_layers(optimizer: SINGD, group: int, due: bool) -> list[Layer]:
-    ready = []
+    lr_cov = options.lr_cov_at(step) if step % options.T == 0 else None
+    layers, gradients = [], []
     for layer in optimizer._layers:
         if layer.group != group:
             continue
-        grads = [p.grad for p in layer.parameters]
-        unused = all(g is None for g in grads)
-        if unused or due:
+        own = [p.grad for p in layer.parameters]
+        unused = all(g is None for g in own)
+        if unused or lr_cov is not None:
             check_owned(layer)
         if unused:
             continue
-        _check_gradients(layer, grads)
+        _check_gradients(layer, own)
         follow(optimizer, layer)
-        ready.append(layer)
-    return ready
+        layers.append(layer)
+        gradients.append(own)
+    return Plan(layers, options, step, lr_cov, gradients)
 
 
-def _check_gradients(layer: Layer, grads: list[Tensor | None]) -> None:
-    for p, g in zip(layer.parameters, grads, strict=True):
-        if g is None and p.requires_grad:
-            raise RuntimeError(
-                f"only one of weight and bias of layer '{layer.name}' has a gradient; K "
-                "belongs to both: freeze the other one with requires_grad_(False)"
-            )
-        if g is not None and g.is_sparse:
+def _check_gradients(layer: Layer, gradients: Gradients) -> None:
+    for p, g in zip(layer.parameters, gradients, strict=True):
+        if g is None:
+            if p.requires_grad:
+                raise RuntimeError(
+                    f"only one of weight and bias of layer '{layer.name}' has a gradient; K "
+                    "belongs to both: freeze the other one with requires_grad_(False)"
+                )
+        elif g.is_sparse:
             raise TypeError(f"layer '{layer.name}' has a sparse gradient; use dense gradients")
 
 
@@ -103,7 +102,7 @@ def step_parameters(
     divisor: list[Tensor] | None,
 ) -> None:
     """Update the parameters; gradients are divided by `divisor`, one or one a layer, if given."""
-    arguments = (plan.layers, optimizer.state, plan.options, plan.step)
+    arguments = (plan.layers, plan.gradients, optimizer.state, plan.options, plan.step)
     if divisor is not None and plan.options.max_update_norm is not None:
         outcomes = update_layer_by_layer(*arguments, scales, calls.parameters, divisor)
     else:

@@ -5,8 +5,7 @@ Each is one call of an operator over lists of all layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from . import ops
 from .hyperparameters import Hyperparameters
-from .layers import Layer, State
-from .memory import CallMemory
+from .layers import Gradients, Layer, State
+from .memory import CallMemory, FactorProduct, keeps_product
 from .scaling import Scales
 
 # Holds the place of the bias of a layer without one.
@@ -67,6 +66,7 @@ def update_factors(
 
 def update_parameters(
     layers: Sequence[Layer],
+    gradients: Sequence[Gradients],
     state: dict[Tensor, dict[str, Any]],
     options: Hyperparameters,
     step: int,
@@ -76,33 +76,29 @@ def update_parameters(
     """Update weights, biases and their momenta; see `ops.preconditioned_update_`."""
     # W = [weight, bias]; of a layer of one parameter, that one takes the weight's place.
     states = [layer.entries(state) for layer in layers]
-    weights, biases = _views(layers, 0, _target), _views(layers, 1, _target)
-    has_momentum, momentum_of = options.momentum != 0, partial(_momentum_buffer, state)
-    lr = options.lr
-    momenta = _views(layers, 0, momentum_of) if has_momentum else []
+    K, C = [s["K"] for s in states], [s["C"] for s in states]
+    owned = [(layer.parameters, g) for layer, g in zip(layers, gradients, strict=True)]
+    weights, biases = _parts(layers, [list(map(_target, ps, gs)) for ps, gs in owned])
+    momenta, bias_momenta = [], []
+    if options.momentum != 0:
+        buffers = [([state[p]["momentum_buffer"] for p in ps], gs) for ps, gs in owned]
+        momenta, bias_momenta = _parts(layers, [list(map(_target, bs, gs)) for bs, gs in buffers])
     outcomes, workspace = memory.of(weights)
     ops.preconditioned_update_(
         weights,
         biases,
         momenta,
-        _views(layers, 1, momentum_of) if has_momentum else [],
+        bias_momenta,
         [s["skipped"] for s in states],
-        _views(layers, 0, _gradient),
-        _views(layers, 1, _gradient),
-        [s["K"] for s in states],
-        [s["C"] for s in states],
+        *_parts(layers, [list(map(_gradient, ps, gs)) for ps, gs in owned]),
+        K,
+        C,
         *options.structures,
-        lr=lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+        lr=options.lr_tensor,
         momentum=float(options.momentum),
         weight_decay=float(options.weight_decay),
-        P_K=[
-            layer.product_K.of(s["K"], layer.dim_K, options.structures[0])
-            for layer, s in zip(layers, states, strict=True)
-        ],
-        P_C=[
-            layer.product_C.of(s["C"], layer.dim_C, options.structures[1])
-            for layer, s in zip(layers, states, strict=True)
-        ],
+        P_K=_products([(x.product_K, x.dim_K) for x in layers], K, options.structures[0]),
+        P_C=_products([(x.product_C, x.dim_C) for x in layers], C, options.structures[1]),
         grad_scale=scales.gradient,
         found_inf=scales.found_inf,
         rounding_key=_rounding_key(options, step),
@@ -110,15 +106,17 @@ def update_parameters(
         workspace=workspace,
     )
     for i, layer in enumerate(layers):
-        if layer.is_copied and not _is_frozen(owner := layer.parameters[0]):
+        if layer.is_copied and gradients[i][0] is not None:
+            owner = layer.parameters[0]
             layer.kind.write_back(layer.module, owner, weights[i])
-            if has_momentum:
-                layer.kind.write_back(layer.module, momentum_of(owner), momenta[i])
+            if momenta:
+                layer.kind.write_back(layer.module, state[owner]["momentum_buffer"], momenta[i])
     return outcomes
 
 
 def update_layer_by_layer(
     layers: Sequence[Layer],
+    gradients: Sequence[Gradients],
     state: dict[Tensor, dict[str, Any]],
     options: Hyperparameters,
     step: int,
@@ -129,41 +127,45 @@ def update_layer_by_layer(
     """`update_parameters` with a scale of the gradients for each layer: one call a layer."""
     outcomes = [
         update_parameters(
-            [layer], state, options, step, scales._replace(gradient=divisor), memory
+            [layer], [grads], state, options, step, scales._replace(gradient=divisor), memory
         ).clone()
-        for layer, divisor in zip(layers, divisors, strict=True)
+        for layer, grads, divisor in zip(layers, gradients, divisors, strict=True)
     ]
     return torch.cat(outcomes) if outcomes else torch.empty(0, dtype=torch.int64)
 
 
-def _views(
-    layers: Sequence[Layer], index: int, tensor_of: Callable[[Tensor], Tensor]
-) -> list[Tensor]:
-    """Return every layer's part of what `tensor_of` gives for its parameter number `index`."""
-    return [
-        layer.view(index, tensor_of(layer.parameters[index]))
-        if index < len(layer.parameters)
-        else _NO_BIAS
-        for layer in layers
+def _parts(
+    layers: Sequence[Layer], tensors: Sequence[Sequence[Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return every layer's part of W of its first parameter, and of its second."""
+    first = [layer.view(0, own[0]) for layer, own in zip(layers, tensors, strict=True)]
+    second = [
+        layer.view(1, own[1]) if len(own) > 1 else _NO_BIAS
+        for layer, own in zip(layers, tensors, strict=True)
     ]
+    return first, second
 
 
-def _is_frozen(parameter: Tensor) -> bool:
-    """Whether it was frozen after construction: part of W, with a gradient of zero, and kept."""
-    return parameter.grad is None
+# A parameter that was frozen after construction has no gradient. It is part of W, with a gradient
+# of zero, and is kept: the operator gets a copy.
+def _target(tensor: Tensor, gradient: Tensor | None) -> Tensor:
+    return tensor.clone() if gradient is None else tensor
 
 
-def _target(parameter: Tensor) -> Tensor:
-    return parameter.clone() if _is_frozen(parameter) else parameter
+def _gradient(parameter: Tensor, gradient: Tensor | None) -> Tensor:
+    return torch.zeros_like(parameter) if gradient is None else gradient
 
 
-def _gradient(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _momentum_buffer(state: dict[Tensor, dict[str, Any]], parameter: Tensor) -> Tensor:
-    buffer = state[parameter]["momentum_buffer"]
-    return buffer.clone() if _is_frozen(parameter) else buffer
+def _products(
+    kept: Sequence[tuple[FactorProduct, int]], factors: Sequence[Tensor], structure: str
+) -> list[Tensor]:
+    """Return what is kept of every factor's K Kᵀ: nothing at all for sparse structures."""
+    if not any(keeps_product(structure, dim) for _, dim in kept):
+        return []
+    return [
+        product.of(factor, dim, structure)
+        for (product, dim), factor in zip(kept, factors, strict=True)
+    ]
 
 
 def _rounding_key(options: Hyperparameters, step: int) -> list[int] | None:

@@ -11,6 +11,9 @@
 namespace singd::cpu {
 
 enum class Scalar { kFloat64, kFloat32, kBFloat16, kFloat16 };
+SINGD_HOST_DEVICE inline constexpr int64_t size_of(Scalar type) {
+  return type == Scalar::kFloat64 ? 8 : type == Scalar::kFloat32 ? 4 : 2;
+}
 
 // A typed array.
 struct Array {
@@ -63,6 +66,7 @@ struct StepPart {
 
 struct StepOptions {
   double lr, momentum, weight_decay, unscale;
+  bool stream = false;  // weights are stored past the caches
 };
 
 // One layer of a step: M <- alpha2 M + C C^T G K K^T + gamma W and W <- W - beta2 M.

@@ -65,7 +65,11 @@ class LocalStep {
   template <class Function>
   void run(Function updated) {
     if (layers_.empty()) return;
-    for (size_t i = 0; i < layers_.size(); ++i) plan_panels(i);
+    const bool stream = streams();
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      layers_[i].options.stream = stream;
+      plan_panels(i);
+    }
     Arena::run(workspace_, [&](Arena& arena) { allocate(arena); });
     prepare();
     for (size_t begin = 0; begin < layers_.size();) {
@@ -90,8 +94,19 @@ class LocalStep {
   static constexpr int64_t kThinColumns = 128;
   // Elements of the gradients of a group: they, weight and momentum should fit the last cache.
   static constexpr int64_t kGroup = int64_t{1} << 20;
+  // Bytes of all weights from which they are stored past the caches, where several threads have
+  // read each of them: what a cache of one of them does not hold.
+  static constexpr int64_t kStreamed = int64_t{1} << 20;
   // Elements below which a further thread costs more than it saves.
   static constexpr int64_t kGrain = 16384;
+
+  bool streams() const {
+    int64_t bytes = 0;
+    for (const StepLayer<T>& layer : layers_) {
+      bytes += layer.rows * layer.columns * size_of(layer.parts[0].weight.type);
+    }
+    return at::get_num_threads() > 1 && bytes >= kStreamed;
+  }
 
   void plan_panels(size_t index) {
     const StepLayer<T>& layer = layers_[index];
@@ -210,9 +225,9 @@ class LocalStep {
   }
 
   void read(size_t begin, size_t end) {
-    parallel(first_read_[begin], first_read_[end], elements(begin, end), [&](size_t i) {
+    shared_out(begin, end, first_read_, [&](size_t index, size_t i) {
       Task& task = read_tasks_[i];
-      const StepLayer<T>& layer = layers_[task.layer];
+      const StepLayer<T>& layer = layers_[index];
       task.largest = layer.left.has_border() ? kernels_.thin(layer, task.panel, scratch())
                                              : kernels_.largest(layer, task.panel);
     });
@@ -238,12 +253,25 @@ class LocalStep {
     return finite;
   }
 
-  void write(size_t begin, size_t end) {
-    parallel(first_write_[begin], first_write_[end], elements(begin, end), [&](size_t i) {
-      const Task& task = write_tasks_[i];
-      if (writes_[task.layer]) {
-        kernels_.step(layers_[task.layer], task.panel, false, scratch());
+  // f(layer, task) in threads, each of which takes its share of every layer: the rows that torch's
+  // products gave it, so that gradients are where it wrote them.
+  template <class Function>
+  static void shared_out(size_t begin, size_t end, const std::vector<size_t>& first, Function f) {
+    const size_t threads = static_cast<size_t>(at::get_num_threads());
+    at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
+      for (size_t t = from; t < static_cast<size_t>(to); ++t) {
+        for (size_t layer = begin; layer < end; ++layer) {
+          const size_t count = first[layer + 1] - first[layer], turn = layer % threads;
+          const size_t last = first[layer] + (count * (t + 1) + turn) / threads;
+          for (size_t i = first[layer] + (count * t + turn) / threads; i < last; ++i) f(layer, i);
+        }
       }
+    });
+  }
+
+  void write(size_t begin, size_t end) {
+    shared_out(begin, end, first_write_, [&](size_t layer, size_t i) {
+      if (writes_[layer]) kernels_.step(layers_[layer], write_tasks_[i].panel, false, scratch());
     });
   }
 

@@ -164,11 +164,11 @@ struct WriteCoefficients {
 };
 
 // M <- alpha2 M + P + gamma W and W <- W - beta2 M along a row, with P[j] = row_scale
-// column_scale[j] gradient[j]; M stays in a register.
+// column_scale[j] gradient[j]; M stays in a register. The new W goes to `to`, which may be W.
 template <bool kMomentum, class T, class Gradient, class Weight, class Momentum>
 SINGD_INLINE void write_row(const Gradient* gradient, T row_scale, const T* column_scale,
-                            int64_t count, const WriteCoefficients& c, Weight* weight,
-                            Momentum* momentum) {
+                            int64_t count, const WriteCoefficients& c, const Weight* weight,
+                            Weight* to, Momentum* momentum) {
   const T lr = static_cast<T>(c.lr), alpha = static_cast<T>(c.momentum);
   const T decay = static_cast<T>(c.weight_decay);
   const auto element = [&](int64_t j, T scale) {
@@ -176,7 +176,7 @@ SINGD_INLINE void write_row(const Gradient* gradient, T row_scale, const T* colu
     T step = static_cast<T>(widen(gradient[j])) * scale + decay * w;
     if (kMomentum) step += alpha * static_cast<T>(widen(momentum[j]));
     if (kMomentum) momentum[j] = Narrow<Momentum>::of(step);
-    weight[j] = Narrow<Weight>::of(w - lr * step);
+    to[j] = Narrow<Weight>::of(w - lr * step);
   };
   if (column_scale != nullptr) {
 #pragma GCC ivdep
@@ -208,8 +208,9 @@ struct Stochastic<BFloat16> {
 // The same with bfloat16 stores rounded stochastically; `index` is that of the first element.
 template <class T, class Gradient, class Weight, class Momentum>
 SINGD_INLINE void write_row_stochastic(const Gradient* gradient, T row_scale, const T* column_scale,
-                                       int64_t count, const WriteCoefficients& c, Weight* weight,
-                                       Momentum* momentum, const RoundingKey& key, int64_t index) {
+                                       int64_t count, const WriteCoefficients& c,
+                                       const Weight* weight, Weight* to, Momentum* momentum,
+                                       const RoundingKey& key, int64_t index) {
   const RoundingKey momentum_key = key.stream(0), weight_key = key.stream(1);
   for (int64_t j = 0; j < count; ++j) {
     const T w = static_cast<T>(widen(weight[j]));
@@ -219,7 +220,37 @@ SINGD_INLINE void write_row_stochastic(const Gradient* gradient, T row_scale, co
       step += static_cast<T>(c.momentum) * static_cast<T>(widen(momentum[j]));
       momentum[j] = Stochastic<Momentum>::of(step, momentum_key, index + j);
     }
-    weight[j] = Stochastic<Weight>::of(w - static_cast<T>(c.lr) * step, weight_key, index + j);
+    to[j] = Stochastic<Weight>::of(w - static_cast<T>(c.lr) * step, weight_key, index + j);
+  }
+}
+
+// `count` numbers of a parameter and its momentum from number `at` on, which have consecutive
+// gradients.
+template <class T, class Gradient, class Weight, class Momentum>
+SINGD_INLINE void write_numbers(const StepOptions& options, const RoundingKey& key, int64_t at,
+                                int64_t count, const Gradient* gradient, T row_scale,
+                                const T* column_scale, Weight* weight, Momentum* momentum) {
+  const WriteCoefficients c{options.lr, options.momentum, options.weight_decay};
+  const auto write = [&](int64_t first, int64_t n, Weight* to) {
+    const Gradient* g = gradient + first;
+    const T* scale = column_scale != nullptr ? column_scale + first : nullptr;
+    const Weight* w = weight + at + first;
+    Momentum* m = momentum != nullptr ? momentum + at + first : nullptr;
+    if (key.enabled) {
+      write_row_stochastic(g, row_scale, scale, n, c, w, to, m, key, at + first);
+    } else if (m != nullptr) {
+      write_row<true>(g, row_scale, scale, n, c, w, to, m);
+    } else {
+      write_row<false>(g, row_scale, scale, n, c, w, to, m);
+    }
+  };
+  if (!options.stream) return write(0, count, weight + at);
+  constexpr int64_t kChunk = 1024 / static_cast<int64_t>(sizeof(Weight));
+  alignas(64) Weight chunk[kChunk];
+  for (int64_t first = 0; first < count; first += kChunk) {
+    const int64_t n = smaller(kChunk, count - first);
+    write(first, n, chunk);
+    stream(weight + at + first, chunk, n);
   }
 }
 
@@ -230,25 +261,30 @@ SINGD_INLINE void write_rows(const StepLayer<T>& layer, const Panel& panel, cons
                              int64_t first, int64_t count, const Gradient* gradient,
                              int64_t gradient_stride, RowScale row_scale, const T* column_scale,
                              Weight* weight, Momentum* momentum) {
-  const WriteCoefficients c{layer.options.lr, layer.options.momentum, layer.options.weight_decay};
   for (int64_t i = panel.row_begin; i < panel.row_end; ++i) {
     const Gradient* row = gradient + (i - panel.row_begin) * gradient_stride;
-    const T scale = row_scale(i);
-    const int64_t to = i * part.width + first;
-    if (part.key.enabled) {
-      write_row_stochastic(row, scale, column_scale, count, c, weight + to,
-                           momentum != nullptr ? momentum + to : momentum, part.key, to);
-    } else if (momentum != nullptr) {
-      write_row<true>(row, scale, column_scale, count, c, weight + to, momentum + to);
-    } else {
-      write_row<false>(row, scale, column_scale, count, c, weight + to, momentum);
-    }
+    write_numbers<T>(layer.options, part.key, i * part.width + first, count, row, row_scale(i),
+                     column_scale, weight, momentum);
   }
 }
 
 template <class T>
 const T* part_of(const T* column_scale, int64_t begin) {
   return column_scale != nullptr ? column_scale + begin : nullptr;
+}
+
+// The same for a part of one column, a bias: its numbers are consecutive.
+template <class T, class Weight, class Momentum>
+SINGD_INLINE void write_column(const StepLayer<T>& layer, const Panel& panel, const StepPart& part,
+                               const T* column, int64_t stride, T scale, Weight* weight,
+                               Momentum* momentum) {
+  constexpr int64_t kChunk = 64;
+  T chunk[kChunk];
+  for (int64_t row = panel.row_begin; row < panel.row_end; row += kChunk) {
+    const int64_t n = smaller(kChunk, panel.row_end - row);
+    for (int64_t i = 0; i < n; ++i) chunk[i] = column[(row - panel.row_begin + i) * stride];
+    write_numbers<T, T>(layer.options, part.key, row, n, chunk, scale, nullptr, weight, momentum);
+  }
 }
 
 template <class T>
@@ -260,6 +296,10 @@ void write_panel(const StepLayer<T>& layer, const Panel& panel, const T* x, cons
     if (momentum.data == nullptr) momentum.type = part.weight.type;
     with_type(part.weight, [&](auto* weight) {
       with_type(momentum, [&](auto* buffer) {
+        if (part.width == 1) {
+          return write_column<T>(layer, panel, part, x + at, panel.stride(),
+                                 scale != nullptr ? *scale : T(1), weight, buffer);
+        }
         write_rows<T>(layer, panel, part, first, count, x + at, panel.stride(), one, scale, weight,
                       buffer);
       });
@@ -291,9 +331,16 @@ void write_pointwise(const StepLayer<T>& layer, const Panel& panel) {
     const T* scale = part_of(layer.right.diagonal, panel.column_begin + at);
     with_type(part.weight, [&](auto* weight) {
       const auto* gradient = static_cast<decltype(weight)>(const_cast<void*>(part.gradient.data));
+      auto* momentum = static_cast<decltype(weight)>(part.momentum.data);
+      if (part.width == 1 && part.gradient_stride == 1) {  // a bias: a row of all its numbers
+        const int64_t begin = panel.row_begin;
+        return write_numbers<T>(layer.options, part.key, begin, panel.row_end - begin,
+                                gradient + begin, scale != nullptr ? unscale * *scale : unscale,
+                                part_of(diagonal, begin), weight, momentum);
+      }
       write_rows<T>(layer, panel, part, first, count,
                     gradient + panel.row_begin * part.gradient_stride + first, part.gradient_stride,
-                    row_scale, scale, weight, static_cast<decltype(weight)>(part.momentum.data));
+                    row_scale, scale, weight, momentum);
     });
   });
 }
@@ -317,6 +364,7 @@ template <class T>
 bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, T* scratch) {
   if (!check_only && is_pointwise(layer)) {
     write_pointwise(layer, panel);
+    if (layer.options.stream) end_streams();
     return true;
   }
   T *x = scratch, *other = scratch + panel.scratch();
@@ -333,6 +381,7 @@ bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, 
   }
   if (check_only) return panel_is_finite(panel, result, column_scale);
   write_panel(layer, panel, result, column_scale);
+  if (layer.options.stream) end_streams();
   return true;
 }
 

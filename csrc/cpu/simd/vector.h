@@ -150,6 +150,46 @@ SINGD_INLINE void load_row(const Stored* from, int64_t count, T scale, T* to) {
   for (int64_t j = 0; j < count; ++j) to[j] = scale * static_cast<T>(widen(from[j]));
 }
 
+// Stores past the caches: no cache line has to be owned first, which is what an ordinary store waits
+// for where other processors have read the line. `to` is aligned to whole vectors.
+SINGD_INLINE void stream_vector(float* to, const Vector<float>& v) {
+#if !defined(__x86_64__)
+  store<float>(to, v);
+#elif defined(__clang__)
+  __builtin_nontemporal_store(v, reinterpret_cast<Vector<float>*>(to));
+#elif SINGD_VECTOR_BYTES == 64
+  __builtin_ia32_movntps512(to, v);
+#elif SINGD_VECTOR_BYTES == 32
+  __builtin_ia32_movntps256(to, v);
+#else
+  __builtin_ia32_movntps(to, v);
+#endif
+}
+
+// Streamed numbers are seen by other threads after this.
+SINGD_INLINE void end_streams() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
+// Copies numbers of which whole lines are streamed.
+template <class Stored>
+SINGD_INLINE void stream(Stored* to, const Stored* from, int64_t count) {
+  constexpr int64_t kLineBytes = 64, kSize = static_cast<int64_t>(sizeof(Stored));
+  int64_t j = 0;
+  for (; j < count && reinterpret_cast<uintptr_t>(to + j) % kLineBytes != 0; ++j) to[j] = from[j];
+  for (; j + kLineBytes / kSize <= count; j += kLineBytes / kSize) {
+    const auto* source = reinterpret_cast<const char*>(from + j);
+    for (int64_t byte = 0; byte < kLineBytes; byte += SINGD_VECTOR_BYTES) {
+      Vector<float> v;
+      __builtin_memcpy(&v, source + byte, sizeof v);
+      stream_vector(reinterpret_cast<float*>(reinterpret_cast<char*>(to + j) + byte), v);
+    }
+  }
+  for (; j < count; ++j) to[j] = from[j];
+}
+
 // The magnitude of a number as an integer that grows with it; NaN is larger than infinity.
 SINGD_INLINE uint32_t magnitude_bits(float x) {
   return __builtin_bit_cast(uint32_t, x) & 0x7fffffffu;
