@@ -118,7 +118,7 @@ class LocalStep {
       width = std::min(width, std::max(column_unit, target / row_unit / column_unit * column_unit));
     }
     const int64_t smallest = pointwise ? 1 : kPanelRows;
-    int64_t height = std::max(target / width, smallest);
+    int64_t height = std::max(target / width / smallest, int64_t{1}) * smallest;
     height = (height + row_unit - 1) / row_unit * row_unit;
     first_write_.push_back(write_tasks_.size());
     for (int64_t i = 0; i < layer.rows; i += height) {
@@ -135,10 +135,13 @@ class LocalStep {
                          write_tasks_.end());
       return;
     }
-    for (int64_t j = 0; j < layer.columns; j += kThinColumns) {
-      const Panel panel{0, layer.rows, j, std::min(j + kThinColumns, layer.columns)};
+    // As wide as all threads having one allows: short pieces of rows are read slowly.
+    const int64_t pieces = std::clamp<int64_t>(layer.columns / kThinColumns, 1, at::get_num_threads());
+    const int64_t piece = padded((layer.columns + pieces - 1) / pieces);
+    for (int64_t j = 0; j < layer.columns; j += piece) {
+      const Panel panel{0, layer.rows, j, std::min(j + piece, layer.columns)};
       read_tasks_.push_back({index, panel});
-      scratch_ = std::max(scratch_, kThinRows * panel.stride());
+      scratch_ = std::max(scratch_, panel.thin_rows() * panel.stride());
     }
   }
 

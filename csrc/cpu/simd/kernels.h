@@ -11,6 +11,7 @@ namespace {
 
 // clang-format off: in the order of what uses what
 #include "vector.h"
+#include "transpose.h"
 #include "product.h"
 #include "prepare.h"
 #include "statistics.h"

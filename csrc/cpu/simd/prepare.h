@@ -1,16 +1,9 @@
 // P = F F^T of a diagonal, block-diagonal or bordered factor, laid out for products with it.
 
-template <class T>
-void transpose_padded(const T* from, int64_t rows, int64_t columns, int64_t from_stride, T* to,
-                      int64_t to_stride) {
-  SINGD_COUNT(elements, columns * to_stride);
-  for (int64_t j = 0; j < columns; ++j) {
-    for (int64_t i = 0; i < rows; ++i) to[j * to_stride + i] = from[i * from_stride + j];
-    for (int64_t i = rows; i < to_stride; ++i) to[j * to_stride + i] = T(0);
-  }
-}
+// The largest sum of |entries| of a row, or of a column; rows end in zeros up to a whole vector.
+// The sums are rounded, which the factor makes up for.
+constexpr double kRounded = 1.001;
 
-// The largest sum of |entries| of a row; rows end in zeros up to a whole vector.
 template <class T>
 double largest_row_sum(const T* matrix, int64_t rows, int64_t columns, int64_t stride) {
   T most = 0;
@@ -22,7 +15,23 @@ double largest_row_sum(const T* matrix, int64_t rows, int64_t columns, int64_t s
     }
     most = larger(most, lane_sum<T>(sums));
   }
-  return 1.001 * static_cast<double>(most);  // the sum was rounded
+  return kRounded * static_cast<double>(most);
+}
+
+template <class T>
+double largest_column_sum(const T* matrix, int64_t rows, int64_t columns, int64_t stride) {
+  Vector<T> most = {};
+  for (int64_t j = 0; j < columns; j += kLanes<T>) {
+    Vector<T> sums = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      const Vector<T> v = load<T>(matrix + i * stride + j);
+      sums += v < 0 ? -v : v;
+    }
+    most = most < sums ? sums : most;
+  }
+  T all = 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) all = larger(all, most[lane]);
+  return kRounded * static_cast<double>(all);
 }
 
 template <class T>
@@ -57,7 +66,7 @@ void prepare_blocks(LocalProduct<T>& product, const T* factor, T* scratch) {
     transpose_padded(factor + from, size, size, size, scratch, stride);
     multiply<T>(size, stride, size, {factor + from, size, 1}, scratch, stride, square, stride,
                 kOverwrite<T>);
-    most = larger(most, largest_row_sum(square, size, size, stride));
+    most = larger(most, largest_column_sum(square, size, size, stride));  // symmetric
   });
   product.norm = most;
 }
@@ -83,11 +92,12 @@ void prepare_border(LocalProduct<T>& product, const T* factor, T* scratch) {
     multiply<T>(b, thin, d, {factor, d, 1}, scratch, thin, core, thin, kOverwrite<T>);
     for (int64_t r = 0; r < b; ++r) {
       T* row = product.wide + r * wide;
-      for (int64_t j = 0; j < wide; ++j) {
-        const bool inside = j >= layout.head && j < d - layout.tail;
-        const int64_t c = j < layout.head ? j : j - (d - b);
-        row[j] = j >= d ? T(0) : inside ? factor[r * d + j] * interior[j] : core[r * thin + c];
-      }
+      const T *e = factor + r * d, *square = core + r * thin;
+      for (int64_t j = 0; j < layout.head; ++j) row[j] = square[j];
+#pragma GCC ivdep
+      for (int64_t j = layout.head; j < d - layout.tail; ++j) row[j] = e[j] * interior[j];
+      for (int64_t j = d - layout.tail; j < d; ++j) row[j] = square[j - (d - b)];
+      for (int64_t j = d; j < wide; ++j) row[j] = T(0);
     }
   }
   transpose_padded(product.wide, b, d, wide, product.thin, thin);
@@ -100,7 +110,7 @@ double border_norm(const LocalProduct<T>& product) {
   const double across = largest_row_sum(product.wide, b, d, padded(d));
   double diagonal = 0;
   for (int64_t j = 0; j < d; ++j) diagonal = larger(diagonal, double(product.diagonal[j]));
-  const double along = largest_row_sum(product.thin, d, b, padded(b));
+  const double along = largest_column_sum(product.wide, b, d, padded(d));
   const bool twice = product.kind == LocalKind::kColumnBorder;
   return larger(across, diagonal + along * (twice ? larger(across, 1.0) : 1.0));
 }

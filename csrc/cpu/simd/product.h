@@ -83,19 +83,20 @@ template <class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const Operand<T>& a, const T* b,
               int64_t b_stride, T* c, int64_t c_stride, Before<T> before) {
   SINGD_COUNT(multiply_adds, rows * columns * depth);
-  constexpr int64_t kStep = int64_t{SINGD_TILE_VECTORS} * kLanes<T>;
-  int64_t j = 0;
-  const auto at = [&] {
-    return Before<T>{before.keep, before.scale != nullptr ? before.scale + j : nullptr};
-  };
-  for (; j + kStep <= columns; j += kStep) {
-    multiply_rows<T, SINGD_TILE_VECTORS>(rows, depth, a, b + j, b_stride, c + j, c_stride, at());
-  }
-  for (; j + 2 * kLanes<T> <= columns; j += 2 * kLanes<T>) {
-    multiply_rows<T, 2>(rows, depth, a, b + j, b_stride, c + j, c_stride, at());
-  }
-  for (; j < columns; j += kLanes<T>) {
-    multiply_rows<T, 1>(rows, depth, a, b + j, b_stride, c + j, c_stride, at());
+  constexpr int64_t kMost = SINGD_TILE_VECTORS, kLane = kLanes<T>;
+  for (int64_t j = 0; j < columns;) {
+    const int64_t left = (columns - j) / kLane;
+    // A tile one vector wide has too few sums to keep the processor busy.
+    const int64_t vectors = left == kMost + 1 ? kMost - 1 : smaller(left, kMost);
+    const Before<T> at{before.keep, before.scale != nullptr ? before.scale + j : nullptr};
+    const auto tiles = [&](auto multiply) { multiply(rows, depth, a, b + j, b_stride, c + j, c_stride, at); };
+    switch (vectors) {
+      case 1: tiles(multiply_rows<T, 1>); break;
+      case 2: tiles(multiply_rows<T, 2>); break;
+      case 3: tiles(multiply_rows<T, 3>); break;
+      default: tiles(multiply_rows<T, SINGD_TILE_VECTORS>);
+    }
+    j += vectors * kLane;
   }
 }
 

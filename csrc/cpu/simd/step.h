@@ -61,9 +61,10 @@ double thin_products(const StepLayer<T>& layer, const Panel& panel, T* scratch) 
   const LocalProduct<T>& left = layer.left;
   const int64_t width = padded(panel.column_end - panel.column_begin), wide = padded(layer.rows);
   const int64_t stride = padded(layer.columns), border = left.border();
+  const int64_t step = panel.thin_rows();
   auto most = magnitude_bits(T(0));
-  for (int64_t begin = 0; begin < layer.rows; begin += kThinRows) {
-    const int64_t end = smaller(begin + kThinRows, layer.rows);
+  for (int64_t begin = 0; begin < layer.rows; begin += step) {
+    const int64_t end = smaller(begin + step, layer.rows);
     const Panel chunk{begin, end, panel.column_begin, panel.column_end};
     load_gradient<T>(layer, chunk, nullptr, scratch, chunk.stride());
     most = larger(most, largest_bits(scratch, chunk.scratch()));
