@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -46,12 +47,37 @@ class CallMemory:
         return self._outcomes, self._workspace.on(device)
 
 
+class SparseProducts:
+    """Memory in which the CPU keeps K Kᵀ and C Cᵀ of sparse factors from one step to the next."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._factors: list[Tensor] = []
+        self._versions: list[int] = []
+
+    def of(self, factors: list[Tensor]) -> Tensor:
+        """Return it for a call with these factors: empty, if they are not those of the last."""
+        versions = [factor._version for factor in factors]
+        same = len(factors) == len(self._factors) and all(map(is_, factors, self._factors))
+        if not same or versions != self._versions:
+            self.drop()
+            self._factors, self._versions = factors, versions
+        if factors and self._memory.device != factors[0].device:
+            self._memory = self._memory.new_empty(0, device=factors[0].device)
+        return self._memory
+
+    def drop(self) -> None:
+        """Forget the products, since the factors were updated."""
+        self._memory.resize_(0)
+
+
 class GroupCalls:
     """What belongs to the calls of both operators for one parameter group."""
 
     def __init__(self, warned: set[str]) -> None:
         workspace = Workspace()
         self.factors, self.parameters = CallMemory(workspace), CallMemory(workspace)
+        self.products = SparseProducts()
         self.factor_incidents = Incidents(incidents.FACTORS, warned)
         self.parameter_incidents = Incidents(incidents.PARAMETERS, warned)
 

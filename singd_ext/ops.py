@@ -214,6 +214,7 @@ def preconditioned_update_(
     rounding_key: Sequence[int] | None = None,
     outcomes: Tensor | None = None,
     workspace: Tensor | None = None,
+    products: Tensor | None = None,
 ) -> Tensor:
     """Update the parameters of a list of layers, in place (Figure 4, steps 2 and 3).
 
@@ -241,11 +242,15 @@ def preconditioned_update_(
         outcomes: int64 [layers], overwritten; without it a new tensor.
         workspace: uint8 memory of the call, enlarged where too small; kept from call to call, it
             saves allocations.
+        products: uint8 memory that the CPU fills with K Kᵀ and C Cᵀ of sparse factors. Given to
+            the next call as it is, it saves computing them again; give an empty tensor if a factor
+            was changed or the layers are others.
 
     Returns:
         `outcomes`: 0 updated, 1 skipped.
     """
     outcomes, workspace = _call_memory(weight, outcomes, workspace)
+    products = workspace.new_empty(0) if products is None else products
     _ops.preconditioned_update_(
         weight,
         bias,
@@ -265,6 +270,7 @@ def preconditioned_update_(
         weight_decay=weight_decay,
         outcomes=outcomes,
         workspace=workspace,
+        products=products,
         grad_scale=grad_scale,
         found_inf=found_inf,
         rounding_key=rounding_key,

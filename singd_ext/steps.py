@@ -87,7 +87,7 @@ def step_factors(optimizer: SINGD, plan: Plan, scales: Scales, calls: GroupCalls
         plan.step,
         plan.lr_cov,
         scales,
-        calls.factors,
+        calls,
     )
     calls.factor_incidents.read(outcomes, [layer.name for layer in observed])
     for state in states.values():
@@ -104,11 +104,11 @@ def step_parameters(
     """Update the parameters; gradients are divided by `divisor`, one or one a layer, if given."""
     arguments = (plan.layers, plan.gradients, optimizer.state, plan.options, plan.step)
     if divisor is not None and plan.options.max_update_norm is not None:
-        outcomes = update_layer_by_layer(*arguments, scales, calls.parameters, divisor)
+        outcomes = update_layer_by_layer(*arguments, scales, calls, divisor)
     else:
         if divisor:
             scales = scales._replace(gradient=divisor[0])
-        outcomes = update_parameters(*arguments, scales, calls.parameters)
+        outcomes = update_parameters(*arguments, scales, calls)
     calls.parameter_incidents.read(outcomes, [layer.name for layer in plan.layers])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import ops
 from .hyperparameters import Hyperparameters
 from .layers import Gradients, Layer, State
-from .memory import CallMemory, FactorProduct, keeps_product
+from .memory import FactorProduct, GroupCalls, keeps_product
 from .scaling import Scales
 
 # Holds the place of the bias of a layer without one.
@@ -28,14 +28,15 @@ def update_factors(
     step: int,
     lr_cov: float,
     scales: Scales,
-    memory: CallMemory,
+    calls: GroupCalls,
 ) -> Tensor:
     """Update K, C, m_K and m_C from the layers' statistics; see `ops.update_factors_`."""
     momenta = states if options.alpha1 != 0 else []
     for layer in layers:
         layer.product_K.drop()
         layer.product_C.drop()
-    outcomes, workspace = memory.of([s["K"] for s in states])
+    calls.products.drop()
+    outcomes, workspace = calls.factors.of([s["K"] for s in states])
     return ops.update_factors_(
         [s["K"] for s in states],
         [s["C"] for s in states],
@@ -71,7 +72,7 @@ def update_parameters(
     options: Hyperparameters,
     step: int,
     scales: Scales,
-    memory: CallMemory,
+    calls: GroupCalls,
 ) -> Tensor:
     """Update weights, biases and their momenta; see `ops.preconditioned_update_`."""
     # W = [weight, bias]; of a layer of one parameter, that one takes the weight's place.
@@ -79,11 +80,12 @@ def update_parameters(
     K, C = [s["K"] for s in states], [s["C"] for s in states]
     owned = [(layer.parameters, g) for layer, g in zip(layers, gradients, strict=True)]
     weights, biases = _parts(layers, [list(map(_target, ps, gs)) for ps, gs in owned])
-    momenta, bias_momenta = [], []
+    momenta: list[Tensor] = []
+    bias_momenta: list[Tensor] = []
     if options.momentum != 0:
         buffers = [([state[p]["momentum_buffer"] for p in ps], gs) for ps, gs in owned]
         momenta, bias_momenta = _parts(layers, [list(map(_target, bs, gs)) for bs, gs in buffers])
-    outcomes, workspace = memory.of(weights)
+    outcomes, workspace = calls.parameters.of(weights)
     ops.preconditioned_update_(
         weights,
         biases,
@@ -104,6 +106,7 @@ def update_parameters(
         rounding_key=_rounding_key(options, step),
         outcomes=outcomes,
         workspace=workspace,
+        products=calls.products.of(K + C),
     )
     for i, layer in enumerate(layers):
         if layer.is_copied and gradients[i][0] is not None:
@@ -121,13 +124,13 @@ def update_layer_by_layer(
     options: Hyperparameters,
     step: int,
     scales: Scales,
-    memory: CallMemory,
+    calls: GroupCalls,
     divisors: Sequence[Tensor],
 ) -> Tensor:
     """`update_parameters` with a scale of the gradients for each layer: one call a layer."""
     outcomes = [
         update_parameters(
-            [layer], [grads], state, options, step, scales._replace(gradient=divisor), memory
+            [layer], [grads], state, options, step, scales._replace(gradient=divisor), calls
         ).clone()
         for layer, grads, divisor in zip(layers, gradients, divisors, strict=True)
     ]

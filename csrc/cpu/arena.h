@@ -19,18 +19,37 @@ class Arena {
     return piece;
   }
 
-  // plan(arena) twice: with null pieces, and with pieces of `workspace`, enlarged where too small.
+  // plan(arena) twice: with null pieces, and with pieces of `memory`, which is given the size that
+  // they take. Returns whether it had that size.
+  template <class Plan>
+  static bool fit(at::Tensor& memory, Plan plan) {
+    const int64_t size = counted(plan);
+    const bool fits = memory.numel() == size;
+    if (!fits) memory.resize_({size});
+    hand_out(memory, plan);
+    return fits;
+  }
+
+  // The same, with memory that is enlarged where too small.
   template <class Plan>
   static void run(at::Tensor& workspace, Plan plan) {
-    Arena count;
-    plan(count);
-    if (workspace.numel() < count.used_) workspace.resize_({count.used_});
-    Arena arena(workspace.mutable_data_ptr<uint8_t>());
-    plan(arena);
+    const int64_t size = counted(plan);
+    if (workspace.numel() < size) workspace.resize_({size});
+    hand_out(workspace, plan);
   }
 
  private:
-  explicit Arena(uint8_t* memory) : Arena(reinterpret_cast<std::byte*>(memory)) {}
+  template <class Plan>
+  static int64_t counted(Plan plan) {
+    Arena count;
+    plan(count);
+    return count.used_;
+  }
+  template <class Plan>
+  static void hand_out(at::Tensor& memory, Plan plan) {
+    Arena arena(reinterpret_cast<std::byte*>(memory.mutable_data_ptr<uint8_t>()));
+    plan(arena);
+  }
 
   std::byte* memory_ = nullptr;
   int64_t used_ = 0;

@@ -1,6 +1,6 @@
 // The step of many layers at once with the vectorised kernels: what every thread does, and when.
 //
-//   prepare   P = F F^T of all factors
+//   prepare   P = F F^T of all factors, unless it is kept from an earlier step
 //   read      the largest gradient of a layer, and with a border on the left its thin products
 //   write     momentum and weight, unless the preconditioned gradient is not finite
 //
@@ -47,8 +47,9 @@ struct LocalFactor {
 template <class T>
 class LocalStep {
  public:
-  explicit LocalStep(at::Tensor& workspace)
-      : workspace_(workspace), kernels_(kernels().step<T>()) {}
+  // products: P of all factors; of the size that they take only if it holds them already.
+  LocalStep(at::Tensor& workspace, at::Tensor& products)
+      : workspace_(workspace), products_(products), kernels_(kernels().step<T>()) {}
 
   // Adds a layer and its factors C and K; without them its gradient is taken as it is.
   void add(StepLayer<T> layer, const LocalFactor& left = {}, const LocalFactor& right = {}) {
@@ -70,8 +71,13 @@ class LocalStep {
       layers_[i].options.stream = stream;
       plan_panels(i);
     }
+    const bool kept = Arena::fit(products_, [&](Arena& arena) { allocate_products(arena); });
     Arena::run(workspace_, [&](Arena& arena) { allocate(arena); });
-    prepare();
+    if (!kept) prepare();
+    for (size_t i = 0; i < factors_.size(); ++i) product(i).norm = norms_[i];
+    writes_.assign(layers_.size(), 1);
+    first_read_.push_back(read_tasks_.size());
+    first_write_.push_back(write_tasks_.size());
     for (size_t begin = 0; begin < layers_.size();) {
       const size_t end = group_end(begin);
       read(begin, end);
@@ -91,7 +97,7 @@ class LocalStep {
 
   // Elements of a panel: two of them fit the second cache; without products one fits the first.
   static constexpr int64_t kPanel = 8192, kPointwisePanel = 4096, kPanelRows = 12;
-  static constexpr int64_t kThinColumns = 128;
+  static constexpr int64_t kThinColumns = 128, kThinProducts = 4096;
   // Elements of the gradients of a group: they, weight and momentum should fit the last cache.
   static constexpr int64_t kGroup = int64_t{1} << 20;
   // Bytes of all weights from which they are stored past the caches, where several threads have
@@ -135,8 +141,13 @@ class LocalStep {
                          write_tasks_.end());
       return;
     }
-    // As wide as all threads having one allows: short pieces of rows are read slowly.
-    const int64_t pieces = std::clamp<int64_t>(layer.columns / kThinColumns, 1, at::get_num_threads());
+    // As wide as all threads having one and the first cache holding the products allow: short
+    // pieces of rows are read slowly.
+    const int64_t target_width =
+        std::clamp<int64_t>(kThinProducts / layer.left.border(), kThinColumns, 8 * kThinColumns);
+    const int64_t pieces = std::max(
+        {int64_t{1}, std::min<int64_t>(at::get_num_threads(), layer.columns / kThinColumns),
+         layer.columns / target_width});
     const int64_t piece = padded((layer.columns + pieces - 1) / pieces);
     for (int64_t j = 0; j < layer.columns; j += piece) {
       const Panel panel{0, layer.rows, j, std::min(j + piece, layer.columns)};
@@ -155,10 +166,19 @@ class LocalStep {
     return 2 * (panel.scratch() + thin);
   }
 
+  LocalProduct<T>& product(size_t factor) {
+    StepLayer<T>& layer = layers_[factor / 2];
+    return factor % 2 == 0 ? layer.left : layer.right;
+  }
+
+  void allocate_products(Arena& arena) {
+    norms_ = arena.take<double>(factors_.size());
+    for (size_t i = 0; i < factors_.size(); ++i) allocate(product(i), arena);
+  }
+
   void allocate(Arena& arena) {
     for (size_t i = 0; i < layers_.size(); ++i) {
       StepLayer<T>& layer = layers_[i];
-      for (LocalProduct<T>* product : {&layer.left, &layer.right}) allocate(*product, arena);
       for (const int side : {0, 1}) {
         const LocalProduct<T>& product = side == 0 ? layer.left : layer.right;
         const int64_t square = padded(product.layout.block) * padded(product.layout.block);
@@ -205,14 +225,11 @@ class LocalStep {
     int64_t elements = 0;
     for (const LocalFactor& factor : factors_) elements += factor.size;
     parallel(0, factors_.size(), elements, [&](size_t i) {
-      StepLayer<T>& layer = layers_[i / 2];
-      LocalProduct<T>& product = i % 2 == 0 ? layer.left : layer.right;
-      if (product.kind == LocalKind::kIdentity) return;
-      kernels_.prepare(product, factors_[i].storage, factors_[i].size, scratch());
+      if (product(i).kind != LocalKind::kIdentity) {
+        kernels_.prepare(product(i), factors_[i].storage, factors_[i].size, scratch());
+      }
+      norms_[i] = product(i).norm;
     });
-    writes_.assign(layers_.size(), 1);
-    first_read_.push_back(read_tasks_.size());
-    first_write_.push_back(write_tasks_.size());
   }
 
   int64_t elements(size_t begin, size_t end) const {
@@ -278,7 +295,7 @@ class LocalStep {
     });
   }
 
-  at::Tensor& workspace_;
+  at::Tensor &workspace_, &products_;
   const StepKernels<T>& kernels_;
   std::vector<StepLayer<T>> layers_;
   std::vector<LocalFactor> factors_;
@@ -287,6 +304,7 @@ class LocalStep {
   std::vector<char> writes_;
   int64_t scratch_ = 0;  // of one thread
   T* memory_ = nullptr;
+  double* norms_ = nullptr;  // of the products
 };
 
 }  // namespace singd::cpu

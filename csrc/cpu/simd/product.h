@@ -89,12 +89,21 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Operand<T>& a,
     // A tile one vector wide has too few sums to keep the processor busy.
     const int64_t vectors = left == kMost + 1 ? kMost - 1 : smaller(left, kMost);
     const Before<T> at{before.keep, before.scale != nullptr ? before.scale + j : nullptr};
-    const auto tiles = [&](auto multiply) { multiply(rows, depth, a, b + j, b_stride, c + j, c_stride, at); };
+    const auto tiles = [&](auto multiply) {
+      multiply(rows, depth, a, b + j, b_stride, c + j, c_stride, at);
+    };
     switch (vectors) {
-      case 1: tiles(multiply_rows<T, 1>); break;
-      case 2: tiles(multiply_rows<T, 2>); break;
-      case 3: tiles(multiply_rows<T, 3>); break;
-      default: tiles(multiply_rows<T, SINGD_TILE_VECTORS>);
+      case 1:
+        tiles(multiply_rows<T, 1>);
+        break;
+      case 2:
+        tiles(multiply_rows<T, 2>);
+        break;
+      case 3:
+        tiles(multiply_rows<T, 3>);
+        break;
+      default:
+        tiles(multiply_rows<T, SINGD_TILE_VECTORS>);
     }
     j += vectors * kLane;
   }
@@ -102,9 +111,14 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Operand<T>& a,
 
 template <class T>
 SINGD_INLINE T lane_sum(const Vector<T>& v) {
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += v[i];
-  return sum;
+  T lanes[kLanes<T>];
+  store<T>(lanes, v);
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
 }
 
 // C = A B^T for few rows of B: dot products of rows, which need no padded transpose. The rows of A

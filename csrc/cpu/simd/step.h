@@ -42,9 +42,13 @@ double largest_gradient(const StepLayer<T>& layer, const Panel& panel) {
   auto most = magnitude_bits(T(0));
   for_each_piece(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
     with_type(part.gradient, [&](const auto* gradient) {
-      for (int64_t i = panel.row_begin; i < panel.row_end; ++i) {
-        const auto* row = gradient + i * part.gradient_stride + first;
-        for (int64_t j = 0; j < count; ++j) {
+      // Rows without gaps are one long row: the lanes of a vector are compared at its end.
+      const bool gaps = part.gradient_stride != count;
+      const int64_t all = panel.row_end - panel.row_begin;
+      const int64_t rows = gaps ? all : 1, columns = gaps ? count : all * count;
+      for (int64_t i = 0; i < rows; ++i) {
+        const auto* row = gradient + (panel.row_begin + i) * part.gradient_stride + first;
+        for (int64_t j = 0; j < columns; ++j) {
           most = larger(most, magnitude_bits(static_cast<T>(widen(row[j]))));
         }
       }
