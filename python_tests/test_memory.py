@@ -1,13 +1,14 @@
-"""What is kept from step to step: the operators' working memory, and K Kᵀ of dense factors."""
+"""What is kept from step to step: the operators' working memory, and K Kᵀ of the factors."""
 
 import pytest
 import torch
 from nets import snapshot, trained
 from torch import Tensor, nn
 
-from singd_ext import SINGD
+from singd_ext import SINGD, ops
 
 DENSE = ("dense", "triu")
+KEPT = [DENSE, ("diagonal", "block_diagonal:2"), ("hierarchical:1,1", "rank_tril:1")]
 
 
 def train_step(net: nn.Module, optimizer: SINGD, seed: int) -> None:
@@ -17,13 +18,16 @@ def train_step(net: nn.Module, optimizer: SINGD, seed: int) -> None:
     optimizer.step()
 
 
-def test_the_kept_product_follows_updates_and_edits_of_the_factor() -> None:
+@pytest.mark.parametrize("structures", KEPT)
+def test_the_kept_product_follows_updates_and_edits_of_the_factor(
+    structures: tuple[str, str],
+) -> None:
     """A factor that is replaced or changed in place acts at the next step."""
     results = {}
     for change in ("none", "in place", "replaced"):
         torch.manual_seed(0)
         net = nn.Linear(6, 4).double()
-        optimizer = SINGD(net, structures=DENSE, T=5, lr_cov=0.1)
+        optimizer = SINGD(net, structures=structures, T=5, lr_cov=0.1)
         for seed in range(3):
             train_step(net, optimizer, seed)
         state = optimizer.state[net.weight]
@@ -37,11 +41,12 @@ def test_the_kept_product_follows_updates_and_edits_of_the_factor() -> None:
     assert not torch.equal(results["in place"], results["none"])
 
 
-def test_the_kept_product_equals_two_products() -> None:
+@pytest.mark.parametrize("structures", KEPT)
+def test_the_kept_product_equals_two_products(structures: tuple[str, str]) -> None:
     """T = 1 makes the product anew in every step, an update that changes nothing keeps it."""
 
     def final(T: int) -> dict[str, Tensor]:
-        model, optimizer = trained(range(4), structures=DENSE, T=T, lr_cov=1e-30)
+        model, optimizer = trained(range(4), structures=structures, T=T, lr_cov=1e-30)
         return {k: v for k, v in snapshot(model, optimizer).items() if k.endswith("weight")}
 
     torch.testing.assert_close(final(1), final(4), rtol=1e-12, atol=1e-14)
@@ -60,5 +65,45 @@ def test_outcomes_and_workspace_are_the_same_memory_in_every_step(
         if seed > 0:
             memories = (calls.factors, calls.parameters)
             tensors = [m._outcomes for m in memories] + [m._workspace._memory for m in memories]
+            tensors.append(calls.products._memory)
             addresses.add(tuple(t.data_ptr() for t in tensors))
     assert len(addresses) == 1
+
+
+def stepped(
+    products: Tensor | None,
+    factor: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    found_inf: Tensor | None = None,
+) -> Tensor:
+    """Return a weight after a step with K = factor I and C = I, diagonal."""
+    weight, empty = torch.zeros(3, 4, dtype=dtype), torch.empty(0)
+    ops.preconditioned_update_(
+        [weight], [empty], [], [], [torch.zeros((), dtype=torch.int64)],
+        [torch.ones(3, 4, dtype=dtype)], [empty], [torch.full((4,), factor)], [torch.ones(3)],
+        "diagonal", "diagonal", lr=torch.tensor(1.0), momentum=0.0, weight_decay=0.0,
+        products=products, found_inf=found_inf,
+    )  # fmt: skip
+    return weight
+
+
+def test_products_of_sparse_factors_are_used_as_long_as_they_are_handed_on() -> None:
+    products = torch.empty(0, dtype=torch.uint8)
+    first = stepped(products)
+    assert products.numel() > 0
+    assert torch.equal(stepped(products, factor=2.0), first)  # those of factor = 1
+    products.resize_(0)
+    assert torch.equal(stepped(products, factor=2.0), 4 * first)
+
+
+def test_products_in_another_type_are_made_anew() -> None:
+    products = torch.empty(0, dtype=torch.uint8)
+    stepped(products)
+    assert torch.equal(stepped(products, 2.0, torch.float64), stepped(None, 2.0, torch.float64))
+
+
+def test_a_void_call_makes_no_products() -> None:
+    """The next one does: memory must not pass for filled that is not."""
+    products = torch.empty(0, dtype=torch.uint8)
+    assert not stepped(products, found_inf=torch.ones(())).any()
+    assert torch.equal(stepped(products), stepped(None))

@@ -70,11 +70,15 @@ def parameter_update(spec: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], di
 
     counters = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
     factors = [[StructuredMatrix.eye(spec, d, dtype).data for _ in range(2)] for d in (D_I, D_O)]
-    options = call_memory() | {"lr": torch.tensor(0.1), "momentum": 0.9, "weight_decay": 0.1}
-    return (
-        (*parameters(), *parameters(), counters, *parameters(), *factors, [], [], spec, spec),
-        options,
-    )
+    options = call_memory() | {
+        "lr": torch.tensor(0.1), "momentum": 0.9, "weight_decay": 0.1,
+        "products": torch.empty(0, dtype=torch.uint8),
+    }  # fmt: skip
+    arguments = (
+        *parameters(), *parameters(), counters, *parameters(), *factors, [], [], spec, spec,
+    )  # fmt: skip
+    torch.ops.singd_ext.preconditioned_update_(*arguments, **options)  # gives products their size
+    return arguments, options
 
 
 @pytest.mark.parametrize("spec", masks.SPECS)

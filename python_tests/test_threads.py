@@ -1,5 +1,8 @@
 """The operators on several threads give what they give on one, and repeat bit for bit."""
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from reference import masks
@@ -19,6 +22,33 @@ def train(spec: str, threads: int) -> Tensor:
         nn.functional.cross_entropy(net(x), y).backward()
         optimizer.step()
     return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def stepped(spec: str, dtype: torch.dtype, threads: int, **options: Any) -> Tensor:
+    """Return a weight of odd sizes, larger than a cache, after steps with the same gradient."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    net = nn.Linear(1021, 523).to(dtype)
+    optimizer = SINGD(net, lr=0.1, structures=(spec, spec), warn_unsupported=False, **options)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a module that was not called
+        for _ in range(2):
+            optimizer.step()
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", ["diagonal", "block_diagonal:30", "hierarchical:2,1"])
+@pytest.mark.parametrize("rounding", [False, True], ids=["nearest", "stochastic"])
+def test_weights_that_are_stored_past_the_caches(
+    spec: str, dtype: torch.dtype, rounding: bool, threads: None
+) -> None:
+    """Several threads store large weights past the caches, one does not: same bits, each number."""
+    one = stepped(spec, dtype, 1, stochastic_rounding=rounding)
+    assert torch.equal(stepped(spec, dtype, 2, stochastic_rounding=rounding), one)
+    assert torch.equal(stepped(spec, dtype, 3, stochastic_rounding=rounding), one)
 
 
 @pytest.mark.parametrize("spec", masks.SPECS)
