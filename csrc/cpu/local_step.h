@@ -96,13 +96,15 @@ class LocalStep {
   };
 
   // Elements of a panel: two of them fit the second cache; without products one fits the first.
-  static constexpr int64_t kPanel = 8192, kPointwisePanel = 4096, kPanelRows = 12;
+  // With blocks on the left a panel is as wide as the second cache allows: rows in one piece.
+  static constexpr int64_t kWidest = 32768, kPanel = 8192, kPointwisePanel = 4096, kPanelRows = 12;
   static constexpr int64_t kThinColumns = 128, kThinProducts = 4096;
   // Elements of the gradients of a group: they, weight and momentum should fit the last cache.
   static constexpr int64_t kGroup = int64_t{1} << 20;
-  // Bytes of all weights from which they are stored past the caches, where several threads have
-  // read each of them: what a cache of one of them does not hold.
-  static constexpr int64_t kStreamed = int64_t{1} << 20;
+  // Bytes of all weights that are stored past the caches where several threads have read each of
+  // them: more than a cache of one thread holds, since smaller ones stay there, and less than the
+  // last cache, since of larger ones no cache has copies that must be told.
+  static constexpr int64_t kLeastStreamed = int64_t{1} << 20, kMostStreamed = int64_t{1} << 25;
   // Elements below which a further thread costs more than it saves.
   static constexpr int64_t kGrain = 16384;
 
@@ -111,7 +113,7 @@ class LocalStep {
     for (const StepLayer<T>& layer : layers_) {
       bytes += layer.rows * layer.columns * size_of(layer.parts[0].weight.type);
     }
-    return at::get_num_threads() > 1 && bytes >= kStreamed;
+    return at::get_num_threads() > 1 && bytes >= kLeastStreamed && bytes <= kMostStreamed;
   }
 
   void plan_panels(size_t index) {
@@ -121,7 +123,8 @@ class LocalStep {
     const int64_t row_unit = unit(layer.left), column_unit = unit(layer.right);
     int64_t width = layer.columns;
     if (!layer.right.has_border()) {
-      width = std::min(width, std::max(column_unit, target / row_unit / column_unit * column_unit));
+      width =
+          std::min(width, std::max(column_unit, kWidest / row_unit / column_unit * column_unit));
     }
     const int64_t smallest = pointwise ? 1 : kPanelRows;
     int64_t height = std::max(target / width / smallest, int64_t{1}) * smallest;
@@ -136,9 +139,11 @@ class LocalStep {
       }
     }
     first_read_.push_back(read_tasks_.size());
-    if (!layer.left.has_border()) {
-      read_tasks_.insert(read_tasks_.end(), write_tasks_.begin() + first_write_.back(),
-                         write_tasks_.end());
+    if (!layer.left.has_border()) {  // whole rows, which are read fastest
+      const int64_t some = std::max<int64_t>(1, kPointwisePanel / layer.columns);
+      for (int64_t i = 0; i < layer.rows; i += some) {
+        read_tasks_.push_back({index, {i, std::min(i + some, layer.rows), 0, layer.columns}});
+      }
       return;
     }
     // As wide as all threads having one and the first cache holding the products allow: short
