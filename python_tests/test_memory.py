@@ -6,6 +6,7 @@ from nets import snapshot, trained
 from torch import Tensor, nn
 
 from singd_ext import SINGD, ops
+from singd_ext.memory import SparseProducts
 
 DENSE = ("dense", "triu")
 KEPT = [DENSE, ("diagonal", "block_diagonal:2"), ("hierarchical:1,1", "rank_tril:1")]
@@ -107,3 +108,14 @@ def test_a_void_call_makes_no_products() -> None:
     products = torch.empty(0, dtype=torch.uint8)
     assert not stepped(products, found_inf=torch.ones(())).any()
     assert torch.equal(stepped(products), stepped(None))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_products_are_those_of_the_same_tensors(count: int) -> None:
+    """Other tensors, more or fewer of them: versions alone would not tell."""
+    factors = [torch.ones(2), torch.ones(2)]
+    products = SparseProducts()
+    products.of(factors).resize_(8)
+    assert products.of(list(factors)).numel() == 8
+    others = [*factors[: count - 1], torch.ones(2)]
+    assert products.of(others).numel() == 0
