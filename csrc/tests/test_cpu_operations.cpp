@@ -66,7 +66,8 @@ Counts step(const std::string& spec, Shape shape) {
   const Numbers c = random_numbers(storage_size(left)), k = random_numbers(storage_size(right));
   Numbers weight = gradient, momentum = gradient;
   at::Tensor workspace;
-  LocalStep<float> local(workspace);
+  at::Tensor products;
+  LocalStep<float> local(workspace, products);
   for (int64_t i = 0; i < shape.layers; ++i) {
     StepLayer<float> layer;
     layer.rows = shape.d_o;
