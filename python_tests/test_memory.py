@@ -66,7 +66,7 @@ def test_outcomes_and_workspace_are_the_same_memory_in_every_step(
         if seed > 0:
             memories = (calls.factors, calls.parameters)
             tensors = [m._outcomes for m in memories] + [m._workspace._memory for m in memories]
-            tensors.append(calls.products._memory)
+            tensors.append(calls.products._memory._memory)
             addresses.add(tuple(t.data_ptr() for t in tensors))
     assert len(addresses) == 1
 
@@ -115,7 +115,29 @@ def test_products_are_those_of_the_same_tensors(count: int) -> None:
     """Other tensors, more or fewer of them: versions alone would not tell."""
     factors = [torch.ones(2), torch.ones(2)]
     products = SparseProducts()
-    products.of(factors).resize_(8)
-    assert products.of(list(factors)).numel() == 8
+    cpu = torch.device("cpu")
+    products.of(factors, cpu).resize_(8)
+    assert products.of(list(factors), cpu).numel() == 8
     others = [*factors[: count - 1], torch.ones(2)]
-    assert products.of(others).numel() == 0
+    assert products.of(others, cpu).numel() == 0
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "block_diagonal:2", "hierarchical:1,1"])
+def test_kept_products_bound_the_result_as_new_ones_do(structure: str) -> None:
+    """A gradient that overflows when it is preconditioned is found by the norms that are kept."""
+    net = nn.Linear(6, 4)
+    optimizer = SINGD(net, structures=(structure, structure), T=10)
+    net(torch.randn(9, 6)).square().mean().backward()
+    optimizer.step()
+    for factor in optimizer.factors()[""]:
+        factor.data.mul_(1e8)
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 1e-30)
+    optimizer.step()  # makes the products
+    before = net.weight.detach().clone()
+    for p in net.parameters():
+        p.grad = torch.full_like(p, 1e25)
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+    assert torch.equal(net.weight, before)
+    assert optimizer.rejections() == {"": (0, 1)}

@@ -94,6 +94,10 @@ class Hyperparameters:
         if isinstance(self.lr_cov, Tensor):
             check_number("lr_cov", self.lr_cov, tensor=True)
 
+    def updates_factors_at(self, step: int) -> bool:
+        """Whether this step of the group updates the factors."""
+        return step % self.T == 0
+
     def lr_cov_at(self, step: int) -> float:
         """β₁ at this step of the group.
 
@@ -105,6 +109,21 @@ class Hyperparameters:
         value = self.lr_cov(step)
         check_number(f"lr_cov({step})", value, tensor=True)
         return float(value)
+
+    def updated(self, group: dict[str, Any], index: int) -> Hyperparameters:
+        """Validate the options of parameter group `index` after a change.
+
+        Raises:
+            ValueError: For a bad option, or one that is fixed.
+        """
+        options = self.of_group(group)
+        for name in FIXED_OPTIONS:
+            if getattr(options, name) != getattr(self, name):
+                raise ValueError(
+                    f"{name} of parameter group {index} was changed from {getattr(self, name)!r} "
+                    f"to {getattr(options, name)!r}; it is fixed at construction"
+                )
+        return options
 
     @classmethod
     def of_group(cls, group: dict[str, Any]) -> Hyperparameters:

@@ -47,28 +47,41 @@ class CallMemory:
         return self._outcomes, self._workspace.on(device)
 
 
+class _Known:
+    """Tells whether tensors are the ones of the last call, and unchanged since."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._versions: list[int] = []
+
+    def are(self, tensors: list[Tensor]) -> bool:
+        """Compare with those of the last call, and know these from now on."""
+        versions = [tensor._version for tensor in tensors]
+        same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
+        unchanged = same and versions == self._versions
+        self._tensors, self._versions = tensors, versions
+        return unchanged
+
+    def forget(self) -> None:
+        """Know none."""
+        self._tensors, self._versions = [], []
+
+
 class SparseProducts:
     """Memory in which the CPU keeps K Kᵀ and C Cᵀ of sparse factors from one step to the next."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._factors: list[Tensor] = []
-        self._versions: list[int] = []
+        self._memory = Workspace()
+        self._factors = _Known()
 
-    def of(self, factors: list[Tensor]) -> Tensor:
+    def of(self, factors: list[Tensor], device: torch.device) -> Tensor:
         """Return it for a call with these factors: empty, if they are not those of the last."""
-        versions = [factor._version for factor in factors]
-        same = len(factors) == len(self._factors) and all(map(is_, factors, self._factors))
-        if not same or versions != self._versions:
-            self.drop()
-            self._factors, self._versions = factors, versions
-        if factors and self._memory.device != factors[0].device:
-            self._memory = self._memory.new_empty(0, device=factors[0].device)
-        return self._memory
+        memory = self._memory.on(device)
+        return memory if self._factors.are(factors) else memory.resize_(0)
 
     def drop(self) -> None:
         """Forget the products, since the factors were updated."""
-        self._memory.resize_(0)
+        self._factors.forget()
 
 
 class GroupCalls:
@@ -106,18 +119,17 @@ class FactorProduct:
 
     def __init__(self) -> None:
         self._product = torch.empty(0)
-        self._of: tuple[Tensor, int] | None = None  # the factor and its version
+        self._factor = _Known()
 
     def of(self, factor: Tensor, dim: int, structure: str) -> Tensor:
         """Return K Kᵀ [dim, dim] in K's dtype; an empty tensor where `keeps_product` says no."""
         if not keeps_product(structure, dim):
             return self._product
-        if self._of is None or self._of[0] is not factor or self._of[1] != factor._version:
-            square = factor.view(dim, dim)
-            self._product = _times_its_transpose(square)
-            self._of = (factor, factor._version)
+        if not self._factor.are([factor]):
+            self._product = torch.empty(0)  # which means none, should there be no memory for it
+            self._product = _times_its_transpose(factor.view(dim, dim))
         return self._product
 
     def drop(self) -> None:
         """Forget the product, since the factor was updated."""
-        self._of = None
+        self._factor.forget()

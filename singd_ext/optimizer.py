@@ -26,7 +26,6 @@ from .curvature import drop_statistics, install_hooks
 from .fallback import OWN, Factory, Fallback, Group, check_new_parameters, is_own, tensor_of
 from .groups import listed, split_group
 from .hyperparameters import (
-    FIXED_OPTIONS,
     Hyperparameters,
     check_flag,
     check_number,
@@ -270,15 +269,7 @@ class SINGD(torch.optim.Optimizer):
         if all(map(is_, option_values(current), checked.values)):  # in every hook: kept cheap
             checked.check_tensors()
             return checked
-        options = Hyperparameters.of_group(current)
-        for name in FIXED_OPTIONS:
-            if getattr(options, name) != getattr(checked, name):
-                raise ValueError(
-                    f"{name} of parameter group {group} was changed from "
-                    f"{getattr(checked, name)!r} to {getattr(options, name)!r}; it is fixed at "
-                    "construction"
-                )
-        self._checked[group] = options
+        options = self._checked[group] = checked.updated(current, group)
         for layer in self._layers:
             if layer.group == group:
                 complete_state(self.state, layer, options)
@@ -286,7 +277,7 @@ class SINGD(torch.optim.Optimizer):
 
     def factors_due(self, group: int) -> bool:
         """Whether the next step of this group updates the factors."""
-        return self.param_groups[group]["steps"] % self.options(group).T == 0
+        return self.options(group).updates_factors_at(self.param_groups[group]["steps"])
 
     @property
     def is_paused(self) -> bool:

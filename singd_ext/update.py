@@ -106,7 +106,7 @@ def update_parameters(
         rounding_key=_rounding_key(options, step),
         outcomes=outcomes,
         workspace=workspace,
-        products=calls.products.of(K + C),
+        products=calls.products.of(K + C, workspace.device),
     )
     for i, layer in enumerate(layers):
         if layer.is_copied and gradients[i][0] is not None:

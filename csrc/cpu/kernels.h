@@ -88,11 +88,6 @@ struct Panel {
 
   int64_t stride() const { return padded(column_end - column_begin) + kPadding; }
   int64_t scratch() const { return (row_end - row_begin) * stride(); }
-  // Rows that `thin` brings to scratch at a time: about what the first cache holds.
-  int64_t thin_rows() const {
-    const int64_t rows = 8192 / stride();
-    return rows < 16 ? 16 : rows > 64 ? 64 : rows;
-  }
 };
 
 template <class T>
@@ -105,12 +100,14 @@ struct StepKernels {
   // max |unscale G| over the rows of a panel; infinite if not finite.
   double (*largest)(const StepLayer<T>& layer, const Panel& panel);
   // border_products and border_rows of columns [column_begin, column_end), and max |unscale G|;
-  // scratch: panel.thin_rows() * panel.stride().
+  // scratch: kThinRows * panel.stride().
   double (*thin)(const StepLayer<T>& layer, const Panel& panel, T* scratch);
   // The step of a panel; with `check_only`, only whether its preconditioned gradient is finite.
   // scratch: 2 * panel.scratch() + rows * padded(border of the right side) * 2.
   bool (*step)(const StepLayer<T>& layer, const Panel& panel, bool check_only, T* scratch);
 };
+inline constexpr int64_t kThinRows = 64;
+
 // The rows of X or g of one call: X[batch, shared, features] of any strides, or with `reduce` one
 // row a sample, added up over `shared`. With a bias the column behind the features holds `one`.
 struct RowsView {

@@ -69,7 +69,8 @@ class LocalStep {
     const bool stream = streams();
     for (size_t i = 0; i < layers_.size(); ++i) {
       layers_[i].options.stream = stream;
-      plan_panels(i);
+      plan_writes(i);
+      plan_reads(i);
     }
     const bool kept = Arena::fit(products_, [&](Arena& arena) { allocate_products(arena); });
     Arena::run(workspace_, [&](Arena& arena) { allocate(arena); });
@@ -89,16 +90,15 @@ class LocalStep {
   }
 
  private:
-  struct Task {
-    size_t layer;
+  struct Read {
     Panel panel;
     double largest = 0;
   };
 
-  // Elements of a panel: two of them fit the second cache; without products one fits the first.
-  // With blocks on the left a panel is as wide as the second cache allows: rows in one piece.
-  static constexpr int64_t kWidest = 32768, kPanel = 8192, kPointwisePanel = 4096, kPanelRows = 12;
-  static constexpr int64_t kThinColumns = 128, kThinProducts = 4096;
+  // Elements of a panel: without products they fit the first cache; with products two of them do,
+  // or with blocks on the left, which need many rows, the second, so that rows are long pieces.
+  static constexpr int64_t kPointwisePanel = 4096, kPanel = 8192, kWidePanel = 32768;
+  static constexpr int64_t kPanelRows = 12, kThinColumns = 128;
   // Elements of the gradients of a group: they, weight and momentum should fit the last cache.
   static constexpr int64_t kGroup = int64_t{1} << 20;
   // Bytes of all weights that are stored past the caches where several threads have read each of
@@ -116,48 +116,46 @@ class LocalStep {
     return at::get_num_threads() > 1 && bytes >= kLeastStreamed && bytes <= kMostStreamed;
   }
 
-  void plan_panels(size_t index) {
+  void plan_writes(size_t index) {
     const StepLayer<T>& layer = layers_[index];
     const bool pointwise = layer.left.is_pointwise() && layer.right.is_pointwise();
-    const int64_t target = pointwise ? kPointwisePanel : kPanel;
     const int64_t row_unit = unit(layer.left), column_unit = unit(layer.right);
+    const int64_t some_rows = pointwise ? 1 : kPanelRows;
+    const int64_t least_rows = (some_rows + row_unit - 1) / row_unit * row_unit;
     int64_t width = layer.columns;
     if (!layer.right.has_border()) {
-      width =
-          std::min(width, std::max(column_unit, kWidest / row_unit / column_unit * column_unit));
+      const int64_t columns = (pointwise ? kPointwisePanel : kWidePanel) / least_rows;
+      width = std::min(width, std::max(column_unit, columns / column_unit * column_unit));
     }
-    const int64_t smallest = pointwise ? 1 : kPanelRows;
-    int64_t height = std::max(target / width / smallest, int64_t{1}) * smallest;
-    height = (height + row_unit - 1) / row_unit * row_unit;
+    const int64_t elements = pointwise ? kPointwisePanel : kPanel;
+    const int64_t rows = std::max(elements / width / some_rows, int64_t{1}) * some_rows;
+    const int64_t height = (rows + row_unit - 1) / row_unit * row_unit;
     first_write_.push_back(write_tasks_.size());
     for (int64_t i = 0; i < layer.rows; i += height) {
       for (int64_t j = 0; j < layer.columns; j += width) {
         const Panel panel{i, std::min(i + height, layer.rows), j,
                           std::min(j + width, layer.columns)};
-        write_tasks_.push_back({index, panel});
+        write_tasks_.push_back(panel);
         scratch_ = std::max(scratch_, step_scratch(layer, panel));
       }
     }
+  }
+
+  // Thin products need all rows of some columns; what only bounds reads whole rows.
+  void plan_reads(size_t index) {
+    const StepLayer<T>& layer = layers_[index];
+    const bool thin = layer.left.has_border();
+    const int64_t height =
+        thin ? layer.rows : std::max<int64_t>(1, kPointwisePanel / layer.columns);
+    const int64_t width = thin ? kThinColumns : layer.columns;
     first_read_.push_back(read_tasks_.size());
-    if (!layer.left.has_border()) {  // whole rows, which are read fastest
-      const int64_t some = std::max<int64_t>(1, kPointwisePanel / layer.columns);
-      for (int64_t i = 0; i < layer.rows; i += some) {
-        read_tasks_.push_back({index, {i, std::min(i + some, layer.rows), 0, layer.columns}});
+    for (int64_t i = 0; i < layer.rows; i += height) {
+      for (int64_t j = 0; j < layer.columns; j += width) {
+        const Panel panel{i, std::min(i + height, layer.rows), j,
+                          std::min(j + width, layer.columns)};
+        read_tasks_.push_back({panel});
+        if (thin) scratch_ = std::max(scratch_, kThinRows * panel.stride());
       }
-      return;
-    }
-    // As wide as all threads having one and the first cache holding the products allow: short
-    // pieces of rows are read slowly.
-    const int64_t target_width =
-        std::clamp<int64_t>(kThinProducts / layer.left.border(), kThinColumns, 8 * kThinColumns);
-    const int64_t pieces = std::max(
-        {int64_t{1}, std::min<int64_t>(at::get_num_threads(), layer.columns / kThinColumns),
-         layer.columns / target_width});
-    const int64_t piece = padded((layer.columns + pieces - 1) / pieces);
-    for (int64_t j = 0; j < layer.columns; j += piece) {
-      const Panel panel{0, layer.rows, j, std::min(j + piece, layer.columns)};
-      read_tasks_.push_back({index, panel});
-      scratch_ = std::max(scratch_, panel.thin_rows() * panel.stride());
     }
   }
 
@@ -249,9 +247,27 @@ class LocalStep {
     return end;
   }
 
+  // f(layer, task) for layers [begin, end) in threads, each of which takes its share of every
+  // layer: the rows that torch's products gave it, so that gradients are where it wrote them.
+  // Layers begin their shares in turn, so that those with fewer tasks than threads are spread.
+  template <class Function>
+  void share_out(size_t begin, size_t end, const std::vector<size_t>& first, Function f) const {
+    const size_t most = static_cast<size_t>(elements(begin, end) / kGrain) + 1;
+    const size_t threads = std::min(static_cast<size_t>(at::get_num_threads()), most);
+    at::parallel_for(0, static_cast<int64_t>(threads), 1, [&](int64_t from, int64_t to) {
+      for (size_t t = static_cast<size_t>(from); t < static_cast<size_t>(to); ++t) {
+        for (size_t layer = begin; layer < end; ++layer) {
+          const size_t count = first[layer + 1] - first[layer], turn = layer % threads;
+          const size_t last = first[layer] + (count * (t + 1) + turn) / threads;
+          for (size_t i = first[layer] + (count * t + turn) / threads; i < last; ++i) f(layer, i);
+        }
+      }
+    });
+  }
+
   void read(size_t begin, size_t end) {
-    shared_out(begin, end, first_read_, [&](size_t index, size_t i) {
-      Task& task = read_tasks_[i];
+    share_out(begin, end, first_read_, [&](size_t index, size_t i) {
+      Read& task = read_tasks_[i];
       const StepLayer<T>& layer = layers_[index];
       task.largest = layer.left.has_border() ? kernels_.thin(layer, task.panel, scratch())
                                              : kernels_.largest(layer, task.panel);
@@ -273,30 +289,14 @@ class LocalStep {
     std::atomic<bool> finite{true};
     parallel(first_write_[index], first_write_[index + 1], elements(index, index + 1),
              [&](size_t i) {
-               if (!kernels_.step(layer, write_tasks_[i].panel, true, scratch())) finite = false;
+               if (!kernels_.step(layer, write_tasks_[i], true, scratch())) finite = false;
              });
     return finite;
   }
 
-  // f(layer, task) in threads, each of which takes its share of every layer: the rows that torch's
-  // products gave it, so that gradients are where it wrote them.
-  template <class Function>
-  static void shared_out(size_t begin, size_t end, const std::vector<size_t>& first, Function f) {
-    const size_t threads = static_cast<size_t>(at::get_num_threads());
-    at::parallel_for(0, threads, 1, [&](int64_t from, int64_t to) {
-      for (size_t t = from; t < static_cast<size_t>(to); ++t) {
-        for (size_t layer = begin; layer < end; ++layer) {
-          const size_t count = first[layer + 1] - first[layer], turn = layer % threads;
-          const size_t last = first[layer] + (count * (t + 1) + turn) / threads;
-          for (size_t i = first[layer] + (count * t + turn) / threads; i < last; ++i) f(layer, i);
-        }
-      }
-    });
-  }
-
   void write(size_t begin, size_t end) {
-    shared_out(begin, end, first_write_, [&](size_t layer, size_t i) {
-      if (writes_[layer]) kernels_.step(layers_[layer], write_tasks_[i].panel, false, scratch());
+    share_out(begin, end, first_write_, [&](size_t layer, size_t i) {
+      if (writes_[layer]) kernels_.step(layers_[layer], write_tasks_[i], false, scratch());
     });
   }
 
@@ -304,7 +304,8 @@ class LocalStep {
   const StepKernels<T>& kernels_;
   std::vector<StepLayer<T>> layers_;
   std::vector<LocalFactor> factors_;
-  std::vector<Task> read_tasks_, write_tasks_;
+  std::vector<Read> read_tasks_;
+  std::vector<Panel> write_tasks_;
   std::vector<size_t> first_read_, first_write_;  // of every layer, and one past the last
   std::vector<char> writes_;
   int64_t scratch_ = 0;  // of one thread

@@ -59,14 +59,13 @@ struct Shape {
   int64_t elements() const { return layers * d_o * d_i; }
 };
 
-// A step of layers with C and K of one structure.
-Counts step(const std::string& spec, Shape shape) {
+// A step of layers with C and K of one structure. Products that are there already are kept.
+Counts step(const std::string& spec, Shape shape, at::Tensor& products) {
   const Layout left = make_layout(spec, shape.d_o), right = make_layout(spec, shape.d_i);
   const Numbers gradient = random_numbers(shape.d_o * shape.d_i);
   const Numbers c = random_numbers(storage_size(left)), k = random_numbers(storage_size(right));
   Numbers weight = gradient, momentum = gradient;
   at::Tensor workspace;
-  at::Tensor products;
   LocalStep<float> local(workspace, products);
   for (int64_t i = 0; i < shape.layers; ++i) {
     StepLayer<float> layer;
@@ -86,6 +85,11 @@ Counts step(const std::string& spec, Shape shape) {
   local.run([&](size_t, bool updated) { check(updated, spec + ": the step was refused"); });
   check(weight != gradient && momentum != gradient, spec + ": nothing was written");
   return counts;
+}
+
+Counts step(const std::string& spec, Shape shape) {
+  at::Tensor products;
+  return step(spec, shape, products);
 }
 
 // The statistic of m rows.
@@ -160,6 +164,19 @@ void test_block_step() {
   const Shape shape{390, 600};
   check_at_most(step("block_diagonal:30", shape).multiply_adds,
                 2 * 32 * padded(shape.d_o) * padded(shape.d_i), "step with blocks of 30");
+}
+
+// A step with the products of an earlier one: P is not made again.
+void test_kept_products() {
+  for (const std::string spec : {"block_diagonal:32", "hierarchical:16,16", "rank_tril:16"}) {
+    const Shape shape{128, 256, 3};
+    at::Tensor products;
+    step(spec, shape, products);
+    const bool is_block = spec == "block_diagonal:32";
+    const int64_t per_element = is_block ? 2 * 32 : 4 * (spec == "rank_tril:16" ? 16 : 32);
+    check_same(step(spec, shape, products).multiply_adds, per_element * shape.elements(),
+               "step with kept products: " + spec);
+  }
 }
 
 // A border of width b on both sides: its thin products and their return on each side, 4 b
@@ -303,6 +320,7 @@ int main() {
   test_factor_updates();
   test_diagonal_step();
   test_block_step();
+  test_kept_products();
   test_border_step();
   test_thin_border_step();
   test_layers();

@@ -15,6 +15,7 @@ namespace {
 #include "product.h"
 #include "prepare.h"
 #include "statistics.h"
+#include "write.h"
 #include "step.h"
 #include "factors.h"
 #include "candidates.h"

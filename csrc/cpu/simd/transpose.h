@@ -1,23 +1,8 @@
-// Transposes, in squares of as many numbers as fit 16 bytes.
+// Transposes, in squares whose rows are pieces of 16 bytes, which every instruction set has.
 
+constexpr int kPieceBytes = 16;
 template <class T>
-struct PieceOf {
-  typedef T type __attribute__((vector_size(16)));
-};
-template <class T>
-using Piece = typename PieceOf<T>::type;
-
-template <class T>
-SINGD_INLINE Piece<T> load_piece(const T* from) {
-  Piece<T> v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return v;
-}
-
-template <class T>
-SINGD_INLINE void store_piece(T* to, const Piece<T>& v) {
-  __builtin_memcpy(to, &v, sizeof v);
-}
+using Piece = Vector<T, kPieceBytes>;
 
 // Lanes of two pieces, those of b counted on from those of a.
 #if defined(__clang__)
@@ -30,24 +15,25 @@ SINGD_INLINE void transpose_square(const float* from, int64_t from_stride, float
                                    int64_t to_stride) {
   typedef int Lanes __attribute__((vector_size(16)));
   Piece<float> rows[4], pairs[4];
-  for (int i = 0; i < 4; ++i) rows[i] = load_piece<float>(from + i * from_stride);
+  for (int i = 0; i < 4; ++i) rows[i] = load<float, kPieceBytes>(from + i * from_stride);
   for (int i = 0; i < 2; ++i) {
     pairs[i] = SINGD_PICK(Lanes, rows[2 * i], rows[2 * i + 1], 0, 4, 1, 5);
     pairs[2 + i] = SINGD_PICK(Lanes, rows[2 * i], rows[2 * i + 1], 2, 6, 3, 7);
   }
   for (int i = 0; i < 2; ++i) {
     const Piece<float>&a = pairs[2 * i], &b = pairs[2 * i + 1];
-    store_piece<float>(to + 2 * i * to_stride, SINGD_PICK(Lanes, a, b, 0, 1, 4, 5));
-    store_piece<float>(to + (2 * i + 1) * to_stride, SINGD_PICK(Lanes, a, b, 2, 3, 6, 7));
+    store<float, kPieceBytes>(to + 2 * i * to_stride, SINGD_PICK(Lanes, a, b, 0, 1, 4, 5));
+    store<float, kPieceBytes>(to + (2 * i + 1) * to_stride, SINGD_PICK(Lanes, a, b, 2, 3, 6, 7));
   }
 }
 
 SINGD_INLINE void transpose_square(const double* from, int64_t from_stride, double* to,
                                    int64_t to_stride) {
   typedef long Lanes __attribute__((vector_size(16)));
-  const Piece<double> a = load_piece<double>(from), b = load_piece<double>(from + from_stride);
-  store_piece<double>(to, SINGD_PICK(Lanes, a, b, 0, 2));
-  store_piece<double>(to + to_stride, SINGD_PICK(Lanes, a, b, 1, 3));
+  const Piece<double> a = load<double, kPieceBytes>(from),
+                      b = load<double, kPieceBytes>(from + from_stride);
+  store<double, kPieceBytes>(to, SINGD_PICK(Lanes, a, b, 0, 2));
+  store<double, kPieceBytes>(to + to_stride, SINGD_PICK(Lanes, a, b, 1, 3));
 }
 
 // The transpose of `from` [rows, columns]; its rows are padded with zeros to `to_stride`.
@@ -55,7 +41,7 @@ template <class T>
 void transpose_padded(const T* from, int64_t rows, int64_t columns, int64_t from_stride, T* to,
                       int64_t to_stride) {
   SINGD_COUNT(elements, columns * to_stride);
-  constexpr int64_t kSide = 16 / static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kSide = kPieceBytes / static_cast<int64_t>(sizeof(T));
   const int64_t whole = columns / kSide * kSide;
   int64_t i = 0;
   for (; i + kSide <= rows; i += kSide) {

@@ -2,27 +2,27 @@
 // here may be shared between the sets, or the linker could keep the copy that this processor lacks.
 // So no standard containers, and no inline functions from elsewhere.
 
-template <class T>
+template <class T, int kBytes>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(SINGD_VECTOR_BYTES)));
+  typedef T type __attribute__((vector_size(kBytes)));
 };
-template <class T>
-using Vector = typename VectorOf<T>::type;
+template <class T, int kBytes = SINGD_VECTOR_BYTES>
+using Vector = typename VectorOf<T, kBytes>::type;
 
 template <class T>
 constexpr int kLanes = SINGD_VECTOR_BYTES / static_cast<int>(sizeof(T));
 
 #define SINGD_INLINE inline __attribute__((always_inline))
 
-template <class T>
-SINGD_INLINE Vector<T> load(const T* from) {
-  Vector<T> v;
+template <class T, int kBytes = SINGD_VECTOR_BYTES>
+SINGD_INLINE Vector<T, kBytes> load(const T* from) {
+  Vector<T, kBytes> v;
   __builtin_memcpy(&v, from, sizeof v);
   return v;
 }
 
-template <class T>
-SINGD_INLINE void store(T* to, const Vector<T>& v) {
+template <class T, int kBytes = SINGD_VECTOR_BYTES>
+SINGD_INLINE void store(T* to, const Vector<T, kBytes>& v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
