@@ -46,7 +46,9 @@ def test_operators_with_the_instruction_set(capability: str) -> None:
     skip_unless_available(capability)
     if CAPABILITIES[capability] == _C.cpu_instructions():
         pytest.skip("all other tests use this one")
-    files = [f"python_tests/test_{name}.py" for name in ("transactions", "trajectories")]
+    files = [
+        f"python_tests/test_{name}.py" for name in ("step_sizes", "transactions", "trajectories")
+    ]
     chosen = ["-k", "not emulated and not cuda", "-p", "no:cacheprovider"]
     run(sys.executable, "-m", "pytest", "-q", "-x", *chosen, *files, capability=capability)
 

@@ -97,10 +97,11 @@ def test_products_of_sparse_factors_are_used_as_long_as_they_are_handed_on() -> 
     assert torch.equal(stepped(products, factor=2.0), 4 * first)
 
 
-def test_products_in_another_type_are_made_anew() -> None:
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_products_in_another_type_are_made_anew(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     products = torch.empty(0, dtype=torch.uint8)
-    stepped(products)
-    assert torch.equal(stepped(products, 2.0, torch.float64), stepped(None, 2.0, torch.float64))
+    stepped(products, dtype=dtypes[0])
+    assert torch.equal(stepped(products, 2.0, dtypes[1]), stepped(None, 2.0, dtypes[1]))
 
 
 def test_a_void_call_makes_no_products() -> None:

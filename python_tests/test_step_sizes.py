@@ -1,0 +1,75 @@
+"""A step against dense products in float64: widths around the edges of vectors and tiles."""
+
+import calls
+import pytest
+import torch
+from tolerance import assert_close_to_truth
+from torch import Tensor
+
+from singd_ext import StructuredMatrix, ops
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+WIDTHS = [1, 4, 5, 15, 16, 17, 30, 64, 65]
+DIMS = [(70, 129), (33, 96)]  # d_o, d_i
+ALPHA, GAMMA, BETA = 0.75, 0.25, 0.125
+
+
+def specs_of(width: int) -> list[tuple[str, str]]:
+    """Structures of K and C with blocks and borders of this width."""
+    blocks, border = f"block_diagonal:{width}", f"rank_tril:{width}"
+    arrow = f"hierarchical:{max(1, width // 2)},{(width + 1) // 2}"
+    return [
+        (blocks, blocks), (arrow, arrow), (border, border),
+        ("diagonal", blocks), (blocks, "diagonal"), ("diagonal", border), (arrow, "diagonal"),
+    ]  # fmt: skip
+
+
+def dense_step(W: Tensor, M: Tensor, G: Tensor, K: Tensor, C: Tensor) -> Tensor:
+    M = ALPHA * M + C @ (C.T @ G @ K) @ K.T + GAMMA * W
+    return torch.cat([W - BETA * M, M])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_step(width: int, bias: bool, dtype: torch.dtype) -> None:
+    for d_o, d_i in DIMS:
+        for spec_K, spec_C in specs_of(width):
+            K, C = (calls.factor(s, d, 1, dtype) for s, d in ((spec_K, d_i), (spec_C, d_o)))
+            W, M, G = (calls.numbers(d_o, d_i, seed=seed, dtype=dtype) for seed in range(3))
+            columns = d_i - 1 if bias else d_i
+            weight, momentum, gradient = (
+                (t[:, :columns].clone(), t[:, columns:].flatten().clone()) for t in (W, M, G)
+            )
+            ops.preconditioned_update_(
+                *([t] for t in weight), *([t] for t in momentum),
+                [torch.zeros((), dtype=torch.int64)], *([t] for t in gradient),
+                [K], [C], spec_K, spec_C,
+                lr=torch.tensor(BETA, dtype=torch.float64), momentum=ALPHA, weight_decay=GAMMA,
+            )  # fmt: skip
+            ours = torch.cat([torch.cat([w, b.view(d_o, -1)], 1) for w, b in (weight, momentum)])
+            dense = [
+                StructuredMatrix(spec_K, d_i, K).to_dense(),
+                StructuredMatrix(spec_C, d_o, C).to_dense(),
+            ]
+            rival = dense_step(W, M, G, *dense)
+            truth = dense_step(*(t.double() for t in (W, M, G, *dense)))
+            assert_close_to_truth(ours, rival, truth)
+
+
+def test_an_overflow_in_the_last_row_alone_is_found() -> None:
+    """Dense factors: the preconditioned gradient lies in memory with its bias in between."""
+    weight, bias = torch.ones(8, 2), torch.ones(8)
+    factor = torch.eye(8)
+    factor[7, 7] = 1e15
+    gradient = torch.zeros(8, 2)
+    gradient[7, 1] = 1e20
+    counter = torch.zeros((), dtype=torch.int64)
+    outcomes = ops.preconditioned_update_(
+        [weight], [bias], [], [], [counter], [gradient], [torch.zeros(8)],
+        [torch.eye(3).flatten()], [factor.flatten()], "dense", "dense",
+        lr=torch.tensor(1.0), momentum=0.0, weight_decay=0.0,
+    )  # fmt: skip
+    assert outcomes.tolist() == [1] and counter.item() == 1
+    assert weight.eq(1).all() and bias.eq(1).all()
