@@ -94,10 +94,6 @@ class Hyperparameters:
         if isinstance(self.lr_cov, Tensor):
             check_number("lr_cov", self.lr_cov, tensor=True)
 
-    def updates_factors_at(self, step: int) -> bool:
-        """Whether this step of the group updates the factors."""
-        return step % self.T == 0
-
     def lr_cov_at(self, step: int) -> float:
         """β₁ at this step of the group.
 

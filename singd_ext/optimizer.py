@@ -277,7 +277,7 @@ class SINGD(torch.optim.Optimizer):
 
     def factors_due(self, group: int) -> bool:
         """Whether the next step of this group updates the factors."""
-        return self.options(group).updates_factors_at(self.param_groups[group]["steps"])
+        return self.param_groups[group]["steps"] % self.options(group).T == 0
 
     @property
     def is_paused(self) -> bool:

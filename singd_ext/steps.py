@@ -39,7 +39,7 @@ def plan_of(optimizer: SINGD, group: int) -> Plan:
         TypeError: For a sparse gradient.
     """
     options, step = optimizer.options(group), optimizer.param_groups[group]["steps"]
-    lr_cov = options.lr_cov_at(step) if options.updates_factors_at(step) else None
+    lr_cov = options.lr_cov_at(step) if optimizer.factors_due(group) else None
     layers, gradients = [], []
     for layer in optimizer._layers:
         if layer.group != group:
