@@ -21,6 +21,15 @@ const Kernels& kernels() {
   return chosen;
 }
 
+const GramKernels<float>* bfloat16_gram() {
+#if defined(__x86_64__)
+  static const bool has_products =
+      &kernels() == &avx512::kernels && __builtin_cpu_supports("avx512bf16");
+  if (has_products) return &avx512_bfloat16::kernels;
+#endif
+  return nullptr;
+}
+
 // Asked of the threads themselves: compiled without OpenMP, at::parallel_for is a plain loop.
 int threads() {
   std::atomic<int> last{0};

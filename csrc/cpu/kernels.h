@@ -118,21 +118,34 @@ struct RowsView {
   double scale, one;
 };
 
-// Each adds to sums; `begin` and `end` are columns. A caller splits columns among threads.
+// Parts of X^T X, added to sums; `begin` and `end` are columns. A caller splits columns among
+// threads.
+template <class T>
+struct GramKernels {
+  // Diagonal blocks; scratch: kChunkDepth * (padded(columns) + kPadding) and one more than these
+  // blocks, of block * padded(block) each.
+  void (*blocks)(const RowsView& rows, const Layout& layout, int64_t begin, int64_t end, T* blocks,
+                 T* scratch);
+  // The border columns E of rows [first, first + count), as `border` takes them: at most
+  // count * padded(border) numbers.
+  void (*border_columns)(const RowsView& rows, const Layout& layout, int64_t first, int64_t count,
+                         T* e);
+  // E^T X [border, dim], and column squares [padded(dim)], of rows [first, first + count) with
+  // their E; scratch: (kChunkDepth + padded(border)) * padded(columns).
+  void (*border)(const RowsView& rows, const Layout& layout, const T* e, int64_t first,
+                 int64_t count, int64_t begin, int64_t end, T* products, T* squares, T* scratch);
+};
+inline constexpr int64_t kChunkDepth = 64;
+
+// Each adds to sums.
 template <class T>
 struct StatisticKernels {
   // Rows [first, first + count), `stride` apart with zeros between.
   void (*load)(const RowsView& rows, int64_t first, int64_t count, int64_t begin, int64_t end,
                T* to, int64_t stride);
-  // Column squares; scratch: (kChunkRows + 1) * padded(columns).
+  // Column squares; scratch: (kChunkDepth + 1) * padded(columns).
   void (*diagonal)(const RowsView& rows, int64_t begin, int64_t end, T* sums, T* scratch);
-  // Diagonal blocks of X^T X; scratch: kChunkRows * (padded(columns) + kPadding) + padded(block)^2.
-  void (*blocks)(const RowsView& rows, const Layout& layout, int64_t begin, int64_t end, T* blocks,
-                 T* scratch);
-  // E^T X and column squares, where E [rows, padded(border)] may be null for the border columns of
-  // X; scratch: (kChunkRows + 1 + padded(border)) * padded(columns) + 2 kChunkRows padded(border).
-  void (*border)(const RowsView& rows, const Layout& layout, const T* e, int64_t begin, int64_t end,
-                 T* products, T* squares, T* scratch);
+  GramKernels<T> gram;
   // Rows of S = X V, V [dim, padded(border)]; scratch: kProductRows * padded(dim).
   void (*border_rows)(const RowsView& rows, const Layout& layout, const T* v, int64_t first,
                       int64_t count, T* s, T* scratch);
@@ -144,7 +157,7 @@ struct StatisticKernels {
   void (*finish_column_border)(const Layout& layout, const T* factor, const T* v, const T* products,
                                const T* squares, T* statistic, T* scratch);
 };
-inline constexpr int64_t kChunkRows = 64, kProductRows = 12;
+inline constexpr int64_t kProductRows = 12;
 
 // One Kronecker factor of a layer in update_factors_. The type of its statistic, T, is that of all
 // that is computed.
@@ -240,11 +253,18 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bfloat16 {
+extern const GramKernels<float> kernels;  // of bfloat16 rows whose features lie side by side
+}
 #endif
 
 // The kernels for this processor; ATEN_CPU_CAPABILITY (avx512, avx2, default) chooses lesser ones,
 // as it does for torch.
 const Kernels& kernels();
+
+// Kernels that multiply rows of bfloat16 numbers as they are, with sums in float32: for rows whose
+// features lie side by side and are not added up. Null if the processor has no such products.
+const GramKernels<float>* bfloat16_gram();
 
 // How many threads an operator is run by now.
 int threads();

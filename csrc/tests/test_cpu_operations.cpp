@@ -31,6 +31,7 @@ Counts counts;
 
 namespace singd::cpu {
 const Kernels& kernels() { return counted::kernels; }
+const GramKernels<float>* bfloat16_gram() { return nullptr; }
 }  // namespace singd::cpu
 
 using namespace singd;

@@ -1,11 +1,5 @@
 // All kernels of one instruction set; simd_*.cpp say which.
 
-// SINGD_COUNT(what, n): n elements or multiply_adds are about to be worked on. Only the test of the
-// operations' growth counts them.
-#ifndef SINGD_COUNT
-#define SINGD_COUNT(what, n)
-#endif
-
 namespace singd::cpu::SINGD_INSTRUCTIONS {
 namespace {
 
@@ -14,6 +8,8 @@ namespace {
 #include "transpose.h"
 #include "product.h"
 #include "prepare.h"
+#include "rows.h"
+#include "gram.h"
 #include "statistics.h"
 #include "write.h"
 #include "step.h"

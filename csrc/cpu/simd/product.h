@@ -1,6 +1,6 @@
 // C <- A B + C, A B, or A B + C diag(scale), with C in registers: the one matrix product of the
 // sparse structures. Rows of B and C are contiguous, A has any strides; `columns` is a multiple of
-// the vector length, which padding makes it.
+// the vector length, which padding makes it. A and B have elements In: T, or pairs of it.
 
 // What becomes of the old C.
 template <class T>
@@ -19,8 +19,8 @@ struct Operand {
   int64_t row_stride, column_stride;
 };
 
-template <class T, int kRows, int kVectors>
-SINGD_INLINE void multiply_tile(int64_t depth, const Operand<T>& a, const T* b, int64_t b_stride,
+template <class T, class In, int kRows, int kVectors>
+SINGD_INLINE void multiply_tile(int64_t depth, const Operand<In>& a, const In* b, int64_t b_stride,
                                 T* c, int64_t c_stride, Before<T> before) {
   Vector<T> sums[kRows][kVectors];
 #pragma GCC unroll 8
@@ -31,16 +31,16 @@ SINGD_INLINE void multiply_tile(int64_t depth, const Operand<T>& a, const T* b, 
       if (before.scale != nullptr) sums[r][v] *= load<T>(before.scale + v * kLanes<T>);
     }
   }
-  const T* column = a.data;
+  const In* column = a.data;
   for (int64_t p = 0; p < depth; ++p) {
-    Vector<T> row[kVectors];
+    Vector<In> row[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) row[v] = load<T>(b + v * kLanes<T>);
+    for (int v = 0; v < kVectors; ++v) row[v] = load<In>(b + v * kLanes<T>);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const T factor = column[r * a.row_stride];
+      const Vector<In> factor = splat(column[r * a.row_stride]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * row[v];
+      for (int v = 0; v < kVectors; ++v) add_product(sums[r][v], factor, row[v]);
     }
     b += b_stride;
     column += a.column_stride;
@@ -54,8 +54,8 @@ SINGD_INLINE void multiply_tile(int64_t depth, const Operand<T>& a, const T* b, 
   }
 }
 
-template <class T, int kVectors>
-void multiply_rows(int64_t rows, int64_t depth, Operand<T> a, const T* b, int64_t b_stride, T* c,
+template <class T, class In, int kVectors>
+void multiply_rows(int64_t rows, int64_t depth, Operand<In> a, const In* b, int64_t b_stride, T* c,
                    int64_t c_stride, Before<T> before) {
   constexpr int kRows = SINGD_TILE_ROWS;
   int64_t r = 0;
@@ -65,22 +65,22 @@ void multiply_rows(int64_t rows, int64_t depth, Operand<T> a, const T* b, int64_
     c += count * c_stride;
   };
   while (r + kRows <= rows) {
-    multiply_tile<T, kRows, kVectors>(depth, a, b, b_stride, c, c_stride, before);
+    multiply_tile<T, In, kRows, kVectors>(depth, a, b, b_stride, c, c_stride, before);
     advance(kRows);
   }
   if (r + 4 <= rows) {
-    multiply_tile<T, 4, kVectors>(depth, a, b, b_stride, c, c_stride, before);
+    multiply_tile<T, In, 4, kVectors>(depth, a, b, b_stride, c, c_stride, before);
     advance(4);
   }
   if (r + 2 <= rows) {
-    multiply_tile<T, 2, kVectors>(depth, a, b, b_stride, c, c_stride, before);
+    multiply_tile<T, In, 2, kVectors>(depth, a, b, b_stride, c, c_stride, before);
     advance(2);
   }
-  if (r < rows) multiply_tile<T, 1, kVectors>(depth, a, b, b_stride, c, c_stride, before);
+  if (r < rows) multiply_tile<T, In, 1, kVectors>(depth, a, b, b_stride, c, c_stride, before);
 }
 
-template <class T>
-void multiply(int64_t rows, int64_t columns, int64_t depth, const Operand<T>& a, const T* b,
+template <class T, class In = T>
+void multiply(int64_t rows, int64_t columns, int64_t depth, const Operand<In>& a, const In* b,
               int64_t b_stride, T* c, int64_t c_stride, Before<T> before) {
   SINGD_COUNT(multiply_adds, rows * columns * depth);
   constexpr int64_t kMost = SINGD_TILE_VECTORS, kLane = kLanes<T>;
@@ -94,16 +94,16 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const Operand<T>& a,
     };
     switch (vectors) {
       case 1:
-        tiles(multiply_rows<T, 1>);
+        tiles(multiply_rows<T, In, 1>);
         break;
       case 2:
-        tiles(multiply_rows<T, 2>);
+        tiles(multiply_rows<T, In, 2>);
         break;
       case 3:
-        tiles(multiply_rows<T, 3>);
+        tiles(multiply_rows<T, In, 3>);
         break;
       default:
-        tiles(multiply_rows<T, SINGD_TILE_VECTORS>);
+        tiles(multiply_rows<T, In, SINGD_TILE_VECTORS>);
     }
     j += vectors * kLane;
   }
