@@ -106,7 +106,7 @@ struct StepKernels {
   // scratch: 2 * panel.scratch() + rows * padded(border of the right side) * 2.
   bool (*step)(const StepLayer<T>& layer, const Panel& panel, bool check_only, T* scratch);
 };
-inline constexpr int64_t kThinRows = 64;
+inline constexpr int64_t kThinRows = 64, kThinColumns = 128;  // of a panel of `thin`, at most
 
 // The rows of X or g of one call: X[batch, shared, features] of any strides, or with `reduce` one
 // row a sample, added up over `shared`. With a bias the column behind the features holds `one`.

@@ -98,7 +98,7 @@ class LocalStep {
   // Elements of a panel: without products they fit the first cache; with products two of them do,
   // or with blocks on the left, which need many rows, the second, so that rows are long pieces.
   static constexpr int64_t kPointwisePanel = 4096, kPanel = 8192, kWidePanel = 32768;
-  static constexpr int64_t kPanelRows = 12, kThinColumns = 128;
+  static constexpr int64_t kPanelRows = 12;
   // Elements of the gradients of a group: they, weight and momentum should fit the last cache.
   static constexpr int64_t kGroup = int64_t{1} << 20;
   // Bytes of all weights that are stored past the caches where several threads have read each of

@@ -16,21 +16,6 @@ SINGD_INLINE void pad_rows(const T* from, int64_t size, int64_t stride, T* to) {
   }
 }
 
-// sum a[i] b[i] over whole vectors.
-template <class T>
-SINGD_INLINE T dot_product(const T* a, const T* b, int64_t count) {
-  Vector<T> sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes<T> <= count; i += 4 * kLanes<T>) {
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      sums[v] += load<T>(a + i + v * kLanes<T>) * load<T>(b + i + v * kLanes<T>);
-    }
-  }
-  for (; i < count; i += kLanes<T>) sums[0] += load<T>(a + i) * load<T>(b + i);
-  return lane_sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
 // The block of a stored array from slot `at`, padded. scratch: size^2 + kPadding.
 template <class T>
 void load_block(const Array& array, int64_t at, int64_t size, T* to, T* scratch) {

@@ -121,6 +121,22 @@ SINGD_INLINE T lane_sum(const Vector<T>& v) {
   return lanes[0];
 }
 
+// The dot product of two rows of whole vectors.
+template <class T>
+SINGD_INLINE T dot_product(const T* a, const T* b, int64_t count) {
+  constexpr int kSums = 4;
+  Vector<T> sums[kSums] = {};
+  int64_t j = 0;
+  for (; j + kSums * kLanes<T> <= count; j += kSums * kLanes<T>) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kSums; ++v) {
+      add_product(sums[v], load<T>(a + j + v * kLanes<T>), load<T>(b + j + v * kLanes<T>));
+    }
+  }
+  for (; j < count; j += kLanes<T>) add_product(sums[0], load<T>(a + j), load<T>(b + j));
+  return lane_sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
 // C = A B^T for few rows of B: dot products of rows, which need no padded transpose. The rows of A
 // and B are zero from the depth to the next whole vector.
 template <class T>

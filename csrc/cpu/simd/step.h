@@ -1,11 +1,18 @@
 // The step of a panel of W: its gradient is brought into scratch, multiplied by C C^T from the left
 // and K K^T from the right, and written (write.h) in the same visit.
 
-// Rows of unscale G, `stride` apart with zeros between; row i is multiplied by row_scale[i] too,
-// where given.
+// One row that all rows of a panel take a multiple of: row i has factors[i stride] of it.
 template <class T>
-void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_scale, T* to,
-                   int64_t stride) {
+struct SharedRow {
+  const T *row, *factors;
+  int64_t stride;
+};
+
+// Rows of unscale G, `stride` apart with zeros between; where given, row i is multiplied by
+// row_scale[i], and then the shared row is added.
+template <class T>
+void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_scale,
+                   const SharedRow<T>* shared, T* to, int64_t stride) {
   const int64_t rows = panel.row_end - panel.row_begin;
   const T unscale = static_cast<T>(layer.options.unscale);
   for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
@@ -13,7 +20,14 @@ void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_s
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = panel.row_begin + i;
         const T scale = row_scale != nullptr ? unscale * row_scale[row] : unscale;
-        load_row(gradient + row * part.gradient_stride + first, count, scale, to + i * stride + at);
+        const auto* from = gradient + row * part.gradient_stride + first;
+        T* x = to + i * stride + at;
+        if (shared == nullptr) {
+          load_row(from, count, scale, x);
+        } else {
+          const T factor = shared->factors[row * shared->stride];
+          load_row_beside(from, count, scale, factor, shared->row + at, x);
+        }
       }
     });
   });
@@ -45,9 +59,20 @@ double largest_gradient(const StepLayer<T>& layer, const Panel& panel) {
   return static_cast<double>(magnitude_of(most)) * (unscale < 0 ? -unscale : unscale);
 }
 
+// f(row, its number in the border) for rows of the panel that are in an arrowhead's border.
+template <class T, class Function>
+SINGD_INLINE void for_each_arrow_row(const StepLayer<T>& layer, int64_t begin, int64_t end,
+                                     Function f) {
+  const Layout& layout = layer.left.layout;
+  if (layer.left.kind != LocalKind::kRowBorder) return;
+  const int64_t tail = layer.rows - layout.tail;
+  for (int64_t i = begin; i < smaller(end, layout.head); ++i) f(i, i);
+  for (int64_t i = larger(begin, tail); i < end; ++i) f(i, layout.head + i - tail);
+}
+
 // P[B, :] G for a panel of columns, all rows of it, in chunks that stay in the first cache.
 template <class T>
-double thin_products(const StepLayer<T>& layer, const Panel& panel, T* scratch) {
+double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* scratch) {
   const LocalProduct<T>& left = layer.left;
   const int64_t width = padded(panel.column_end - panel.column_begin), wide = padded(layer.rows);
   const int64_t stride = padded(layer.columns), border = left.border();
@@ -55,21 +80,74 @@ double thin_products(const StepLayer<T>& layer, const Panel& panel, T* scratch) 
   for (int64_t begin = 0; begin < layer.rows; begin += kThinRows) {
     const int64_t end = smaller(begin + kThinRows, layer.rows);
     const Panel chunk{begin, end, panel.column_begin, panel.column_end};
-    load_gradient<T>(layer, chunk, nullptr, scratch, chunk.stride());
+    load_gradient<T>(layer, chunk, nullptr, nullptr, scratch, chunk.stride());
     most = larger(most, largest_bits(scratch, chunk.scratch()));
     multiply<T>(border, width, end - begin, {left.wide + begin, wide, 1}, scratch, chunk.stride(),
                 layer.border_products + panel.column_begin, stride,
                 begin > 0 ? kAdd<T> : kOverwrite<T>);
-    for (int64_t i = begin; i < end && left.kind == LocalKind::kRowBorder; ++i) {
-      const int64_t tail = layer.rows - left.layout.tail;
-      if (i >= left.layout.head && i < tail) continue;
-      const int64_t r = i < left.layout.head ? i : left.layout.head + i - tail;
+    for_each_arrow_row(layer, begin, end, [&](int64_t i, int64_t r) {
       __builtin_memcpy(layer.border_rows + r * stride + panel.column_begin,
                        scratch + (i - begin) * chunk.stride(),
                        static_cast<std::size_t>(width) * sizeof(T));
-    }
+    });
   }
   return most >= kInfinityBits<T> ? __builtin_inf() : static_cast<double>(magnitude_of(most));
+}
+
+// The same for a border of one row: a weighted sum of rows, taken from where they are.
+template <class T>
+double thin_products_of_one(const StepLayer<T>& layer, const Panel& panel) {
+  using Bits = decltype(magnitude_bits(T(0)));
+  const int64_t width = panel.column_end - panel.column_begin;
+  const T unscale = static_cast<T>(layer.options.unscale);
+  Bits most[kThinColumns] = {};
+  T* sums = layer.border_products + panel.column_begin;
+  for (int64_t j = 0; j < padded(width); ++j) sums[j] = T(0);
+  for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
+    with_type(part.gradient, [&](const auto* gradient) {
+      T* sum = sums + at;
+      for (int64_t i = 0; i < layer.rows; ++i) {
+        const auto* row = gradient + i * part.gradient_stride + first;
+        const T weight = layer.left.wide[i];
+#pragma GCC ivdep
+        for (int64_t j = 0; j < count; ++j) {
+          const T x = unscale * static_cast<T>(widen(row[j]));
+          most[j] = larger(most[j], magnitude_bits(x));
+          sum[j] += weight * x;
+        }
+      }
+    });
+  });
+  for_each_arrow_row(layer, 0, layer.rows, [&](int64_t i, int64_t) {
+    const Panel row{i, i + 1, panel.column_begin, panel.column_end};
+    load_gradient<T>(layer, row, nullptr, nullptr, layer.border_rows + panel.column_begin,
+                     padded(width));
+  });
+  Bits all = 0;
+  for (int64_t j = 0; j < kThinColumns; ++j) all = larger(all, most[j]);
+  return all >= kInfinityBits<T> ? __builtin_inf() : static_cast<double>(magnitude_of(all));
+}
+
+template <class T>
+double thin_products(const StepLayer<T>& layer, const Panel& panel, T* scratch) {
+  return layer.left.border() == 1 ? thin_products_of_one(layer, panel)
+                                  : thin_products_of_many(layer, panel, scratch);
+}
+
+// The rows of G, or of P[B, :] G, that a border on the left spreads over all rows.
+template <class T>
+const T* border_coefficients(const StepLayer<T>& layer) {
+  return layer.left.kind == LocalKind::kRowBorder ? layer.border_rows : layer.border_products;
+}
+
+// Brings the gradient of a panel, which is all there is to a diagonal on the left.
+template <class T>
+void load_scaled(const StepLayer<T>& layer, const Panel& panel, T* x) {
+  const LocalProduct<T>& left = layer.left;
+  const bool one = left.has_border() && left.border() == 1;
+  const SharedRow<T> shared{one ? border_coefficients(layer) + panel.column_begin : nullptr,
+                            left.thin, padded(1)};
+  load_gradient<T>(layer, panel, left.diagonal, one ? &shared : nullptr, x, panel.stride());
 }
 
 // x <- C C^T G for the panel; x holds the gradient, its rows already scaled by a diagonal. Returns
@@ -88,20 +166,17 @@ T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other) 
     return other;
   }
   if (!left.has_border()) return x;
-  const bool arrow = left.kind == LocalKind::kRowBorder;
   const int64_t rows = panel.row_end - panel.row_begin, b = left.border();
   const int64_t all = padded(layer.columns), thin = padded(b);
-  const T* coefficients = (arrow ? layer.border_rows : layer.border_products) + panel.column_begin;
-  multiply<T>(rows, width, b, {left.thin + panel.row_begin * thin, thin, 1}, coefficients, all, x,
-              stride, kAdd<T>);
-  const int64_t tail = layer.rows - left.layout.tail;
-  for (int64_t i = panel.row_begin; arrow && i < panel.row_end; ++i) {
-    if (i >= left.layout.head && i < tail) continue;
-    const int64_t r = i < left.layout.head ? i : left.layout.head + i - tail;
+  if (b > 1) {  // a border of one row was added as the gradient was loaded
+    multiply<T>(rows, width, b, {left.thin + panel.row_begin * thin, thin, 1},
+                border_coefficients(layer) + panel.column_begin, all, x, stride, kAdd<T>);
+  }
+  for_each_arrow_row(layer, panel.row_begin, panel.row_end, [&](int64_t i, int64_t r) {
     __builtin_memcpy(x + (i - panel.row_begin) * stride,
                      layer.border_products + r * all + panel.column_begin,
                      static_cast<std::size_t>(width) * sizeof(T));
-  }
+  });
   return x;
 }
 
@@ -121,6 +196,22 @@ T* multiply_right_blocks(const StepLayer<T>& layer, const Panel& panel, T* x, T*
 
 // Columns of a border up to which dot products are faster than whole vectors of padded columns.
 constexpr int64_t kFewColumns = 8;
+
+// A border of one row or column: a dot product of every row, and a multiple of one row added.
+template <class T>
+void multiply_right_one(const StepLayer<T>& layer, const Panel& panel, T* x) {
+  const LocalProduct<T>& right = layer.right;
+  const int64_t width = padded(layer.columns);
+  const int64_t at = right.layout.head == 1 ? 0 : layer.columns - 1;
+  const bool arrow = right.kind == LocalKind::kRowBorder;
+  for (int64_t i = panel.row_begin; i < panel.row_end; ++i, x += panel.stride()) {
+    const T product = dot_product(x, right.wide, width);
+    const T factor = arrow ? x[at] : product;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < width; ++j) x[j] = right.diagonal[j] * x[j] + factor * right.wide[j];
+    if (arrow) x[at] = product;
+  }
+}
 
 template <class T>
 void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch) {
@@ -172,14 +263,18 @@ bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, 
     return true;
   }
   T *x = scratch, *other = scratch + panel.scratch();
-  load_gradient<T>(layer, panel, layer.left.diagonal, x, panel.stride());
+  load_scaled(layer, panel, x);
   T* result = multiply_left(layer, panel, x, other);
   other = result == x ? other : x;
   const T* column_scale = nullptr;
   if (layer.right.kind == LocalKind::kBlocks) {
     result = multiply_right_blocks(layer, panel, result, other);
   } else if (layer.right.has_border()) {
-    multiply_right_border(layer, panel, result, scratch + 2 * panel.scratch());
+    if (layer.right.border() == 1) {
+      multiply_right_one(layer, panel, result);
+    } else {
+      multiply_right_border(layer, panel, result, scratch + 2 * panel.scratch());
+    }
   } else {
     column_scale = layer.right.diagonal;
   }
@@ -191,7 +286,7 @@ bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, 
 
 template <class T>
 void load_unscaled(const StepLayer<T>& layer, const Panel& panel, T* to, int64_t stride) {
-  load_gradient<T>(layer, panel, nullptr, to, stride);
+  load_gradient<T>(layer, panel, nullptr, nullptr, to, stride);
 }
 
 template <class T>

@@ -212,6 +212,16 @@ SINGD_INLINE void load_row(const Stored* from, int64_t count, T scale, T* to) {
   for (int64_t j = 0; j < count; ++j) to[j] = scale * static_cast<T>(widen(from[j]));
 }
 
+// to[j] = scale from[j] + factor beside[j].
+template <class Stored, class T>
+SINGD_INLINE void load_row_beside(const Stored* from, int64_t count, T scale, T factor,
+                                  const T* beside, T* to) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < count; ++j) {
+    to[j] = scale * static_cast<T>(widen(from[j])) + factor * beside[j];
+  }
+}
+
 // Stores past the caches: no cache line has to be owned first, which is what an ordinary store
 // waits for where other processors have read the line. `to` is aligned to whole vectors.
 SINGD_INLINE void stream_vector(float* to, const Vector<float>& v) {
