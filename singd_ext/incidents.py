@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ._warnings import warn_user
+
+if TYPE_CHECKING:
+    from .layers import Layer
 
 FACTORS = {
     1: "curvature statistics were not finite: the factors stay as they are",
@@ -31,32 +35,32 @@ class Incidents:
         self._warned = warned  # texts that were given, by whichever parameter group
         self._host = torch.empty(0, dtype=torch.int64)
         self._arrived: torch.cuda.Event | None = None
-        self._names: list[str] = []
+        self._layers: Sequence[Layer] = []
 
-    def read(self, outcomes: Tensor, names: Sequence[str]) -> None:
-        """Look at the outcomes of a call, one code a layer of these names."""
+    def read(self, outcomes: Tensor, layers: Sequence[Layer]) -> None:
+        """Look at the outcomes of a call, one code a layer."""
         if not outcomes.is_cuda or self.wait:
-            self._warn(outcomes.tolist(), names)
+            self._warn(outcomes.tolist(), layers)
         elif not torch.cuda.is_current_stream_capturing():
-            self._read_late(outcomes, names)
+            self._read_late(outcomes, layers)
 
-    def _read_late(self, outcomes: Tensor, names: Sequence[str]) -> None:
+    def _read_late(self, outcomes: Tensor, layers: Sequence[Layer]) -> None:
         if self._arrived is not None:
             if not self._arrived.query():
                 return
-            self._warn(self._host.tolist(), self._names)
+            self._warn(self._host.tolist(), self._layers)
         if self._host.shape != outcomes.shape:
             self._host = torch.empty(outcomes.shape, dtype=torch.int64, pin_memory=True)
         self._host.copy_(outcomes, non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record(torch.cuda.current_stream(outcomes.device))
-        self._names = list(names)
+        self._layers = layers
 
-    def _warn(self, outcomes: list[int], names: Sequence[str]) -> None:
+    def _warn(self, outcomes: list[int], layers: Sequence[Layer]) -> None:
         if not any(outcomes):
             return
         for code, text in self._texts.items():
-            of_code = [n for n, c in zip(names, outcomes, strict=True) if c == code]
+            of_code = [x.name for x, c in zip(layers, outcomes, strict=True) if c == code]
             if of_code and text not in self._warned:
                 self._warned.add(text)
                 warn_user(f"layers {of_code}: {text} (further warnings of this kind are not shown)")

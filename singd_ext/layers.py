@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,9 @@ from .registry import supported_modules
 
 State = MutableMapping[str, Any]
 Gradients = list[Tensor | None]  # of a layer's parameters; None of one that was frozen
+
+# Holds the place of the bias of a layer without one.
+_NO_BIAS = torch.empty(0)
 
 
 class Entries(State):
@@ -122,6 +125,16 @@ class Layer:
             return tensor
         key = "bias" if index == 1 or self.weight is None else "weight"
         return self.kind.matrix(self.module, tensor, key)
+
+    def parts(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the layer's part of W of its first parameter, and of its second.
+
+        Args:
+            tensors: The parameters, their gradients or their momenta.
+        """
+        if not self.is_plain:
+            tensors = [self.view(i, tensor) for i, tensor in enumerate(tensors)]
+        return tensors[0], tensors[1] if len(tensors) > 1 else _NO_BIAS
 
     def accumulate_(
         self,

@@ -24,11 +24,13 @@ class Workspace:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self._device = self._memory.device  # kept: a tensor makes a new object each time
 
     def on(self, device: torch.device) -> Tensor:
         """Return it, on the device that is asked for; operators enlarge it in place."""
-        if self._memory.device != device:
+        if self._device != device:
             self._memory = self._memory.new_empty(0, device=device)
+            self._device = device
         return self._memory
 
 
@@ -37,13 +39,14 @@ class CallMemory:
 
     def __init__(self, workspace: Workspace) -> None:
         self._outcomes = torch.empty(0, dtype=torch.int64)
+        self._like = (0, self._outcomes.device)  # layers and device of the outcomes
         self._workspace = workspace
 
     def of(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return (outcomes, workspace) for a call over layers of these tensors."""
-        device = tensors[0].device if tensors else self._outcomes.device
-        if self._outcomes.device != device or len(self._outcomes) != len(tensors):
-            self._outcomes = self._outcomes.new_empty(len(tensors), device=device)
+        count, device = like = len(tensors), tensors[0].device if tensors else self._like[1]
+        if like != self._like:
+            self._outcomes, self._like = self._outcomes.new_empty(count, device=device), like
         return self._outcomes, self._workspace.on(device)
 
 

@@ -45,28 +45,31 @@ def plan_of(optimizer: SINGD, group: int) -> Plan:
         if layer.group != group:
             continue
         own = [p.grad for p in layer.parameters]
-        unused = all(g is None for g in own)
+        missing = [g for g in own if g is None]
+        unused = len(missing) == len(own)
         if unused or lr_cov is not None:
             check_owned(layer)
         if unused:
             continue
-        _check_gradients(layer, own)
+        if missing:
+            _check_frozen(layer, own)
+        for g in own:
+            if g is not None and g.is_sparse:
+                raise TypeError(f"layer '{layer.name}' has a sparse gradient; use dense gradients")
         follow(optimizer, layer)
         layers.append(layer)
         gradients.append(own)
     return Plan(layers, options, step, lr_cov, gradients)
 
 
-def _check_gradients(layer: Layer, gradients: Gradients) -> None:
+def _check_frozen(layer: Layer, gradients: Gradients) -> None:
+    """Check that a parameter without gradient is one that was frozen after construction."""
     for p, g in zip(layer.parameters, gradients, strict=True):
-        if g is None:
-            if p.requires_grad:
-                raise RuntimeError(
-                    f"only one of weight and bias of layer '{layer.name}' has a gradient; K "
-                    "belongs to both: freeze the other one with requires_grad_(False)"
-                )
-        elif g.is_sparse:
-            raise TypeError(f"layer '{layer.name}' has a sparse gradient; use dense gradients")
+        if g is None and p.requires_grad:
+            raise RuntimeError(
+                f"only one of weight and bias of layer '{layer.name}' has a gradient; K "
+                "belongs to both: freeze the other one with requires_grad_(False)"
+            )
 
 
 def step_factors(optimizer: SINGD, plan: Plan, scales: Scales, calls: GroupCalls) -> None:
@@ -89,7 +92,7 @@ def step_factors(optimizer: SINGD, plan: Plan, scales: Scales, calls: GroupCalls
         scales,
         calls,
     )
-    calls.factor_incidents.read(outcomes, [layer.name for layer in observed])
+    calls.factor_incidents.read(outcomes, observed)
     for state in states.values():
         drop_statistics(state)
 
@@ -109,7 +112,7 @@ def step_parameters(
         if divisor:
             scales = scales._replace(gradient=divisor[0])
         outcomes = update_parameters(*arguments, scales, calls)
-    calls.parameter_incidents.read(outcomes, [layer.name for layer in plan.layers])
+    calls.parameter_incidents.read(outcomes, plan.layers)
 
 
 def complete_state(

@@ -5,7 +5,8 @@ Each is one call of an operator over lists of all layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -16,9 +17,6 @@ from .hyperparameters import Hyperparameters
 from .layers import Gradients, Layer, State
 from .memory import FactorProduct, GroupCalls, keeps_product
 from .scaling import Scales
-
-# Holds the place of the bias of a layer without one.
-_NO_BIAS = torch.empty(0)
 
 
 def update_factors(
@@ -75,32 +73,34 @@ def update_parameters(
     calls: GroupCalls,
 ) -> Tensor:
     """Update weights, biases and their momenta; see `ops.preconditioned_update_`."""
-    # W = [weight, bias]; of a layer of one parameter, that one takes the weight's place.
-    states = [layer.entries(state) for layer in layers]
-    K, C = [s["K"] for s in states], [s["C"] for s in states]
-    owned = [(layer.parameters, g) for layer, g in zip(layers, gradients, strict=True)]
-    weights, biases = _parts(layers, [list(map(_target, ps, gs)) for ps, gs in owned])
-    momenta: list[Tensor] = []
-    bias_momenta: list[Tensor] = []
-    if options.momentum != 0:
-        buffers = [([state[p]["momentum_buffer"] for p in ps], gs) for ps, gs in owned]
-        momenta, bias_momenta = _parts(layers, [list(map(_target, bs, gs)) for bs, gs in buffers])
+    has_momentum = options.momentum != 0
+    rows = [
+        _arguments(layer, own, state, has_momentum)
+        for layer, own in zip(layers, gradients, strict=True)
+    ]
+    columns = map(list, zip(*rows, strict=True)) if rows else ([] for _ in range(9))
+    weights, biases, grad_weights, grad_biases, K, C, skipped, momenta, bias_momenta = columns
     outcomes, workspace = calls.parameters.of(weights)
     ops.preconditioned_update_(
         weights,
         biases,
-        momenta,
-        bias_momenta,
-        [s["skipped"] for s in states],
-        *_parts(layers, [list(map(_gradient, ps, gs)) for ps, gs in owned]),
+        momenta if has_momentum else [],
+        bias_momenta if has_momentum else [],
+        skipped,
+        grad_weights,
+        grad_biases,
         K,
         C,
         *options.structures,
         lr=options.lr_tensor,
         momentum=float(options.momentum),
         weight_decay=float(options.weight_decay),
-        P_K=_products([(x.product_K, x.dim_K) for x in layers], K, options.structures[0]),
-        P_C=_products([(x.product_C, x.dim_C) for x in layers], C, options.structures[1]),
+        P_K=_products(
+            options.structures[0], [x.dim_K for x in layers], K, (x.product_K for x in layers)
+        ),
+        P_C=_products(
+            options.structures[1], [x.dim_C for x in layers], C, (x.product_C for x in layers)
+        ),
         grad_scale=scales.gradient,
         found_inf=scales.found_inf,
         rounding_key=_rounding_key(options, step),
@@ -112,7 +112,7 @@ def update_parameters(
         if layer.is_copied and gradients[i][0] is not None:
             owner = layer.parameters[0]
             layer.kind.write_back(layer.module, owner, weights[i])
-            if momenta:
+            if has_momentum:
                 layer.kind.write_back(layer.module, state[owner]["momentum_buffer"], momenta[i])
     return outcomes
 
@@ -137,37 +137,49 @@ def update_layer_by_layer(
     return torch.cat(outcomes) if outcomes else torch.empty(0, dtype=torch.int64)
 
 
-def _parts(
-    layers: Sequence[Layer], tensors: Sequence[Sequence[Tensor]]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return every layer's part of W of its first parameter, and of its second."""
-    first = [layer.view(0, own[0]) for layer, own in zip(layers, tensors, strict=True)]
-    second = [
-        layer.view(1, own[1]) if len(own) > 1 else _NO_BIAS
-        for layer, own in zip(layers, tensors, strict=True)
-    ]
-    return first, second
+def _arguments(
+    layer: Layer, gradients: Gradients, state: dict[Tensor, dict[str, Any]], has_momentum: bool
+) -> tuple[Tensor, ...]:
+    """Return a layer's entries of the operator's lists; without momentum the last two are any.
+
+    W = [weight, bias]; of a layer of one parameter, that one takes the weight's place.
+    """
+    own = layer.entries(state)
+    targets: Sequence[Tensor] = layer.parameters
+    grads: Sequence[Any] = gradients
+    momenta: Sequence[Tensor] = targets
+    if has_momentum:
+        momenta = [state[p]["momentum_buffer"] for p in targets]
+    for i, g in enumerate(gradients):
+        if g is None:
+            # A parameter that was frozen after construction has no gradient. It is part of W, with
+            # a gradient of zero, and is kept: the operator gets a copy.
+            grads = _replaced(grads, i, torch.zeros_like(targets[i]))
+            targets = _replaced(targets, i, targets[i].clone())
+            momenta = _replaced(momenta, i, momenta[i].clone())
+    return (
+        *layer.parts(targets),
+        *layer.parts(grads),
+        own["K"],
+        own["C"],
+        own["skipped"],
+        *layer.parts(momenta),
+    )
 
 
-# A parameter that was frozen after construction has no gradient. It is part of W, with a gradient
-# of zero, and is kept: the operator gets a copy.
-def _target(tensor: Tensor, gradient: Tensor | None) -> Tensor:
-    return tensor.clone() if gradient is None else tensor
-
-
-def _gradient(parameter: Tensor, gradient: Tensor | None) -> Tensor:
-    return torch.zeros_like(parameter) if gradient is None else gradient
+def _replaced(tensors: Sequence[Tensor], index: int, tensor: Tensor) -> list[Tensor]:
+    return [*tensors[:index], tensor, *tensors[index + 1 :]]
 
 
 def _products(
-    kept: Sequence[tuple[FactorProduct, int]], factors: Sequence[Tensor], structure: str
+    structure: str, dims: list[int], factors: list[Tensor], products: Iterable[FactorProduct]
 ) -> list[Tensor]:
     """Return what is kept of every factor's K Kᵀ: nothing at all for sparse structures."""
-    if not any(keeps_product(structure, dim) for _, dim in kept):
+    if not any(map(keeps_product, repeat(structure), dims)):
         return []
     return [
         product.of(factor, dim, structure)
-        for (product, dim), factor in zip(kept, factors, strict=True)
+        for product, factor, dim in zip(products, factors, dims, strict=True)
     ]
 
 
