@@ -19,11 +19,19 @@ class Arena {
     return piece;
   }
 
+  // The bytes that plan(arena) takes.
+  template <class Plan>
+  static int64_t size(Plan plan) {
+    Arena count;
+    plan(count);
+    return count.used_;
+  }
+
   // plan(arena) twice: with null pieces, and with pieces of `memory`, which is given the size that
   // they take. Returns whether it had that size.
   template <class Plan>
   static bool fit(at::Tensor& memory, Plan plan) {
-    const int64_t size = counted(plan);
+    const int64_t size = Arena::size(plan);
     const bool fits = memory.numel() == size;
     if (!fits) memory.resize_({size});
     hand_out(memory, plan);
@@ -33,18 +41,12 @@ class Arena {
   // The same, with memory that is enlarged where too small.
   template <class Plan>
   static void run(at::Tensor& workspace, Plan plan) {
-    const int64_t size = counted(plan);
+    const int64_t size = Arena::size(plan);
     if (workspace.numel() < size) workspace.resize_({size});
     hand_out(workspace, plan);
   }
 
  private:
-  template <class Plan>
-  static int64_t counted(Plan plan) {
-    Arena count;
-    plan(count);
-    return count.used_;
-  }
   template <class Plan>
   static void hand_out(at::Tensor& memory, Plan plan) {
     Arena arena(reinterpret_cast<std::byte*>(memory.mutable_data_ptr<uint8_t>()));

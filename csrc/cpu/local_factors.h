@@ -1,17 +1,16 @@
-// update_factors_ for layers whose two factors have local products: all layers at once, in threads.
+// update_factors_ for layers whose two factors have local products: each layer in one thread, whose
+// caches have all of it from the first to the last of
 //
-//   curvature   H, Pi(K^T K) and their traces of every factor
-//   candidate   the new momentum and factor as they would be stored, and whether they are finite
-//   commit      of the layers where all four are finite
-//
-// Layers go in groups that stay in the last cache from the one to the other.
+//   curvature   H, Pi(K^T K) and their traces of both factors
+//   candidate   the new momenta and factors as they would be stored, and whether they are finite
+//   commit      where all four are finite
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "arena.h"
@@ -60,67 +59,77 @@ class LocalFactors {
       : workspace_(workspace), options_(options) {}
 
   void run(std::vector<FactorTask>& tasks) {
-    const int64_t limit = std::max<int64_t>(kGroup, kGroupOfThread * at::get_num_threads());
-    for (size_t begin = 0; begin < tasks.size();) {
-      size_t end = begin;
-      int64_t elements = 0;
-      do {
-        elements += tasks[end].size + tasks[end + 1].size;
-        end += 2;
-      } while (end < tasks.size() && elements + tasks[end].size + tasks[end + 1].size <= limit);
-      run_group(tasks.data() + begin, end - begin, elements);
-      begin = end;
-    }
-  }
-
- private:
-  // Numbers stored of a group, and at least for every thread.
-  static constexpr int64_t kGroup = int64_t{1} << 17, kGroupOfThread = int64_t{1} << 16;
-  // Numbers below which a further thread costs more than it saves.
-  static constexpr int64_t kGrain = 8192;
-
-  void run_group(FactorTask* tasks, size_t count, int64_t elements) {
-    const int64_t threads =
-        std::clamp<int64_t>(elements / kGrain, 1, std::min<int64_t>(count, at::get_num_threads()));
-    int64_t scratch = 0;
-    for (size_t i = 0; i < count; ++i) {
-      const int64_t numbers = factor_scratch(tasks[i].layout);
-      scratch = std::max(scratch, numbers * element_size(tasks[i].statistic.type));
-    }
-    std::byte* memory = nullptr;
+    if (tasks.empty()) return;
+    share_out(tasks);
+    std::vector<std::byte*> memory(shares_.size());
     Arena::run(workspace_, [&](Arena& arena) {
-      for (size_t i = 0; i < count; ++i) allocate_task(tasks[i], arena);
-      scratch = (scratch + 63) / 64 * 64;
-      memory = arena.take<std::byte>(scratch * threads);
+      for (size_t i = 0; i < shares_.size(); ++i) memory[i] = arena.take<std::byte>(needed_[i]);
     });
-    const auto kernels_of = [](const FactorTask& task) -> const FactorKernels& {
-      return kernels().factors(task.statistic.type);
-    };
-    in_turns(threads, count, [&](size_t i, int64_t thread) {
-      kernels_of(tasks[i]).curvature(tasks[i], memory + thread * scratch);
-    });
-    in_turns(threads, count, [&](size_t i, int64_t thread) {
-      FactorTask& task = tasks[i];
-      kernels_of(task).candidate(task, tasks[i ^ 1], options_, memory + thread * scratch);
-    });
-    in_turns(threads, count, [&](size_t i, int64_t) {
-      if (tasks[i].finite && tasks[i ^ 1].finite) commit_task(tasks[i]);
-    });
-  }
-
-  // f(index, thread) for all of them: tasks differ in size, so a thread takes the next one.
-  template <class Function>
-  static void in_turns(int64_t threads, size_t count, Function f) {
-    std::atomic<size_t> next{0};
+    const auto threads = static_cast<int64_t>(shares_.size());
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t thread = begin; thread < end; ++thread) {
-        for (size_t i = next++; i < count; i = next++) f(i, thread);
+      for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+        for (const size_t layer : shares_[i]) {
+          update(tasks[2 * layer], tasks[2 * layer + 1], Arena(memory[i]));
+        }
       }
     });
   }
 
+ private:
+  // Numbers below which a further thread costs more than it saves.
+  static constexpr int64_t kGrain = 8192;
+
+  static void* plan(FactorTask& k, FactorTask& c, Arena& arena) {
+    int64_t scratch = 0;
+    for (FactorTask* task : {&k, &c}) {
+      allocate_task(*task, arena);
+      const int64_t numbers = factor_scratch(task->layout);
+      scratch = std::max(scratch, numbers * element_size(task->statistic.type));
+    }
+    return arena.take<std::byte>(scratch);
+  }
+
+  // The largest layers first, each to the thread that has least so far: the same in every step.
+  void share_out(std::vector<FactorTask>& tasks) {
+    const size_t layers = tasks.size() / 2;
+    const auto size = [&](size_t i) { return tasks[2 * i].size + tasks[2 * i + 1].size; };
+    std::vector<size_t> order(layers);
+    std::iota(order.begin(), order.end(), size_t{0});
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return size(a) > size(b); });
+    int64_t all = 0;
+    for (size_t i = 0; i < layers; ++i) all += size(i);
+    const int64_t most = std::min<int64_t>(layers, at::get_num_threads());
+    shares_.resize(static_cast<size_t>(std::clamp<int64_t>(all / kGrain, 1, most)));
+    needed_.resize(shares_.size());
+    std::vector<int64_t> load(shares_.size());
+    for (const size_t i : order) {
+      const auto share = std::min_element(load.begin(), load.end()) - load.begin();
+      const auto bytes = Arena::size([&](Arena& a) { plan(tasks[2 * i], tasks[2 * i + 1], a); });
+      shares_[share].push_back(i);
+      load[share] += size(i);
+      needed_[share] = std::max(needed_[share], bytes);
+    }
+  }
+
+  void update(FactorTask& k, FactorTask& c, Arena arena) const {
+    void* scratch = plan(k, c, arena);
+    const auto kernels_of = [](const FactorTask& task) -> const FactorKernels& {
+      return kernels().factors(task.statistic.type);
+    };
+    kernels_of(k).curvature(k, scratch);
+    kernels_of(c).curvature(c, scratch);
+    kernels_of(k).candidate(k, c, options_, scratch);
+    kernels_of(c).candidate(c, k, options_, scratch);
+    if (!k.finite || !c.finite) return;
+    commit_task(k);
+    commit_task(c);
+  }
+
   at::Tensor& workspace_;
   const FactorOptions options_;
+  std::vector<std::vector<size_t>> shares_;  // layers of each thread
+  std::vector<int64_t> needed_;              // bytes for the largest of them
 };
 
 }  // namespace singd::cpu
