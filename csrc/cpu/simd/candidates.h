@@ -47,11 +47,12 @@ SINGD_INLINE Vector<double> load_magnitudes(const float* from) {
 
 struct Norms {
   double rows = 0, columns = 0, squares = 0;
+  Vector<double> square_sums = {};
 
   // A row of a matrix: |x| is added to column_sums.
   template <class T>
   SINGD_INLINE void add_row(const T* x, int64_t count, double* column_sums) {
-    Vector<double> sums = {}, square_sums = {};
+    Vector<double> sums = {};
     int64_t j = 0;
     for (; j + kLanes<double> <= count; j += kLanes<double>) {
       const Vector<double> value = load_magnitudes(x + j);
@@ -60,7 +61,6 @@ struct Norms {
       store<double>(column_sums + j, load<double>(column_sums + j) + value);
     }
     double sum = lane_sum<double>(sums);
-    squares += lane_sum<double>(square_sums);
     for (; j < count; ++j) {
       const double value = static_cast<double>(x[j] < 0 ? -x[j] : x[j]);
       sum += value;
@@ -85,7 +85,10 @@ struct Norms {
     for (int64_t j = 0; j < count; ++j) columns = larger(columns, column_sums[j]);
   }
 
-  double bound() const { return smaller(__builtin_sqrt(squares), __builtin_sqrt(rows * columns)); }
+  double bound() const {
+    const double frobenius = __builtin_sqrt(squares + lane_sum<double>(square_sums));
+    return smaller(frobenius, __builtin_sqrt(rows * columns));
+  }
 };
 
 // scratch: dim numbers of float64.
@@ -121,6 +124,16 @@ SINGD_INLINE double step_size(FactorTask& task, double bound, double largest,
 
 // ---- Stores ----
 
+// Whether numbers are finite as they are stored: one that is can round to infinity.
+template <class T, class Stored>
+SINGD_INLINE bool are_finite(const Stored* stored, int64_t count) {
+  auto most = magnitude_bits(T(0));
+  for (int64_t i = 0; i < count; ++i) {
+    most = larger(most, magnitude_bits(static_cast<T>(widen(stored[i]))));
+  }
+  return most < kInfinityBits<T>;
+}
+
 // values[i], plus old[i] where given, to slots [begin, end) of the array; whether all are finite.
 template <class T>
 bool store_numbers(const T* values, const T* old, int64_t begin, int64_t end, const Array& array,
@@ -135,11 +148,7 @@ bool store_numbers(const T* values, const T* old, int64_t begin, int64_t end, co
 #pragma GCC ivdep
       for (int64_t i = begin; i < end; ++i) to[i] = Narrow<Stored>::of(value(i));
     }
-    auto most = magnitude_bits(T(0));
-    for (int64_t i = begin; i < end; ++i) {
-      most = larger(most, magnitude_bits(static_cast<T>(widen(to[i]))));
-    }
-    finite = most < kInfinityBits<T>;
+    finite = are_finite<T>(to + begin, end - begin);
   });
   return finite;
 }

@@ -89,8 +89,8 @@ Norms block_momenta(const FactorTask& task, const FactorTask& partner, const Fac
 template <class T>
 bool store_block(const T* from, const T* add, int64_t at, int64_t size, const Array& array,
                  const RoundingKey& key) {
-  const int64_t stride = padded(size), count = key.enabled ? size : stride;
-  auto most = magnitude_bits(T(0));
+  const int64_t stride = padded(size);
+  bool finite = true;
   with_type(array, [&](auto* stored) {
     using Stored = typename Pointee<decltype(stored)>::type;
     for (int64_t i = 0; i < size; ++i) {
@@ -105,12 +105,10 @@ bool store_block(const T* from, const T* add, int64_t at, int64_t size, const Ar
 #pragma GCC ivdep
         for (int64_t j = 0; j < stride; ++j) to[j] = Narrow<Stored>::of(value(j));
       }
-      for (int64_t j = 0; j < count; ++j) {
-        most = larger(most, magnitude_bits(static_cast<T>(widen(to[j]))));
-      }
     }
+    finite = are_finite<T>(stored + at, size * size);
   });
-  return most < kInfinityBits<T>;
+  return finite;
 }
 
 // scratch: 2 size padded(size) + kPadding, here and above.
