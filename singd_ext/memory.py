@@ -112,9 +112,20 @@ def _times_its_transpose(square: Tensor) -> Tensor:
 
 
 @cache  # asked for every factor in every step
-def keeps_product(structure: str, dim: int) -> bool:
-    """Whether K Kᵀ of such a factor is kept from step to step: of dense and triangular ones."""
-    return _C.storage_sections(structure, dim)[0] == ("dense", 0, (dim, dim))
+def keeps_product(structure: str, dim: int, other: int, steps: int) -> bool:
+    """Whether K Kᵀ of a factor is kept from step to step: of dense and triangular ones.
+
+    Making it takes about 2/3 dim³ multiply-adds, for it is symmetric. In every step it saves one
+    product of K with a matrix of dim x other. Few steps, with a narrow matrix, are not worth it.
+
+    Args:
+        structure: Of K.
+        dim: Of K.
+        other: The dimension of the layer's other factor.
+        steps: From one update of K to the next, T.
+    """
+    is_dense = _C.storage_sections(structure, dim)[0] == ("dense", 0, (dim, dim))
+    return is_dense and 3 * steps * other >= 2 * dim
 
 
 class FactorProduct:
@@ -124,10 +135,8 @@ class FactorProduct:
         self._product = torch.empty(0)
         self._factor = _Known()
 
-    def of(self, factor: Tensor, dim: int, structure: str) -> Tensor:
-        """Return K Kᵀ [dim, dim] in K's dtype; an empty tensor where `keeps_product` says no."""
-        if not keeps_product(structure, dim):
-            return self._product
+    def of(self, factor: Tensor, dim: int) -> Tensor:
+        """Return K Kᵀ [dim, dim] in K's dtype."""
         if not self._factor.are([factor]):
             self._product = torch.empty(0)  # which means none, should there be no memory for it
             self._product = _times_its_transpose(factor.view(dim, dim))
@@ -136,3 +145,6 @@ class FactorProduct:
     def drop(self) -> None:
         """Forget the product, since the factor was updated."""
         self._factor.forget()
+
+
+NO_PRODUCT = torch.empty(0)  # holds the place of one that is not kept

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import ops
 from .hyperparameters import Hyperparameters
 from .layers import Gradients, Layer, State
-from .memory import FactorProduct, GroupCalls, keeps_product
+from .memory import NO_PRODUCT, FactorProduct, GroupCalls, keeps_product
 from .scaling import Scales
 
 
@@ -81,6 +81,7 @@ def update_parameters(
     columns = map(list, zip(*rows, strict=True)) if rows else ([] for _ in range(9))
     weights, biases, grad_weights, grad_biases, K, C, skipped, momenta, bias_momenta = columns
     outcomes, workspace = calls.parameters.of(weights)
+    dims = [x.dim_K for x in layers], [x.dim_C for x in layers]
     ops.preconditioned_update_(
         weights,
         biases,
@@ -95,12 +96,8 @@ def update_parameters(
         lr=options.lr_tensor,
         momentum=float(options.momentum),
         weight_decay=float(options.weight_decay),
-        P_K=_products(
-            options.structures[0], [x.dim_K for x in layers], K, (x.product_K for x in layers)
-        ),
-        P_C=_products(
-            options.structures[1], [x.dim_C for x in layers], C, (x.product_C for x in layers)
-        ),
+        P_K=_products(options, 0, dims[0], dims[1], K, (x.product_K for x in layers)),
+        P_C=_products(options, 1, dims[1], dims[0], C, (x.product_C for x in layers)),
         grad_scale=scales.gradient,
         found_inf=scales.found_inf,
         rounding_key=_rounding_key(options, step),
@@ -172,14 +169,21 @@ def _replaced(tensors: Sequence[Tensor], index: int, tensor: Tensor) -> list[Ten
 
 
 def _products(
-    structure: str, dims: list[int], factors: list[Tensor], products: Iterable[FactorProduct]
+    options: Hyperparameters,
+    side: int,
+    dims: list[int],
+    others: list[int],
+    factors: list[Tensor],
+    products: Iterable[FactorProduct],
 ) -> list[Tensor]:
     """Return what is kept of every factor's K Kᵀ: nothing at all for sparse structures."""
-    if not any(map(keeps_product, repeat(structure), dims)):
+    structure = options.structures[side]
+    kept = list(map(keeps_product, repeat(structure), dims, others, repeat(options.T)))
+    if True not in kept:
         return []
     return [
-        product.of(factor, dim, structure)
-        for product, factor, dim in zip(products, factors, dims, strict=True)
+        product.of(factor, dim) if keep else NO_PRODUCT
+        for product, factor, dim, keep in zip(products, factors, dims, kept, strict=True)
     ]
 
 
