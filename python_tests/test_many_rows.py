@@ -1,0 +1,72 @@
+"""Statistics of more rows than one pass takes, and of bfloat16 rows multiplied as they are."""
+
+import pytest
+import torch
+from test_operators import curvature_of, expected_curvature, random, random_member
+from tolerance import assert_close_to_truth
+
+from singd_ext import StructuredMatrix, ops
+
+SPECS = ("block_diagonal:7", "block_diagonal:30", "rank_triu:1", "hierarchical:2,3", "rank_tril:2")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 127, 129, 511, 513, 1029])
+def test_rows_at_the_edges_of_passes(spec: str, dtype: torch.dtype, rows: int) -> None:
+    for dim, ones_column in ((31, True), (130, False), (257, True)):
+        x = random(1, rows, dim - ones_column, dtype=dtype)
+        factor = random_member(spec, dim, dtype)
+        statistic = torch.zeros_like(factor.data, dtype=torch.float32)
+        ops.accumulate_statistic_(
+            statistic, x, factor.data, dim, spec, ones_column=ones_column, shared="expand"
+        )
+        ours = curvature_of(statistic, factor, spec)
+        truth, rival = (
+            expected_curvature([x], factor, spec, ones_column, "expand", wide)
+            for wide in (torch.float64, torch.float32)
+        )
+        assert_close_to_truth(ours, rival, truth, factor=4.0, floor=16.0)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_bfloat16_rows_give_what_their_float32_copies_give(spec: str) -> None:
+    """Rows of batches that are expanded, permuted, sliced, or begin at any byte pair."""
+    x = random(6, 23, 40, dtype=torch.bfloat16)
+    storage = torch.zeros(x.numel() + 1, dtype=torch.bfloat16)
+    variants = {
+        "misaligned": storage[1:].view_as(x).copy_(x),
+        "expanded": x[:, :1].expand(6, 23, 40),
+        "permuted": x.transpose(0, 1),
+        "sliced": x[:, 2:, 3:30],
+    }
+    for name, rows in variants.items():
+        dim = rows.shape[-1] + 1
+        k = random_member(spec, dim, torch.float32).data
+        ours, theirs, truth = (
+            _statistic(spec, dim, r, k) for r in (rows, rows.float(), rows.double())
+        )
+        assert_close_to_truth(ours, theirs, truth, factor=4.0, floor=16.0)
+        assert ours.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_bfloat16_row_that_is_not_finite_shows(spec: str, value: float) -> None:
+    for row, column in ((0, 0), (14, 39), (7, 20)):
+        x = torch.ones(3, 5, 40, dtype=torch.bfloat16)
+        x[row // 5, row % 5, column] = value
+        k = StructuredMatrix.eye(spec, 40, torch.float32).data
+        statistic = torch.zeros_like(k)
+        ops.accumulate_statistic_(statistic, x, k, 40, spec, ones_column=False, shared="expand")
+        assert not statistic.isfinite().all()
+
+
+def _statistic(spec: str, dim: int, rows: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    statistic = torch.zeros_like(k, dtype=wide)
+    ops.accumulate_statistic_(
+        statistic, rows, k.to(wide), dim, spec, ones_column=True, shared="expand"
+    )
+    return statistic
