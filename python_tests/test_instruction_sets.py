@@ -42,12 +42,24 @@ def test_the_instruction_set_is_torchs(capability: str) -> None:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+def test_bfloat16_products_are_those_of_avx512(capability: str) -> None:
+    skip_unless_available(capability)
+    code = "from singd_ext import _C; print(_C.cpu_bfloat16_products())"
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists():
+        pytest.skip("only Linux lists what a processor has")
+    expected = capability == "avx512" and "avx512_bf16" in flags.read_text()
+    assert run(sys.executable, "-c", code, capability=capability).strip() == str(expected)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_operators_with_the_instruction_set(capability: str) -> None:
     skip_unless_available(capability)
     if CAPABILITIES[capability] == _C.cpu_instructions():
         pytest.skip("all other tests use this one")
     files = [
-        f"python_tests/test_{name}.py" for name in ("step_sizes", "transactions", "trajectories")
+        f"python_tests/test_{name}.py"
+        for name in ("step_sizes", "many_rows", "transactions", "trajectories")
     ]
     chosen = ["-k", "not emulated and not cuda", "-p", "no:cacheprovider"]
     run(sys.executable, "-m", "pytest", "-q", "-x", *chosen, *files, capability=capability)
@@ -65,7 +77,7 @@ def test_operators_run_in_torchs_threads(threads: int) -> None:
 @pytest.mark.skipif(
     not (shutil.which("g++") and shutil.which("nm")), reason="needs the g++ and nm of GNU"
 )
-@pytest.mark.parametrize("instructions", ["plain", "avx2", "avx512"])
+@pytest.mark.parametrize("instructions", ["plain", "avx2", "avx512", "bfloat16"])
 def test_instruction_sets_share_no_functions(instructions: str, tmp_path: Path) -> None:
     """Of inline functions in several objects the linker keeps any one: perhaps that of AVX-512."""
     if os.uname().machine != "x86_64" and instructions != "plain":
