@@ -19,9 +19,11 @@ def specs_of(width: int) -> list[tuple[str, str]]:
     """Structures of K and C with blocks and borders of this width."""
     blocks, border = f"block_diagonal:{width}", f"rank_tril:{width}"
     arrow = f"hierarchical:{max(1, width // 2)},{(width + 1) // 2}"
+    first, last = f"rank_triu:{width}", f"rank_triu_topleft:{width}"
     return [
         (blocks, blocks), (arrow, arrow), (border, border),
         ("diagonal", blocks), (blocks, "diagonal"), ("diagonal", border), (arrow, "diagonal"),
+        (first, last), (last, first), (first, border), (border, last), (last, arrow),
     ]  # fmt: skip
 
 
@@ -30,29 +32,33 @@ def dense_step(W: Tensor, M: Tensor, G: Tensor, K: Tensor, C: Tensor) -> Tensor:
     return torch.cat([W - BETA * M, M])
 
 
+@pytest.mark.parametrize("unscale", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_step(width: int, bias: bool, dtype: torch.dtype) -> None:
+def test_step(width: int, bias: bool, dtype: torch.dtype, unscale: bool) -> None:
+    scale = torch.tensor(8.0) if unscale else None
     for d_o, d_i in DIMS:
         for spec_K, spec_C in specs_of(width):
             K, C = (calls.factor(s, d, 1, dtype) for s, d in ((spec_K, d_i), (spec_C, d_o)))
-            W, M, G = (calls.numbers(d_o, d_i, seed=seed, dtype=dtype) for seed in range(3))
+            W, M, scaled = (calls.numbers(d_o, d_i, seed=seed, dtype=dtype) for seed in range(3))
             columns = d_i - 1 if bias else d_i
             weight, momentum, gradient = (
-                (t[:, :columns].clone(), t[:, columns:].flatten().clone()) for t in (W, M, G)
+                (t[:, :columns].clone(), t[:, columns:].flatten().clone()) for t in (W, M, scaled)
             )
             ops.preconditioned_update_(
                 *([t] for t in weight), *([t] for t in momentum),
                 [torch.zeros((), dtype=torch.int64)], *([t] for t in gradient),
                 [K], [C], spec_K, spec_C,
                 lr=torch.tensor(BETA, dtype=torch.float64), momentum=ALPHA, weight_decay=GAMMA,
+                grad_scale=scale,
             )  # fmt: skip
             ours = torch.cat([torch.cat([w, b.view(d_o, -1)], 1) for w, b in (weight, momentum)])
             dense = [
                 StructuredMatrix(spec_K, d_i, K).to_dense(),
                 StructuredMatrix(spec_C, d_o, C).to_dense(),
             ]
+            G = scaled / 8 if unscale else scaled
             rival = dense_step(W, M, G, *dense)
             truth = dense_step(*(t.double() for t in (W, M, G, *dense)))
             assert_close_to_truth(ours, rival, truth)
