@@ -19,11 +19,12 @@ def specs_of(width: int) -> list[tuple[str, str]]:
     """Structures of K and C with blocks and borders of this width."""
     blocks, border = f"block_diagonal:{width}", f"rank_tril:{width}"
     arrow = f"hierarchical:{max(1, width // 2)},{(width + 1) // 2}"
-    first, last = f"rank_triu:{width}", f"rank_triu_topleft:{width}"
+    first, last = f"rank_triu:{width}", f"rank_tril_topleft:{width}"
+    last_column = f"rank_triu_topleft:{width}"
     return [
         (blocks, blocks), (arrow, arrow), (border, border),
         ("diagonal", blocks), (blocks, "diagonal"), ("diagonal", border), (arrow, "diagonal"),
-        (first, last), (last, first), (first, border), (border, last), (last, arrow),
+        (first, last), (last, first), (border, last), (last_column, first), (last, last_column),
     ]  # fmt: skip
 
 
