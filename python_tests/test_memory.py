@@ -3,10 +3,11 @@
 import pytest
 import torch
 from nets import snapshot, trained
+from tolerance import assert_close_to_truth
 from torch import Tensor, nn
 
 from singd_ext import SINGD, ops
-from singd_ext.memory import SparseProducts
+from singd_ext.memory import SparseProducts, keeps_product
 
 DENSE = ("dense", "triu")
 KEPT = [DENSE, ("diagonal", "block_diagonal:2"), ("hierarchical:1,1", "rank_tril:1")]
@@ -142,3 +143,36 @@ def test_kept_products_bound_the_result_as_new_ones_do(structure: str) -> None:
         optimizer.step()
     assert torch.equal(net.weight, before)
     assert optimizer.rejections() == {"": (0, 1)}
+
+
+def test_products_are_kept_where_they_save_work() -> None:
+    """K Kᵀ of a wide factor is not worth one step with a narrow gradient, but three of them."""
+    assert keeps_product("dense", 256, 1024, 1) and keeps_product("triu", 256, 256, 1)
+    assert not keeps_product("dense", 1024, 256, 1) and keeps_product("dense", 1024, 256, 3)
+    assert not keeps_product("diagonal", 256, 1024, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", [(), ("K",), ("C",), ("K", "C")], ids=str)
+def test_a_step_with_dense_factors_and_some_kept_products(
+    kept: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    d_o, d_i = 24, 40
+    factors = {"K": torch.randn(d_i, d_i), "C": torch.randn(d_o, d_o)}
+    factors = {name: (f / len(f) ** 0.5).to(dtype) for name, f in factors.items()}
+    products = {
+        name: [(f @ f.T).contiguous()] if name in kept else [] for name, f in factors.items()
+    }
+    gradient, weight = torch.randn(d_o, d_i).to(dtype), torch.zeros(d_o, d_i, dtype=dtype)
+    none = torch.empty(0, dtype=dtype)
+    ops.preconditioned_update_(
+        [weight], [none], [], [], [torch.zeros((), dtype=torch.int64)], [gradient], [none],
+        [factors["K"].flatten()], [factors["C"].flatten()], "dense", "dense",
+        lr=torch.tensor(-1.0), momentum=0.0, weight_decay=0.0,
+        P_K=products["K"], P_C=products["C"],
+    )  # fmt: skip
+    K, C = factors["K"], factors["C"]
+    rival = C @ (C.T @ gradient) @ K @ K.T
+    K, C = K.double(), C.double()
+    assert_close_to_truth(weight, rival, C @ C.T @ gradient.double() @ K @ K.T)
