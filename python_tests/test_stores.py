@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from singd_ext import ops
+from singd_ext import StructuredMatrix, ops
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -78,3 +78,28 @@ def test_scaled_gradients_are_divided_by_their_scale() -> None:
     for expected, actual in zip(plain, scaled, strict=True):
         assert torch.equal(actual, expected)
     assert not torch.equal(plain[0], weight)
+
+
+@pytest.mark.parametrize("spec", ["diagonal", "block_diagonal:5", "hierarchical:2,2"])
+@pytest.mark.parametrize("index", [0, 4, 11])
+@pytest.mark.parametrize("side", [0, 1], ids=["K", "C"])
+def test_one_entry_that_overflows_as_it_is_stored_keeps_both_factors(
+    spec: str, index: int, side: int
+) -> None:
+    """IKFAC, where the factors do not depend on each other: one update is finite in float16."""
+    dim = 12
+    factors = [StructuredMatrix.eye(spec, dim, torch.float16).data for _ in range(2)]
+    momenta = [torch.zeros_like(f) for f in factors]
+    dense = [torch.eye(dim), torch.eye(dim)]
+    dense[side][index, index] = 1e6
+    statistics = [StructuredMatrix.extract(spec, u).data for u in dense]
+    before = [t.clone() for t in (*factors, *momenta)]
+    rejected = torch.zeros((), dtype=torch.int64)
+    outcomes = ops.update_factors_(
+        [factors[0]], [factors[1]], [momenta[0]], [momenta[1]], [rejected],
+        [statistics[0]], [statistics[1]], [1.0], [1.0], [dim], [dim], spec, spec,
+        lr_cov=torch.tensor(1.0), damping=0.0, alpha1=0.5, kfac_like=True,
+        normalize_lr_cov=False, expm_order=1, step_cap=float("inf"),
+    )  # fmt: skip
+    assert outcomes.tolist() == [1] and rejected.item() == 1
+    assert all(map(torch.equal, (*factors, *momenta), before))
