@@ -26,6 +26,7 @@ void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_s
           load_row(from, count, scale, x);
         } else {
           const T factor = shared->factors[row * shared->stride];
+          SINGD_COUNT(multiply_adds, count);
           load_row_beside(from, count, scale, factor, shared->row + at, x);
         }
       }
@@ -109,6 +110,7 @@ double thin_products_of_one(const StepLayer<T>& layer, const Panel& panel) {
       for (int64_t i = 0; i < layer.rows; ++i) {
         const auto* row = gradient + i * part.gradient_stride + first;
         const T weight = layer.left.wide[i];
+        SINGD_COUNT(multiply_adds, count);
 #pragma GCC ivdep
         for (int64_t j = 0; j < count; ++j) {
           const T x = unscale * static_cast<T>(widen(row[j]));
@@ -204,6 +206,7 @@ void multiply_right_one(const StepLayer<T>& layer, const Panel& panel, T* x) {
   const int64_t width = padded(layer.columns);
   const int64_t at = right.layout.head == 1 ? 0 : layer.columns - 1;
   const bool arrow = right.kind == LocalKind::kRowBorder;
+  SINGD_COUNT(multiply_adds, 2 * (panel.row_end - panel.row_begin) * width);
   for (int64_t i = panel.row_begin; i < panel.row_end; ++i, x += panel.stride()) {
     const T product = dot_product(x, right.wide, width);
     const T factor = arrow ? x[at] : product;
@@ -216,6 +219,7 @@ void multiply_right_one(const StepLayer<T>& layer, const Panel& panel, T* x) {
 template <class T>
 void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch) {
   const LocalProduct<T>& right = layer.right;
+  if (right.border() == 1) return multiply_right_one(layer, panel, x);
   const int64_t d = layer.columns, b = right.border(), thin = padded(b), wide = padded(d);
   const int64_t stride = panel.stride(), rows = panel.row_end - panel.row_begin;
   const int64_t head = right.layout.head, tail = d - right.layout.tail;
@@ -270,11 +274,7 @@ bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, 
   if (layer.right.kind == LocalKind::kBlocks) {
     result = multiply_right_blocks(layer, panel, result, other);
   } else if (layer.right.has_border()) {
-    if (layer.right.border() == 1) {
-      multiply_right_one(layer, panel, result);
-    } else {
-      multiply_right_border(layer, panel, result, scratch + 2 * panel.scratch());
-    }
+    multiply_right_border(layer, panel, result, scratch + 2 * panel.scratch());
   } else {
     column_scale = layer.right.diagonal;
   }
