@@ -7,6 +7,8 @@ from tolerance import assert_close_to_truth
 
 from singd_ext import StructuredMatrix, ops
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 SPECS = ("block_diagonal:7", "block_diagonal:30", "rank_triu:1", "hierarchical:2,3", "rank_tril:2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
