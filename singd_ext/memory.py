@@ -115,8 +115,9 @@ def _times_its_transpose(square: Tensor) -> Tensor:
 def keeps_product(structure: str, dim: int, other: int, steps: int) -> bool:
     """Whether K Kᵀ of a factor is kept from step to step: of dense and triangular ones.
 
-    Making it takes about 2/3 dim³ multiply-adds on a CPU, which makes one triangle. In every step it saves one
-    product of K with a matrix of dim x other. Few steps, with a narrow matrix, are not worth it.
+    Making it takes about 2/3 dim³ multiply-adds on a CPU, which makes one triangle. In every step
+    it saves one product of K with a matrix of dim x other. Few steps, with a narrow matrix, are not
+    worth it.
 
     Args:
         structure: Of K.
