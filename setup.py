@@ -63,6 +63,7 @@ def extension(toolkit: cuda_build.Toolkit | None) -> CppExtension:
         depends=headers(),
         define_macros=[("SINGD_TORCH_VERSION", torch.__version__)],
         extra_compile_args=COMPILE_ARGS,
+        extra_link_args=LINK_ARGS,
     )
     if toolkit is not None:
         ext.sources += sources("launcher")
@@ -117,9 +118,13 @@ class Build(BuildExtension):
 
 
 COMPILE_ARGS = ["-O3", "-g0", "-fno-math-errno", "-Wall"]
+LINK_ARGS = []
 if sys.platform == "linux":
     # For at::parallel_for. The runtime is torch's: linking another one would give a second pool.
     COMPILE_ARGS.append("-fopenmp")
+    # Static libraries stay private. A compiler may link its C++ library statically: mixed with the
+    # one that torch has loaded, it crashed where a message prints a number.
+    LINK_ARGS.append("-Wl,--exclude-libs,ALL")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 major, minor = torch_release()
 if os.environ.get("SINGD_EMULATION") == "1":

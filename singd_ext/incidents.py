@@ -50,7 +50,9 @@ class Incidents:
                 return
             self._warn(self._host.tolist(), self._layers)
         if self._host.shape != outcomes.shape:
-            self._host = torch.empty(outcomes.shape, dtype=torch.int64, pin_memory=True)
+            self._host = torch.empty(
+                outcomes.shape, dtype=torch.int64, device="cpu", pin_memory=True
+            )
         self._host.copy_(outcomes, non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record(torch.cuda.current_stream(outcomes.device))

@@ -81,7 +81,7 @@ class VoidSteps:
         if flag.device.type != "cuda":
             self._flags.append((flag.clone(), None))
         elif not torch.cuda.is_current_stream_capturing():
-            host = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)
+            host = torch.empty(flag.shape, dtype=flag.dtype, device="cpu", pin_memory=True)
             host.copy_(flag, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(flag.device))

@@ -9,6 +9,7 @@
 // Reads X once, E from L2 once per block, writes S.
 #include "gram.h"
 #include "launch.cuh"
+#include "matrix.cuh"
 #include "row_stager.cuh"
 
 namespace singd::cuda {
@@ -59,7 +60,6 @@ __device__ __forceinline__ void stage_border(const Task& task, int64_t first, bf
 
 template <int kTiles, RowAccess kAccess>
 __global__ __launch_bounds__(kGramThreads, 2) void border_product_bfloat16_kernel(Task task) {
-  namespace wmma = nvcuda::wmma;
   using S = Shape<kTiles>;
   bfloat16* x_stage = dynamic_shared<bfloat16>();
   bfloat16* e_stage = x_stage + kRows * kStride;
@@ -68,9 +68,7 @@ __global__ __launch_bounds__(kGramThreads, 2) void border_product_bfloat16_kerne
   const int first_step = S::kHalves == 1 ? 0 : half * kTile;
   const int64_t first_row = task.first_row + static_cast<int64_t>(blockIdx.x) * kRows;
 
-  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sums[S::kTilesPerWarp];
-#pragma unroll
-  for (int n = 0; n < S::kTilesPerWarp; ++n) wmma::fill_fragment(sums[n], 0.0f);
+  MatrixSums sums[S::kTilesPerWarp];
   const auto runs = [](int64_t first) { return TileRuns{{first, 0}, {kColumns / kTile, 0}}; };
   Stager<bfloat16, bfloat16, kRows, kColumns / kTile, 1, kAccess> x;
   x.fetch(task.x, runs(0), first_row, task.x.count);
@@ -83,16 +81,16 @@ __global__ __launch_bounds__(kGramThreads, 2) void border_product_bfloat16_kerne
     }
 #pragma unroll 2
     for (int k = first_step; k < kColumns; k += S::kHalves * kTile) {
-      wmma::fragment<wmma::matrix_a, 16, 16, 16, bfloat16, wmma::row_major> a;
-      wmma::load_matrix_sync(a, x_stage + row_tile * kTile * kStride + k, kStride);
+      MatrixOperand<bfloat16> a;
+      load_left<false>(a, x_stage + row_tile * kTile * kStride + k, kStride);
 #pragma unroll
       for (int n = 0; n < S::kTilesPerWarp; ++n) {
 #pragma unroll
         for (int p = 0; p < kPlanes; ++p) {
-          wmma::fragment<wmma::matrix_b, 16, 16, 16, bfloat16, wmma::col_major> b;
+          MatrixOperand<bfloat16> b;
           const int row = p * S::kBorder + (first_tile + n) * kTile;
-          wmma::load_matrix_sync(b, e_stage + row * kStride + k, kStride);
-          wmma::mma_sync(sums[n], a, b, sums[n]);
+          load_right<true>(b, e_stage + row * kStride + k, kStride);
+          multiply(sums[n], a, b);
         }
       }
     }
@@ -104,8 +102,14 @@ __global__ __launch_bounds__(kGramThreads, 2) void border_product_bfloat16_kerne
 #pragma unroll
   for (int n = 0; n < S::kTilesPerWarp; ++n) {
     float* to = sum_stage + (copy * kRows + row_tile * kTile) * S::kOutStride;
-    wmma::store_matrix_sync(to + (first_tile + n) * kTile, sums[n], S::kOutStride,
-                            wmma::mem_row_major);
+    to += (first_tile + n) * kTile;
+#pragma unroll
+    for (int e = 0; e < 8; e += 2) {
+      const int lane = threadIdx.x % kWarp;
+      const Vec<float, 2> pair{{sums[n].values[e], sums[n].values[e + 1]}};
+      float* const at = to + matrix_row(lane, e) * S::kOutStride + matrix_column(lane, e);
+      shared_store(reinterpret_cast<Vec<float, 2>*>(at), pair);
+    }
   }
   __syncthreads();
   using Part = Vec<float, 4>;

@@ -5,6 +5,7 @@
 //   load(p), store(p, v)              one access of 1 to 16 bytes at an address aligned to its
 //   size;
 //                                     Cache::kStreaming marks data that is not needed again
+//   prefetch(p)                       asks for the memory at p to be in L2 soon
 //   shared_load(p), shared_store(p, v)  the same for shared memory
 //   dynamic_shared<T>()               the dynamic shared memory of the block
 //   add_release(p, v)                 atomic add on an int; writes before it are visible to ...
@@ -24,7 +25,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <mma.h>
 #endif
 
 namespace singd::cuda {
@@ -99,6 +99,10 @@ __device__ __forceinline__ void store(T* p, const T& value) {
   } else {
     *reinterpret_cast<Word*>(p) = word;
   }
+}
+
+__device__ __forceinline__ void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 template <class T>

@@ -3,11 +3,13 @@
 
 #include <cstdint>
 
+#include "../structures/layout.h"
+
 namespace singd {
 
 enum class Dtype : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
-constexpr int64_t size_of(Dtype dtype) {
+SINGD_HOST_DEVICE constexpr int64_t size_of(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 

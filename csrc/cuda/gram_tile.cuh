@@ -5,8 +5,8 @@
 //
 // The warps are row groups x pair groups: a warp owns up to 5 pairs, and every `row_groups`-th
 // slice of the staged rows. While a stage is multiplied, the 16-byte vectors of the next one are on
-// their way to registers. bfloat16 and float16 go through the tensor cores (wmma, float sums);
-// float32, float64 and float16 beside a float32 border are multiplied in the compute type. A
+// their way to registers. bfloat16 and float16 go through the tensor cores (matrix.cuh, float
+// sums); float32, float64 and float16 beside a float32 border are multiplied in the compute type. A
 // float32 border beside bfloat16 rows goes through the tensor cores too, exactly: as three planes
 // of bfloat16 tiles that add up to it.
 //
@@ -16,6 +16,7 @@
 // no bank twice.
 #pragma once
 
+#include "matrix.cuh"
 #include "row_stager.cuh"
 
 namespace singd::cuda {
@@ -35,14 +36,11 @@ SINGD_HOST_DEVICE constexpr int second_of_pair(int pair) { return pair >> 8; }
 // which there are kPlanes planes.
 template <class T, int kPlanes>
 struct MmaSums {
-  using A = nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, T, nvcuda::wmma::col_major>;
-  using B = nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, T, nvcuda::wmma::row_major>;
-  using C = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float>;
-  C sums[kPairsPerWarp];
+  MatrixSums sums[kPairsPerWarp];
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int q = 0; q < kPairsPerWarp; ++q) nvcuda::wmma::fill_fragment(sums[q], 0.0f);
+    for (int q = 0; q < kPairsPerWarp; ++q) sums[q] = MatrixSums();
   }
 
   // Rows 16 group, 16 (group + groups), ... of the stage.
@@ -60,7 +58,13 @@ struct MmaSums {
 #pragma unroll
     for (int n = 0; n < kPairsPerWarp; ++n) {
       if (n != q) continue;
-      nvcuda::wmma::store_matrix_sync(to, sums[n], kExchangeStride, nvcuda::wmma::mem_row_major);
+      const int lane = threadIdx.x % kWarp;
+#pragma unroll
+      for (int e = 0; e < 8; e += 2) {
+        const Vec<float, 2> pair{{sums[n].values[e], sums[n].values[e + 1]}};
+        float* const at = to + matrix_row(lane, e) * kExchangeStride + matrix_column(lane, e);
+        shared_store(reinterpret_cast<Vec<float, 2>*>(at), pair);
+      }
     }
   }
 
@@ -68,19 +72,18 @@ struct MmaSums {
   __device__ __forceinline__ void multiply_plane(const T* rows, int stride,
                                                  const int (&pairs)[kPairsPerWarp], int count,
                                                  int plane) {
-    A a;
-    B b;
+    MatrixOperand<T> a, b;
     int loaded = -1;
 #pragma unroll
     for (int q = 0; q < kPairsPerWarp; ++q) {
       const int first = first_of_pair(pairs[q]);
       if (q >= count || (plane > 0 && first >= kBorderTiles)) continue;
       if (first != loaded) {
-        nvcuda::wmma::load_matrix_sync(a, rows + (plane * kBorderTiles + first) * kTile, stride);
+        load_left<true>(a, rows + (plane * kBorderTiles + first) * kTile, stride);
         loaded = first;
       }
-      nvcuda::wmma::load_matrix_sync(b, rows + second_of_pair(pairs[q]) * kTile, stride);
-      nvcuda::wmma::mma_sync(sums[q], a, b, sums[q]);
+      load_right<false>(b, rows + second_of_pair(pairs[q]) * kTile, stride);
+      cuda::multiply(sums[q], a, b);
     }
   }
 };

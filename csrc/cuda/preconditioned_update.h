@@ -57,8 +57,8 @@ struct StepLayer {
   int32_t gradient_pitch = 0, gradient_bias_pitch = 0;  // from row to row, in elements
   int32_t index = 0;                                    // in the lists of the call
   int32_t slot = 0;                                     // of its counters
-  int32_t first_tiles = 0;   // tiles that come before the ones that write
-  int32_t panel_strips = 0;  // row strips of thin_products between column strips
+  int32_t first_tiles = 0;  // tiles that come before the ones that write
+  int32_t strips = 0;       // of rows, in matrix_products
   int16_t tile_rows = 0, tile_columns = 0;
   SideShape right, left;
   // Dtypes, in the order weight, bias.
@@ -88,6 +88,7 @@ struct StepOffsets {
   int64_t thin;           // X, and the border rows of G: thin_rows x columns
   int64_t thin_products;  // [X; G_B] N_K^T: thin_rows x right.width
   int64_t thin_result;    // [X; G_B] A_K
+  int64_t partial;        // N_C G by strips of rows, where there are several
   int64_t size;
 
   SINGD_HOST_DEVICE explicit StepOffsets(const StepLayer& l) {
@@ -100,7 +101,9 @@ struct StepOffsets {
     thin = products + padded(l.rows * right_border);
     thin_products = thin + l.thin_rows() * columns;
     thin_result = thin_products + padded(l.thin_rows() * right_border);
-    size = thin_result + l.thin_rows() * columns;
+    partial = thin_result + l.thin_rows() * columns;
+    const bool has_partial = l.left.bordered() && l.strips > 1;
+    size = partial + (has_partial ? l.strips * l.left.width * columns : 0);
   }
 };
 
@@ -142,6 +145,9 @@ struct StepKind {
   bool in_vectors = false;
   Dtype element = Dtype::kFloat32;  // if in_vectors
   Dtype compute = Dtype::kFloat32;  // float32 or float64
+
+  // Whether its products are those of the tensor cores.
+  bool uses_matrices() const { return in_vectors && element != Dtype::kFloat64; }
 };
 
 constexpr int kMaxStepLayers = 239;
@@ -155,18 +161,27 @@ void prepare_step(StepFactor* factors, int count, Dtype compute, int* counters, 
 // S, X, G_B and max |G| of layers with a bordered side.
 void thin_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                    int* ticket, Stream stream);
+// The same on the tensor cores, for float32 and 16-bit layers in vectors.
+void matrix_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
+                     Stream stream);
 // [X; G_B] N_K^T of layers with two bordered sides.
 void thin_row_products(StepLayer* layers, int count, Dtype compute, Stream stream);
 // The update of layers with two diagonal sides.
 void stream_update(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
+                   int* ticket, Stream stream);
+// [X; G_B] A_K of layers with a bordered C.
+void thin_results(StepLayer* layers, int count, Dtype compute, Stream stream);
+// The update of layers with another side, on the tensor cores: float32 and 16-bit ones in vectors.
+void matrix_update(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                    int* ticket, Stream stream);
 // The update of all other layers.
 void tiled_update(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                   int* ticket, Stream stream);
 
 // Panels, and tile shapes and with them the number of first tiles.
-void plan_thin_products(StepLayer& layer);
+void plan_matrix_products(StepLayer& layer, const StepKind& kind);
 void plan_stream_update(StepLayer& layer);
+void plan_matrix_update(StepLayer& layer, const StepKind& kind);
 void plan_tiled_update(StepLayer& layer, const StepKind& kind);
 
 }  // namespace singd::cuda

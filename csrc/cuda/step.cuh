@@ -50,6 +50,14 @@ void dispatch(const StepKind& kind, Function&& f) {
   }
 }
 
+// Host: the same for float32 and 16-bit layers that move in vectors.
+template <class Function>
+void dispatch_vectors(const StepKind& kind, Function&& f) {
+  if (kind.element == Dtype::kFloat32) return f(Elements<float, float>{});
+  if (kind.element == Dtype::kBFloat16) return f(Elements<float, bfloat16>{});
+  f(Elements<float, float16>{});
+}
+
 // Host: the items as a kernel's argument, after first_block of each is set from blocks(item).
 // Returns the number of blocks.
 template <class Item, int kCapacity, class Blocks>
@@ -147,16 +155,27 @@ __device__ __forceinline__ bool is_vector(const StepLayer& l, const Columns& c) 
          c.j + E::kCount <= l.weight_columns();
 }
 
+// Whether G[i, columns] is one aligned vector of the gradient.
+template <class E>
+__device__ __forceinline__ bool is_gradient_vector(const StepLayer& l, const Columns& c) {
+  return l.gradient_in_vectors && is_vector<E>(l, c);
+}
+
+// G[i, columns] where it is one.
+template <class E, Cache kCache = Cache::kNormal>
+__device__ __forceinline__ auto gradient_vector(const StepLayer& l, int64_t i, const Columns& c) {
+  const auto* row = static_cast<const typename E::Stored*>(l.gradient) + i * l.gradient_pitch;
+  return load<kCache>(reinterpret_cast<const Vec<typename E::Stored, E::kCount>*>(row + c.j));
+}
+
 // G[i, columns]; 0 in the other columns of the vector.
 template <class E, Cache kCache>
 __device__ __forceinline__ void load_gradient(const StepLayer& l, int64_t i, const Columns& c,
                                               typename E::Compute (&g)[E::kCount]) {
   using T = typename E::Compute;
   if constexpr (E::kCount > 1) {
-    if (l.gradient_in_vectors && is_vector<E>(l, c)) {
-      using Vector = Vec<typename E::Stored, E::kCount>;
-      const auto* row = static_cast<const typename E::Stored*>(l.gradient) + i * l.gradient_pitch;
-      const Vector v = load<kCache>(reinterpret_cast<const Vector*>(row + c.j));
+    if (is_gradient_vector<E>(l, c)) {
+      const auto v = gradient_vector<E, kCache>(l, i, c);
 #pragma unroll
       for (int e = 0; e < E::kCount; ++e) g[e] = widen<T>(v[e]);
       return;
@@ -248,6 +267,18 @@ __device__ __forceinline__ void update_element(const StepLayer& l,
   }
   store_element<E>(parameter, l.parameter_dtype[part], at, u.new_weight(weight, step),
                    key.stream(1));
+}
+
+// Asks for M and W in row i and these columns.
+template <class E>
+__device__ __forceinline__ void prefetch_update(const StepLayer& l, int64_t i, const Columns& c) {
+  if constexpr (E::kCount > 1) {
+    if (!is_vector<E>(l, c)) return;
+    const int64_t at = i * l.weight_columns() + c.j;
+    prefetch(static_cast<const typename E::Stored*>(l.weight) + at);
+    if (l.momentum_weight == nullptr) return;
+    prefetch(static_cast<const typename E::Stored*>(l.momentum_weight) + at);
+  }
 }
 
 // M and W in row i and these columns, from the preconditioned gradient p.

@@ -122,8 +122,14 @@ void StepBatch::add(int64_t index, const std::vector<Part>& parts, const at::Ten
         l.gradient_pitch % (16 / size_of(kind.element)) == 0 && is_vector_aligned(l.gradient);
   }
   const bool tiled = l.right.action != Action::kDiagonal || l.left.action != Action::kDiagonal;
-  tiled ? plan_tiled_update(l, kind) : plan_stream_update(l);
-  plan_thin_products(l);
+  if (!tiled) {
+    plan_stream_update(l);
+  } else if (kind.uses_matrices()) {
+    plan_matrix_products(l, kind);
+    plan_matrix_update(l, kind);
+  } else {
+    plan_tiled_update(l, kind);
+  }
   Group& group = group_of(kind, tiled);
   group.layers.push_back(l);
   group.factors.push_back(factor_of(right, l.columns, false));
@@ -160,11 +166,18 @@ void StepBatch::launch(Group& group, size_t begin, int count) {
   prepare_step(factors, 2 * count, group.kind.compute, arguments.counters, stream_);
   if (!group.tiled) return stream_update(layers, count, group.kind, arguments, ticket, stream_);
   // From the last layer to the first, whose G is then in the cache when the updates begin.
+  const bool uses_matrices = group.kind.uses_matrices();
   std::reverse(layers, layers + count);
-  thin_products(layers, count, group.kind, arguments, ticket + 1, stream_);
+  if (uses_matrices) {
+    matrix_products(layers, count, group.kind, arguments, stream_);
+  } else {
+    thin_products(layers, count, group.kind, arguments, ticket + 1, stream_);
+  }
   std::reverse(layers, layers + count);
   thin_row_products(layers, count, group.kind.compute, stream_);
-  tiled_update(layers, count, group.kind, arguments, ticket, stream_);
+  thin_results(layers, count, group.kind.compute, stream_);
+  const auto update = uses_matrices ? matrix_update : tiled_update;
+  update(layers, count, group.kind, arguments, ticket, stream_);
 }
 
 void StepBatch::launch() {

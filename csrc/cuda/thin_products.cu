@@ -38,9 +38,13 @@ struct Strips {
   SINGD_HOST_DEVICE explicit Strips(const StepLayer& l)
       : rows(l.right.bordered() ? (l.rows - 1) / kStrip + 1 : 0),
         columns(l.left.bordered() ? (l.columns - 1) / kStrip + 1 : 0),
-        panel_rows(l.panel_strips < rows ? l.panel_strips : rows),
+        panel_rows(strips_of_panel(l) < rows ? strips_of_panel(l) : rows),
         panels(panel_rows == 0 ? 1 : (rows - 1) / panel_rows + 1) {}
 
+  SINGD_HOST_DEVICE static int strips_of_panel(const StepLayer& l) {
+    const int64_t bytes = kStrip * l.columns * size_of(static_cast<Dtype>(l.gradient_dtype[0]));
+    return bytes < kPanelBytes ? static_cast<int>(kPanelBytes / bytes) : 1;
+  }
   SINGD_HOST_DEVICE int64_t count() const { return rows + int64_t{panels} * columns; }
 };
 
@@ -147,12 +151,6 @@ size_t shared_bytes(const StepLayer* layers, int count) {
 }
 
 }  // namespace
-
-void plan_thin_products(StepLayer& layer) {
-  const int64_t strip_bytes =
-      kStrip * layer.columns * size_of(static_cast<Dtype>(layer.gradient_dtype[0]));
-  layer.panel_strips = static_cast<int32_t>(std::max<int64_t>(1, kPanelBytes / strip_bytes));
-}
 
 void thin_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                    int* ticket, Stream stream) {

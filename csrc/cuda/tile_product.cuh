@@ -22,10 +22,10 @@ struct TileArrays {
   int pitch;                  // from row to row of Z and P
   int border, z, left, size;  // G or P come first
 
-  SINGD_HOST_DEVICE TileArrays(const StepLayer& l, int vector, int element_bytes) {
+  SINGD_HOST_DEVICE TileArrays(const StepLayer& l, int tile_rows, int vector, int element_bytes) {
     const bool aligned = l.tile_columns % kRun == 0;
     const int columns = static_cast<int>(padded(l.tile_columns + (aligned ? 0 : vector - 1)));
-    rows = (l.tile_rows + 31) / 32 * 32;
+    rows = (tile_rows + 31) / 32 * 32;
     pitch = columns + 16 / element_bytes;  // an odd number of 16-byte words
     border = rows * pitch;
     z = border + (l.right.bordered() ? l.right.width * rows : 0);
@@ -85,10 +85,10 @@ struct Stage {
   T* const workspace;
   T* const shared;
 
-  __device__ Stage(const StepLayer& layer, const Tile& t, int vector)
+  __device__ Stage(const StepLayer& layer, const Tile& t, int tile_rows, int vector)
       : l(layer),
         tile(t),
-        arrays(layer, vector, sizeof(T)),
+        arrays(layer, tile_rows, vector, sizeof(T)),
         offsets(layer),
         workspace(static_cast<T*>(layer.workspace)),
         shared(dynamic_shared<T>()) {}

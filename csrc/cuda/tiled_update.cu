@@ -1,4 +1,5 @@
-// The fused step of layers with a block-diagonal or bordered side:
+// The fused step of layers with a block-diagonal or bordered side that are float64, or of mixed
+// dtypes, or not aligned (matrix_update.cu has the others):
 //
 //   Z = G A_K    P = A_C Z    M <- alpha2 M + P + gamma W    W <- W - lr M
 //
@@ -19,39 +20,11 @@ namespace {
 constexpr int kTileRows = 32;
 constexpr int kTilesPerInspection = 2;
 
-// A tile of the thin rows X and G_B, times A_K.
-template <class E>
-__device__ __forceinline__ void update_thin_rows(const StepLayer& l, const Tile& tile) {
-  using T = typename E::Compute;
-  const Stage<T> s(l, tile, E::kCount);
-  const int64_t pitch = padded(l.columns);
-  const T* const thin = s.workspace + s.offsets.thin;
-  const T* const products = s.workspace + s.offsets.thin_products;
-  T* const result = s.workspace + s.offsets.thin_result;
-  const auto value = [&](int64_t i, int j) {
-    return load<Cache::kStreaming>(thin + i * pitch + j);  // for the last time
-  };
-  for (int at = threadIdx.x; at < tile.rows * tile.columns; at += kStepThreads) {
-    const int row = at / tile.columns, j = tile.column + at % tile.columns;
-    s.put(row, j, value(tile.row + row, j));
-  }
-  if (l.right.bordered()) stage_border(s, products, value);
-  __syncthreads();
-  if (s.has_right()) {
-    multiply_right(s, products);
-    __syncthreads();
-  }
-  for (int at = threadIdx.x; at < tile.rows * tile.columns; at += kStepThreads) {
-    const int row = at / tile.columns, j = tile.column + at % tile.columns;
-    store(result + (tile.row + row) * pitch + j, shared_load(s.z_row(row) + j - tile.base));
-  }
-}
-
 template <class E>
 __device__ __forceinline__ void update_tile(const StepArguments& a, const StepLayer& l,
                                             const Tile& tile) {
   using T = typename E::Compute;
-  const Stage<T> s(l, tile, E::kCount);
+  const Stage<T> s(l, tile, l.tile_rows, E::kCount);
   const T* const products = s.workspace + s.offsets.products;
   for_each_vector<E>(tile, [&](int row, const Columns& c) {
     T g[E::kCount];
@@ -86,14 +59,6 @@ __device__ __forceinline__ void update_tile(const StepArguments& a, const StepLa
   });
 }
 
-// Tile `number` of the thin rows.
-template <class E>
-__device__ __forceinline__ Tile thin_tile(const StepLayer& l, int64_t number) {
-  Tile tile = tile_of<E>(l, number);
-  tile.rows = min(static_cast<int>(l.tile_rows), l.thin_rows() - tile.row);
-  return tile;
-}
-
 template <class E>
 __global__ void __launch_bounds__(kStepThreads, kResidentBlocks<typename E::Compute>)
     tiled_update_kernel(const __grid_constant__ StepTable table, const StepArguments a,
@@ -104,13 +69,9 @@ __global__ void __launch_bounds__(kStepThreads, kResidentBlocks<typename E::Comp
     if (begin_update<typename E::Compute>(a, work)) update_tile<E>(a, l, tile_of<E>(l, work.tile));
     return;
   }
-  if (l.left.bordered()) {
-    update_thin_rows<E>(l, thin_tile<E>(l, work.tile));
-  } else {
-    const int64_t begin = work.tile * kTilesPerInspection;
-    for (int64_t n = begin; n < min(begin + kTilesPerInspection, l.tiles()); ++n) {
-      inspect<E>(a, l, tile_of<E>(l, n));
-    }
+  const int64_t begin = work.tile * kTilesPerInspection;
+  for (int64_t n = begin; n < min(begin + kTilesPerInspection, l.tiles()); ++n) {
+    inspect<E>(a, l, tile_of<E>(l, n));
   }
   finish_first_tile(a, l);
 }
@@ -140,29 +101,28 @@ void plan_tiled_update(StepLayer& layer, const StepKind& kind) {
   const bool blocks = layer.left.action == Action::kBlocks;
   const int width = blocks ? layer.left.width : 1;
   layer.tile_rows = static_cast<int16_t>(std::max(1, kTileRows / width) * width);
-  if (layer.left.bordered()) {
-    const int64_t strips = (layer.thin_rows() + layer.tile_rows - 1) / layer.tile_rows;
-    layer.first_tiles = static_cast<int32_t>(strips * layer.column_tiles());
-  } else if (!layer.right.bordered()) {
-    layer.first_tiles =
-        static_cast<int32_t>((layer.tiles() + kTilesPerInspection - 1) / kTilesPerInspection);
-  }
+  if (layer.left.bordered() || layer.right.bordered()) return;  // thin_products has inspected G
+  layer.first_tiles =
+      static_cast<int32_t>((layer.tiles() + kTilesPerInspection - 1) / kTilesPerInspection);
 }
 
 void tiled_update(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                   int* ticket, Stream stream) {
   StepTable table;
   const int64_t blocks = fill_work(table, layers, count);
-  dispatch(kind, [&](auto elements) {
+  const auto run = [&](auto elements) {
     using E = decltype(elements);
     constexpr int kBytes = sizeof(typename E::Compute);
     int size = 0;
     for (int n = 0; n < count; ++n) {
-      size = std::max(size, TileArrays(layers[n], E::kCount, kBytes).size);
+      size = std::max(size, TileArrays(layers[n], layers[n].tile_rows, E::kCount, kBytes).size);
     }
     launch({"tiled_update", blocks, kStepThreads, stream, static_cast<size_t>(size) * kBytes},
            tiled_update_kernel<E>, table, a, ticket);
-  });
+  };
+  if (kind.in_vectors) return run(Elements<double, double>{});
+  kind.compute == Dtype::kFloat64 ? run(Elements<double, AnyElement>{})
+                                  : run(Elements<float, AnyElement>{});
 }
 
 }  // namespace singd::cuda

@@ -40,8 +40,6 @@ struct Thread {
   int width;
   uint64_t value;   // given
   uint64_t result;  // received
-  uint64_t matrix_calls;
-  uint64_t matrix_hash;
 };
 
 // Which of the threads that can go on goes on. Each order finds other missing barriers: kOldest

@@ -1,4 +1,4 @@
-// Barriers, shuffles, votes and the count of wmma's calls.
+// Barriers, shuffles and votes.
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -179,15 +179,6 @@ uint64_t exchange(Operation operation, unsigned mask, uint64_t value, int argume
   }
   leave();
   return t.result;
-}
-
-bool matrix_call(const void* p, Site site) {
-  if (lanes_of(self() / kWarp) != 0xFFFFFFFFu) fail("wmma in a warp of fewer than 32 threads");
-  Thread& t = emulator.thread[self()];
-  ++t.matrix_calls;
-  const uint64_t what = reinterpret_cast<uintptr_t>(p) ^ (static_cast<uint64_t>(site.line) << 48);
-  t.matrix_hash = (t.matrix_hash ^ what) * 0x9E3779B97F4A7C15u;
-  return self() % kWarp == 0;
 }
 
 }  // namespace singd::emulation

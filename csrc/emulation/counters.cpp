@@ -119,29 +119,17 @@ class Counting {
     for (size_t warp = 0; warp < warps_.size(); ++warp) converge(warp);
   }
 
-  void matrix(const char* p, size_t row_bytes, size_t stride_bytes, bool write, bool shared) {
-    constexpr size_t kRows = 16, kPiece = 16, kRowsOfPhase = 8;
-    if (shared) {
-      for (size_t column = 0; column < row_bytes; column += kPiece) {
-        for (size_t row = 0; row < kRows; row += kRowsOfPhase) {
-          uintptr_t addresses[kRowsOfPhase];
-          for (size_t i = 0; i < kRowsOfPhase; ++i) {
-            addresses[i] = reinterpret_cast<uintptr_t>(p + (row + i) * stride_bytes + column);
-          }
-          count_phase(addresses, static_cast<int>(kRowsOfPhase), kPiece);
+  void matrix(const char* p, size_t stride_bytes) {
+    constexpr size_t kRows = 16, kRowBytes = 32, kPiece = 16, kRowsOfPhase = 8;
+    for (size_t column = 0; column < kRowBytes; column += kPiece) {
+      for (size_t row = 0; row < kRows; row += kRowsOfPhase) {
+        uintptr_t addresses[kRowsOfPhase];
+        for (size_t i = 0; i < kRowsOfPhase; ++i) {
+          addresses[i] = reinterpret_cast<uintptr_t>(p + (row + i) * stride_bytes + column);
         }
-      }
-      return;
-    }
-    begin_sectors();
-    for (size_t row = 0; row < kRows; ++row) {
-      for (size_t column = 0; column < row_bytes; column += kPiece) {
-        add_sector(reinterpret_cast<uintptr_t>(p + row * stride_bytes + column), kPiece);
+        count_phase(addresses, static_cast<int>(kRowsOfPhase), kPiece);
       }
     }
-    const int64_t bytes = static_cast<int64_t>(kRows * row_bytes);
-    current().bytes_by_width[kWidths - 1] += bytes;
-    move_sectors(write, false, bytes);
   }
 
   std::map<std::string, Counters> finish_counting() {
@@ -298,9 +286,8 @@ void count_atomic(const void* p, size_t bytes) {
 void count_shared(const void* p, size_t bytes) {
   active->add(Kind::kShared, __builtin_return_address(0), p, bytes);
 }
-void count_matrix(const void* p, size_t row_bytes, size_t stride_bytes, bool write) {
-  active->matrix(static_cast<const char*>(p), row_bytes, stride_bytes, write,
-                 in_shared(p, row_bytes));
+void count_matrix(const void* p, size_t stride_bytes) {
+  active->matrix(static_cast<const char*>(p), stride_bytes);
 }
 
 void count_launch(const char* kernel, int64_t blocks, int threads) {

@@ -53,8 +53,8 @@ void count_load(const void* p, size_t bytes, bool streaming = false);
 void count_store(const void* p, size_t bytes, bool streaming = false);
 void count_atomic(const void* p, size_t bytes);
 void count_shared(const void* p, size_t bytes);
-// 16 rows that lane 0 moves for its warp.
-void count_matrix(const void* p, size_t row_bytes, size_t stride_bytes, bool write);
+// A warp loads 16 rows of 32 bytes from shared memory.
+void count_matrix(const void* p, size_t stride_bytes);
 
 void count_launch(const char* kernel, int64_t blocks, int threads);
 // All lanes of the warp have come to the same place: accesses before and after it are distinct.

@@ -182,8 +182,6 @@ SINGD_REINTERPRET(__double_as_longlong, long long, double)
 SINGD_REINTERPRET(__longlong_as_double, double, long long)
 #undef SINGD_REINTERPRET
 
-#include "wmma.h"
-
 // The vocabulary of csrc/cuda/device.cuh.
 namespace singd::cuda {
 
@@ -213,6 +211,8 @@ __forceinline__ void store(T* p, const T& value) {
   if (emulation::counting) emulation::count_store(p, sizeof(T), kStreaming<kCache>);
   memcpy(static_cast<void*>(p), &value, sizeof value);
 }
+
+inline void prefetch(const void*) {}
 
 template <class T>
 __forceinline__ T shared_load(const T* p) {

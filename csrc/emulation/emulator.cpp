@@ -95,18 +95,6 @@ void check_all_ended(int64_t block) {
   throw Error(reason);
 }
 
-void check_matrix_calls(int64_t block) {
-  for (int i = 0; i < emulator.threads; ++i) {
-    const Thread& lane0 = emulator.thread[i / kWarp * kWarp];
-    const Thread& t = emulator.thread[i];
-    if (t.matrix_calls == lane0.matrix_calls && t.matrix_hash == lane0.matrix_hash) continue;
-    throw Error(where(block) + ": thread " + std::to_string(i) + " made " +
-                std::to_string(t.matrix_calls) + " calls of wmma, lane 0 of its warp " +
-                std::to_string(lane0.matrix_calls) +
-                "; all lanes must make the same calls with the same arguments");
-  }
-}
-
 void begin_block(int64_t block) {
   static constexpr Order kOrders[] = {Order::kOldest, Order::kNewest, Order::kAny};
   emulator.random.state =
@@ -117,7 +105,6 @@ void begin_block(int64_t block) {
   std::memset(emulator.in_warp, 0, sizeof emulator.in_warp);
   for (int i = 0; i < emulator.threads; ++i) {
     Thread& t = emulator.thread[i];
-    t.matrix_calls = t.matrix_hash = 0;
     emulator.stacks.prepare(t.fiber, static_cast<size_t>(i), thread_entry);
   }
   std::memset(running.shared, 0xFF, running.shared_bytes);
@@ -133,7 +120,6 @@ void run_block(int64_t block) {
   switch_fiber(emulator.main, emulator.thread[first].fiber);
   if (emulator.error) std::rethrow_exception(std::exchange(emulator.error, nullptr));
   check_all_ended(block);
-  check_matrix_calls(block);
   if (counting) count_block_converged();
 }
 

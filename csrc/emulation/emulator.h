@@ -88,10 +88,6 @@ int synchronize(Operation operation, bool predicate, Site site);
 uint64_t exchange(Operation operation, unsigned mask, uint64_t value, int argument, int width,
                   Site site);
 
-// A call of a warp-wide matrix operation: true for lane 0, which carries it out. All lanes must
-// have made the same calls by the end of the block.
-bool matrix_call(const void* p, Site site);
-
 // fail_alignment for an access of `bytes` at p that is not aligned to its size.
 inline void check_alignment(const char* what, const void* p, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail_alignment(what, p, bytes);

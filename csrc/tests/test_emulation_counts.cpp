@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "../cuda/launch.cuh"
+#include "../cuda/matrix.cuh"
 #include "../emulation/counters.h"
 #include "../emulation/emulator.h"
 #include "../emulation/sector_cache.h"
@@ -125,24 +126,18 @@ void test_bank_conflicts() {
   check_equal(conflicts(shared_strided<Four>, 8), Pair(4, 28), "banks, 16 bytes, stride 8");
 }
 
-__global__ void load_matrix(const bfloat16* global, int ldm) {
-  namespace wmma = nvcuda::wmma;
-  wmma::fragment<wmma::matrix_a, 16, 16, 16, bfloat16, wmma::row_major> a;
-  const bfloat16* p = global == nullptr ? dynamic_shared<bfloat16>() : global;
-  wmma::load_matrix_sync(a, p, static_cast<unsigned>(ldm));
+__global__ void load_matrix(int stride) {
+  MatrixOperand<bfloat16> a;
+  load_left<false>(a, dynamic_shared<bfloat16>(), stride);
 }
 
-void test_counts_of_wmma() {
-  const auto memory = std::make_unique<Memory>();
-  const bfloat16* x = reinterpret_cast<const bfloat16*>(memory->values);
-  const auto loads = [](const bfloat16* p, int ldm) {
-    return count([&] { launch({"counted", 1, 32, nullptr, 4096}, load_matrix, p, ldm); });
+void test_counts_of_matrices() {
+  const auto loads = [](int stride) {
+    return count([&] { launch({"counted", 1, 32, nullptr, 4096}, load_matrix, stride); });
   };
-  check_equal(loads(x, 16).sectors_read, 16, "sectors of a matrix");
-  check_equal(loads(x, 72).sectors_read, 24, "sectors of a matrix with rows 144 bytes apart");
-  check_equal(loads(nullptr, 64).shared_phases, 4, "phases of a matrix");
-  check_equal(loads(nullptr, 64).bank_conflicts, 28, "banks, rows 128 bytes apart");
-  check_equal(loads(nullptr, 72).bank_conflicts, 0, "banks, rows 144 bytes apart");
+  check_equal(loads(64).shared_phases, 4, "phases of a matrix");
+  check_equal(loads(64).bank_conflicts, 28, "banks, rows 128 bytes apart");
+  check_equal(loads(72).bank_conflicts, 0, "banks, rows 144 bytes apart");
 }
 
 void test_dram() {
@@ -234,7 +229,7 @@ int main() {
   test_sectors();
   test_accesses_of_some_lanes();
   test_bank_conflicts();
-  test_counts_of_wmma();
+  test_counts_of_matrices();
   test_dram();
   test_least_recently_used();
   test_streaming_goes_first();

@@ -1,0 +1,54 @@
+// float32 on the tensor cores: a number is split exactly into planes of bfloat16 that add up to it,
+// three for float32, two for float16, one for bfloat16. A product of two numbers is the sum of the
+// products of their planes, of which the smallest are left out: with `kOrders` = 3 what is below
+// 2^-24 of it, with 2 what is below 2^-16.
+#pragma once
+
+#include "matrix.cuh"
+#include "numeric.cuh"
+
+namespace singd::cuda {
+
+template <int kPlanes>
+__device__ __forceinline__ void split(float value, bfloat16 (&planes)[kPlanes]) {
+#pragma unroll
+  for (int p = 0; p < kPlanes; ++p) {
+    planes[p] = narrow<bfloat16>(value);
+    value -= widen<float>(planes[p]);
+  }
+}
+
+// The planes of an operand whose elements the lanes hold in the order of matrix.cuh.
+template <int kPlanes>
+__device__ __forceinline__ void split(const float (&values)[8],
+                                      MatrixOperand<bfloat16> (&operands)[kPlanes]) {
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    bfloat16 low[kPlanes], high[kPlanes];
+    split(values[2 * w], low);
+    split(values[2 * w + 1], high);
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) {
+      const Vec<bfloat16, 2> pair{{low[p], high[p]}};
+      memcpy(&operands[p].words[w], &pair, sizeof pair);
+    }
+  }
+}
+
+// c += a b, where plane p of b is given by b_plane(p, operand).
+template <int kOrders, int kPlanesA, int kPlanesB, class Load>
+__device__ __forceinline__ void multiply_planes(MatrixSums& c,
+                                                const MatrixOperand<bfloat16> (&a)[kPlanesA],
+                                                Load&& load_plane) {
+#pragma unroll
+  for (int q = 0; q < kPlanesB; ++q) {
+    MatrixOperand<bfloat16> b;
+    load_plane(q, b);
+#pragma unroll
+    for (int p = 0; p < kPlanesA; ++p) {
+      if (p + q < kOrders) multiply(c, a[p], b);
+    }
+  }
+}
+
+}  // namespace singd::cuda
