@@ -34,12 +34,14 @@ RESIDENT_THREADS = 512
 LOAD_16 = r"LDG\.E\.(\w+\.)*128"
 STORE_16 = r"STG\.E\.(\w+\.)*128"
 TENSOR_CORE = r"HMMA\.16816\.F32"
+MATRIX_LOAD = r"LDSM\.16\."  # of operands of the tensor cores
 LOCAL_MEMORY = r"(LDL|STL)\b"
 FLOAT64 = r"DFMA"
 
 # Template arguments as mangled. The same type again is a reference to the first one.
 HALF, BFLOAT16, FLOAT, DOUBLE = "6__half", "13__nv_bfloat16", "f", "d"
-LOW_PRECISION, EVERY = (HALF, BFLOAT16), (HALF, BFLOAT16, FLOAT, DOUBLE)
+LOW_PRECISION, SINGLE = (HALF, BFLOAT16), (HALF, BFLOAT16, FLOAT)
+EVERY = (*SINGLE, DOUBLE)
 AGAIN = r"S\w*_"
 VECTOR_ROWS = r".*9RowAccessE0E"  # rows that can be read 16 bytes at a time
 COMPUTE_TYPE = {HALF: FLOAT, BFLOAT16: FLOAT, FLOAT: FLOAT, DOUBLE: DOUBLE}
@@ -75,15 +77,26 @@ EXPECTED = [
         for t in (HALF, FLOAT, DOUBLE)
     ),
     Expected("border_product_bfloat16_kernel", VECTOR_ROWS, (LOAD_16, TENSOR_CORE)),
-    Expected("border_product_bfloat16_kernel", "", (TENSOR_CORE,)),
+    Expected("border_product_bfloat16_kernel", "", (TENSOR_CORE, MATRIX_LOAD)),
     *(Expected("block_gram_kernel", t + VECTOR_ROWS, (LOAD_16,)) for t in EVERY),
     *(Expected("bordered_gram_kernel", t + VECTOR_ROWS, (LOAD_16,)) for t in EVERY),
-    *(Expected("block_gram_kernel", t, (TENSOR_CORE,)) for t in LOW_PRECISION),
-    *(Expected("bordered_gram_kernel", t + AGAIN, (TENSOR_CORE,)) for t in LOW_PRECISION),
+    *(Expected("block_gram_kernel", t, (TENSOR_CORE, MATRIX_LOAD)) for t in LOW_PRECISION),
+    *(
+        Expected("bordered_gram_kernel", t + AGAIN, (TENSOR_CORE, MATRIX_LOAD))
+        for t in LOW_PRECISION
+    ),
     # The step.
     *(Expected("stream_update_kernel", elements(t), (LOAD_16, STORE_16)) for t in EVERY),
-    *(Expected("tiled_update_kernel", elements(t), (LOAD_16, STORE_16)) for t in EVERY),
-    *(Expected("thin_products_kernel", elements(t), (LOAD_16,)) for t in EVERY),
+    *(
+        Expected("matrix_update_kernel", elements(t), (LOAD_16, STORE_16, TENSOR_CORE, MATRIX_LOAD))
+        for t in SINGLE
+    ),
+    *(
+        Expected("matrix_products_kernel", elements(t), (LOAD_16, TENSOR_CORE, MATRIX_LOAD))
+        for t in SINGLE
+    ),
+    Expected("tiled_update_kernel", elements(DOUBLE), (LOAD_16, STORE_16)),
+    Expected("thin_products_kernel", elements(DOUBLE), (LOAD_16,)),
     *(Expected("thin_row_products_kernel", t, (LOAD_16,)) for t in (FLOAT, DOUBLE)),
 ]
 

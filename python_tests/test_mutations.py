@@ -62,7 +62,7 @@ MUTATIONS = [
         "test_statistics and diagonal",
     ),
     Mutation(
-        "no barrier between staging and multiplying a strip of G",
+        "no barrier between staging and multiplying a strip of thin rows",
         "thin_strip.cuh",
         f"    {BARRIER}\n    if (border.end - k > kDepth)",
         "    if (border.end - k > kDepth)",
@@ -70,12 +70,36 @@ MUTATIONS = [
         "test_parameter_updates and rank",
     ),
     Mutation(
+        "no barrier between staging and multiplying a strip of G",
+        "matrix_products.cu",
+        f"      {BARRIER}\n      if (column + S::kChunk < l.columns)",
+        "      if (column + S::kChunk < l.columns)",
+        ("matrix_products",),
+        "test_parameter_updates and rank",
+    ),
+    Mutation(
         "no barrier before the write of a tile",
-        "tiled_update.cu",
-        f"    multiply_left(s);\n    {BARRIER}",
-        "    multiply_left(s);",
-        ("tiled_update",),
+        "matrix_update.cu",
+        f"  t.store_result(p);\n  {BARRIER}",
+        "  t.store_result(p);",
+        ("matrix_update",),
         "test_parameter_updates and block",
+    ),
+    Mutation(
+        "no barrier before the result takes the place of the operands",
+        "matrix_update.cu",
+        f"  t.multiply(p);\n  {BARRIER}",
+        "  t.multiply(p);",
+        ("matrix_update",),
+        "test_parameter_updates and block",
+    ),
+    Mutation(
+        "the smallest planes are left out",
+        "planes.cuh",
+        "if (p + q < kOrders)",
+        "if (p + q < kOrders - 1)",
+        ("matrix_update",),
+        "test_parameter_updates and block and f32",
     ),
     Mutation(
         "weight decay forgotten",
@@ -98,7 +122,8 @@ MUTATIONS = [
         "step.cuh",
         "1.0 / read(a.grad_scale)",
         "1.0",
-        ("stream_update", "tiled_update"),  # functions that are not inlined are shared
+        # Functions that are not inlined are shared.
+        ("stream_update", "tiled_update", "matrix_update"),
         "scales and diagonal",
     ),
     Mutation(

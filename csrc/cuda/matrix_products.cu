@@ -5,10 +5,10 @@
 //                     strips of rows, and max |G|
 //   thin_sums         X, and the border rows of G for a row-bordered C
 //
-// A block owns a strip of 128 rows and walks along it in chunks of 64 columns (float32: 32), the
-// next one loaded into registers while the current one, in shared memory as planes of bfloat16
-// (planes.cuh), is multiplied. Its warps own rows of S, whose sums stay in registers along the
-// strip, and of each chunk's X a tile of 16 x 16 or two.
+// A block owns a strip of 128 rows and walks along it in chunks of 64 columns (float32 and wide
+// borders: 32), the next one loaded into registers while the current one, in shared memory as
+// planes of bfloat16 (planes.cuh), is multiplied. Its warps own rows of S, whose sums stay in
+// registers along the strip, and of each chunk's X a tile of 16 x 16 or two.
 //
 // Bytes: G once, and the partial sums of X, 4 b for the bytes of a column of the strip.
 #include "planes.cuh"
@@ -20,7 +20,8 @@ namespace {
 constexpr int kWarps = kStepThreads / kWarp;
 constexpr int kPad = 8;
 
-template <class E>
+// kTiles: the most border tiles of a K in the launch.
+template <class E, int kTiles>
 struct Shape {
   using Stored = typename E::Stored;
   static constexpr int kGradientPlanes = sizeof(Stored) == 4                ? 3
@@ -28,7 +29,7 @@ struct Shape {
                                                                             : 2;
   static constexpr int kPlanes = sizeof(Stored) == 4 ? 3 : 2;
   static constexpr int kRows = 128;
-  static constexpr int kChunk = sizeof(Stored) == 4 ? 32 : 64;  // columns
+  static constexpr int kChunk = sizeof(Stored) == 4 || kTiles > 2 ? 32 : 64;  // columns
   static constexpr int kChunkTiles = kChunk / kMatrix;
   static constexpr int kPitch = kChunk + kPad;
   static constexpr int kRowTiles = kRows / kMatrix / kWarps;  // of a warp
@@ -41,12 +42,12 @@ SINGD_HOST_DEVICE inline int border_tiles(const SideShape& side) {
 
 // Arrays of bfloat16 in shared memory: planes of the chunk, of N_K in its columns as [t, column],
 // and of N_C in the strip's rows as [t, row].
-template <class E>
+template <class E, int kTiles>
 struct Arrays {
   int right, right_plane, left, left_plane, size;
 
   SINGD_HOST_DEVICE explicit Arrays(const StepLayer& l) {
-    using S = Shape<E>;
+    using S = Shape<E, kTiles>;
     right = S::kGradientPlanes * S::kRows * S::kPitch;
     right_plane = border_tiles(l.right) * kMatrix * S::kPitch;
     left = right + S::kPlanes * right_plane;
@@ -58,7 +59,7 @@ struct Arrays {
 template <class E, int kTiles>
 class StripProducts {
  public:
-  using S = Shape<E>;
+  using S = Shape<E, kTiles>;
 
   __device__ StripProducts(const StepLayer& layer, int strip)
       : l(layer),
@@ -67,9 +68,7 @@ class StripProducts {
         workspace(static_cast<float*>(layer.workspace)),
         shared(dynamic_shared<bfloat16>()),
         first_row(strip * S::kRows),
-        strip(strip),
-        lane(threadIdx.x % kWarp),
-        warp(threadIdx.x / kWarp) {}
+        strip(strip) {}
 
   // Returns the largest magnitude that this thread has read.
   __device__ __forceinline__ int run() {
@@ -95,12 +94,15 @@ class StripProducts {
   static constexpr int kVectors = S::kRows * kAcross / kStepThreads;
 
   const StepLayer& l;
-  const Arrays<E> arrays;
+  const Arrays<E, kTiles> arrays;
   const StepOffsets offsets;
   float* const workspace;
   bfloat16* const shared;
-  const int first_row, strip, lane, warp;
+  const int first_row, strip;
   Vec<typename E::Stored, kCount> next[kVectors];
+
+  static __device__ int lane() { return threadIdx.x % kWarp; }
+  static __device__ int warp() { return threadIdx.x / kWarp; }
 
   // The vectors of a chunk that a thread owns: f(number, row in the strip, columns).
   template <class Function>
@@ -183,7 +185,7 @@ class StripProducts {
                     arrays.left_plane);
   }
 
-  __device__ int row_tile(int n) const { return warp * S::kRowTiles + n; }
+  __device__ int row_tile(int n) const { return warp() * S::kRowTiles + n; }
 
   // The chunk's part of S in the warp's rows.
   __device__ __forceinline__ void multiply_right(MatrixSums (&s)[S::kRowTiles][kTiles]) const {
@@ -218,8 +220,8 @@ class StripProducts {
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-          const int64_t i = first_row + row_tile(n) * kMatrix + matrix_row(lane, e);
-          const int r = t * kMatrix + matrix_column(lane, e);
+          const int64_t i = first_row + row_tile(n) * kMatrix + matrix_row(lane(), e);
+          const int r = t * kMatrix + matrix_column(lane(), e);
           if (i >= l.rows || r >= l.right.width) continue;
           store(workspace + offsets.products + i * l.right.width + r, s[n][t].values[e]);
         }
@@ -230,9 +232,8 @@ class StripProducts {
   // The strip's part of X in the chunk's columns.
   __device__ __forceinline__ void multiply_left(int column) const {
     const int tasks = border_tiles(l.left) * S::kChunkTiles;
-    float* const out = workspace + (l.strips > 1 ? offsets.partial : offsets.thin) +
-                       static_cast<int64_t>(strip) * l.left.width * padded(l.columns);
-    for (int task = warp; task < tasks; task += kWarps) {
+#pragma unroll 1
+    for (int task = warp(); task < tasks; task += kWarps) {
       const int t = task / S::kChunkTiles * kMatrix, j = task % S::kChunkTiles * kMatrix;
       MatrixSums x;
 #pragma unroll 1
@@ -249,10 +250,12 @@ class StripProducts {
               load_right<false>(b, shared + (q * S::kRows + k) * S::kPitch + j, S::kPitch);
             });
       }
+      float* const out = workspace + (l.strips > 1 ? offsets.partial : offsets.thin) +
+                         static_cast<int64_t>(strip) * l.left.width * padded(l.columns);
 #pragma unroll
       for (int e = 0; e < 8; e += 2) {
-        const int r = t + matrix_row(lane, e);
-        const int64_t at = column + j + matrix_column(lane, e);
+        const int r = t + matrix_row(lane(), e);
+        const int64_t at = column + j + matrix_column(lane(), e);
         if (r >= l.left.width || at >= padded(l.columns)) continue;
         const Vec<float, 2> pair{{x.values[e], x.values[e + 1]}};
         store(reinterpret_cast<Vec<float, 2>*>(out + r * padded(l.columns) + at), pair);
@@ -263,9 +266,8 @@ class StripProducts {
 
 using ThinTable = Table<StepLayer, kMaxStepLayers>;
 
-// kTiles: the most border tiles of a K.
 template <class E, int kTiles>
-__global__ void __launch_bounds__(kStepThreads, kTiles < 4 ? 2 : 1)
+__global__ void __launch_bounds__(kStepThreads, 2)
     matrix_products_kernel(const __grid_constant__ ThinTable table, const StepArguments a) {
   const StepLayer& l = table.find(blockIdx.x);
   StripProducts<E, kTiles> products(l, static_cast<int>(blockIdx.x - l.first_block));
@@ -274,7 +276,8 @@ __global__ void __launch_bounds__(kStepThreads, kTiles < 4 ? 2 : 1)
 
 // A thread owns an entry of X or of the border rows of G.
 template <class E>
-__global__ void thin_sums_kernel(const __grid_constant__ ThinTable table) {
+__global__ void __launch_bounds__(kStepThreads)
+    thin_sums_kernel(const __grid_constant__ ThinTable table) {
   const StepLayer& l = table.find(blockIdx.x);
   const StepOffsets offsets(l);
   float* const workspace = static_cast<float*>(l.workspace);
@@ -298,7 +301,7 @@ __global__ void thin_sums_kernel(const __grid_constant__ ThinTable table) {
 void plan_matrix_products(StepLayer& layer, const StepKind& kind) {
   if (!layer.left.bordered() && !layer.right.bordered()) return;
   dispatch_vectors(kind, [&](auto elements) {
-    constexpr int kRows = Shape<decltype(elements)>::kRows;
+    constexpr int kRows = Shape<decltype(elements), 1>::kRows;
     layer.strips = (layer.rows + kRows - 1) / kRows;
   });
 }
@@ -306,21 +309,27 @@ void plan_matrix_products(StepLayer& layer, const StepKind& kind) {
 void matrix_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                      Stream stream) {
   ThinTable table;
+  int tiles = 0;
+  for (int n = 0; n < count; ++n) tiles = std::max(tiles, border_tiles(layers[n].right));
   dispatch_vectors(kind, [&](auto elements) {
     using E = decltype(elements);
-    size_t size = 0;
-    int tiles = 0;
-    for (int n = 0; n < count; ++n) {
-      size = std::max(size, static_cast<size_t>(Arrays<E>(layers[n]).size));
-      tiles = std::max(tiles, border_tiles(layers[n].right));
+    const auto run = [&](auto most) {
+      constexpr int kTiles = decltype(most)::value;
+      const int64_t blocks =
+          fill(table, layers, count, [](const StepLayer& l) { return l.strips; });
+      int size = 0;
+      for (int n = 0; n < count; ++n) size = std::max(size, Arrays<E, kTiles>(layers[n]).size);
+      launch({"matrix_products", blocks, kStepThreads, stream, size * sizeof(bfloat16)},
+             matrix_products_kernel<E, kTiles>, table, a);
+    };
+    if (tiles <= 1) {
+      run(std::integral_constant<int, 1>());
+    } else if (tiles == 2) {
+      run(std::integral_constant<int, 2>());
+    } else {
+      run(std::integral_constant<int, 4>());
     }
-    int64_t blocks = fill(table, layers, count, [](const StepLayer& l) { return l.strips; });
-    const auto kernel = tiles <= 1   ? matrix_products_kernel<E, 1>
-                        : tiles == 2 ? matrix_products_kernel<E, 2>
-                                     : matrix_products_kernel<E, 4>;
-    launch({"matrix_products", blocks, kStepThreads, stream, size * sizeof(bfloat16)}, kernel,
-           table, a);
-    blocks = fill(table, layers, count, [](const StepLayer& l) {
+    const int64_t blocks = fill(table, layers, count, [](const StepLayer& l) {
       return (l.thin_rows() * padded(l.columns) + kStepThreads - 1) / kStepThreads;
     });
     launch({"thin_sums", blocks, kStepThreads, stream}, thin_sums_kernel<E>, table);
