@@ -33,7 +33,7 @@ class Incidents:
     def __init__(self, texts: Mapping[int, str], warned: set[str]) -> None:
         self._texts = texts  # what a code of the outcomes means
         self._warned = warned  # texts that were given, by whichever parameter group
-        self._host = torch.empty(0, dtype=torch.int64)
+        self._host = torch.empty(0, dtype=torch.int64, device="cpu")
         self._arrived: torch.cuda.Event | None = None
         self._layers: Sequence[Layer] = []
 
