@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from nets import OPTIONS, inputs, mlp
-from torch import nn
+from torch import Tensor, nn
 
 from singd_ext import SINGD
+from singd_ext.bench import memory
+from singd_ext.curvature import OutputHook
 
 pytestmark = [pytest.mark.filterwarnings("error")]
 
@@ -66,3 +68,68 @@ def test_autocast_run_is_near_the_float32_run(
         movement = (value - start[name]).norm()
         assert actual[name].dtype == torch.float32 and movement > 0
         assert (actual[name] - value).norm() < TOLERANCES[dtype] * movement, name
+
+
+class Scaled(nn.Linear):
+    """Does something to its input before the product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x)
+
+
+LAYERS = {
+    "rows": (lambda: nn.Linear(64, 64), (512, 64), True),
+    "no bias": (lambda: nn.Linear(64, 64, bias=False), (512, 64), True),
+    "positions": (lambda: nn.Linear(64, 64), (8, 64, 64), True),
+    "positions, no bias": (lambda: nn.Linear(64, 64, bias=False), (8, 8, 8, 64), True),
+    "strided": (lambda: nn.Linear(64, 64), (64, 512), True),  # as x.T
+    "convolution": (lambda: nn.Conv2d(8, 8, 3), (8, 8, 32, 16), True),
+    "padded by copies": (lambda: nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular"),
+                         (8, 8, 512), False),
+    "own forward": (lambda: Scaled(64, 64), (512, 64), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_autocast_keeps_one_copy_of_an_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What autograd keeps anyway is what the statistics are made of."""
+    make, shape, is_shared = LAYERS[name]
+    layer = make()
+    optimizer = SINGD(nn.Sequential(layer), structures=("diagonal", "diagonal"), T=1)
+    taken: list[Tensor] = []
+    receive = OutputHook.receive
+
+    def see(self: OutputHook, x: Tensor, *rest: Any) -> None:
+        taken.append(x)
+        receive(self, x, *rest)
+
+    monkeypatch.setattr(OutputHook, "receive", see)
+    original = torch.randn(shape)
+    with memory.measure(torch.device("cpu")) as found, torch.autocast("cpu", torch.bfloat16):
+        x = original.clone()
+        y = layer(x.T if name == "strided" else x)
+        del x
+    kept = found.end - y.nbytes
+    assert kept < 0.75 * original.nbytes if is_shared else kept > 1.4 * original.nbytes
+    y.float().square().mean().backward()
+    x = original.T if name == "strided" else original
+    assert torch.equal(taken[0], x.to(taken[0].dtype))
+    assert taken[0].dtype == (torch.bfloat16 if is_shared else torch.float32)
+    optimizer.step()
+
+
+def test_saved_tensor_hooks_see_the_input_itself() -> None:
+    layer, saved = nn.Linear(8, 8), []
+    optimizer = SINGD(nn.Sequential(layer), structures=("diagonal", "diagonal"), T=1)
+    x = torch.randn(4, 8)
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.dtype)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert torch.float32 in saved
+    y.float().square().mean().backward()
+    optimizer.step()

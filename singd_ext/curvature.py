@@ -18,7 +18,14 @@ from torch.utils.hooks import RemovableHandle
 from .attention import AttentionHook, Projection
 from .layers import Layer, State
 from .moves import follow
-from .observation import accumulates, observe, observe_traced, register
+from .observation import (
+    accumulates,
+    cast_input,
+    multiplies_input,
+    observe,
+    observe_traced,
+    register,
+)
 
 if TYPE_CHECKING:
     from .optimizer import SINGD
@@ -44,6 +51,7 @@ class OutputHook:
             weakref.ref(optimizer) if optimizer is not None else lambda: None
         )
         self._layer, self._module = layer, module
+        self._may_cast = module is not None and multiplies_input(module)
         self.key = register(self)
 
     def __reduce__(self) -> tuple[type[OutputHook], tuple[()]]:
@@ -68,6 +76,8 @@ class OutputHook:
             return None
         if output.requires_grad and (optimizer := self.wants()) is not None:
             x = layer.kind.call_input(args, kwargs).detach()
+            if self._may_cast:
+                x = cast_input(output, x)
             observe(output, x, self, active=not optimizer.is_paused)
         return None
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 
@@ -44,6 +44,54 @@ def observe(output: Tensor, x: Tensor, receiver: Receiver, active: bool) -> None
         # that all segments count as the one backward pass that they are.
         outer = torch._C._current_graph_task_id()
         output.register_hook(partial(_deliver, weakref.ref(receiver), kept, outer))
+
+
+# Layers that multiply their input itself: autocast casts it. A class with a forward of its own may
+# do something else to it before.
+_MULTIPLY_INPUT = (
+    nn.Linear.forward,
+    nn.Conv1d.forward,
+    nn.Conv2d.forward,
+    nn.Conv3d.forward,
+)
+# Where autograd keeps what a product multiplies.
+_SAVED_BY = {
+    "AddmmBackward0": "_saved_mat1",
+    "MmBackward0": "_saved_self",
+    "ConvolutionBackward0": "_saved_input",
+}
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
+
+
+def multiplies_input(module: nn.Module) -> bool:
+    """Whether autocast's copy of the module's input may stand for the input."""
+    return type(module).forward in _MULTIPLY_INPUT
+
+
+def cast_input(output: Tensor, x: Tensor) -> Tensor:
+    """Return the copy of x, in a lower precision, that autograd keeps beside it under autocast.
+
+    Keeping x as well would cost twice as much memory as autograd's copy does. x itself is returned
+    where there is no such copy, or where saved-tensor hooks decide what is kept.
+
+    Args:
+        output: Of a layer that `multiplies_input`.
+        x: Its input.
+    """
+    if output.dtype == x.dtype or torch._C._autograd._top_saved_tensors_default_hooks(False):
+        return x
+    node = output.grad_fn
+    if node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    if node is None or node.name() not in _SAVED_BY:
+        return x
+    saved = getattr(node, _SAVED_BY[node.name()])
+    if not isinstance(saved, Tensor) or saved.dtype != output.dtype:
+        return x
+    if saved.shape == x.shape:
+        return saved.detach()
+    is_flat = saved.numel() == x.numel() and saved.shape[-1] == x.shape[-1]
+    return saved.detach().view(x.shape) if is_flat and saved.is_contiguous() else x
 
 
 def _deliver(
