@@ -82,6 +82,7 @@ LAYERS = {
     "no bias": (lambda: nn.Linear(64, 64, bias=False), (512, 64), True),
     "positions": (lambda: nn.Linear(64, 64), (8, 64, 64), True),
     "positions, no bias": (lambda: nn.Linear(64, 64, bias=False), (8, 8, 8, 64), True),
+    "strided positions": (lambda: nn.Linear(64, 64), (64, 8, 64), True),  # as x.transpose(0, 1)
     "strided": (lambda: nn.Linear(64, 64), (64, 512), True),  # as x.T
     "convolution": (lambda: nn.Conv2d(8, 8, 3), (8, 8, 32, 16), True),
     "padded by copies": (lambda: nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular"),
@@ -107,15 +108,33 @@ def test_autocast_keeps_one_copy_of_an_input(name: str, monkeypatch: pytest.Monk
     original = torch.randn(shape)
     with memory.measure(torch.device("cpu")) as found, torch.autocast("cpu", torch.bfloat16):
         x = original.clone()
-        y = layer(x.T if name == "strided" else x)
+        y = layer(x.transpose(0, 1) if "strided" in name else x)
         del x
     kept = found.end - y.nbytes
     assert kept < 0.75 * original.nbytes if is_shared else kept > 1.4 * original.nbytes
     y.float().square().mean().backward()
-    x = original.T if name == "strided" else original
+    x = original.transpose(0, 1) if "strided" in name else original
     assert torch.equal(taken[0], x.to(taken[0].dtype))
     assert taken[0].dtype == (torch.bfloat16 if is_shared else torch.float32)
     optimizer.step()
+
+
+def test_autocast_keeps_one_copy_of_what_attention_projects() -> None:
+    def kept(observed: bool) -> int:
+        torch.manual_seed(0)
+        module = nn.MultiheadAttention(64, 4, batch_first=True)
+        optimizer = SINGD(nn.Sequential(module), structures=("diagonal", "diagonal"), T=1)
+        if not observed:
+            optimizer.remove_hooks()
+        with memory.measure(torch.device("cpu")) as found, torch.autocast("cpu", torch.bfloat16):
+            x = torch.randn(8, 64, 64)
+            y = module(x, x, x, need_weights=False)[0]
+            del x
+        y.float().square().mean().backward()
+        optimizer.step()
+        return found.end
+
+    assert kept(True) == kept(False)
 
 
 def test_saved_tensor_hooks_see_the_input_itself() -> None:

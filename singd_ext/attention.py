@@ -18,7 +18,7 @@ from torch.nn.parameter import Parameter
 from torch.overrides import TorchFunctionMode
 
 from .kinds import LinearKind
-from .observation import observe, register
+from .observation import cast_input, observe, register
 
 if TYPE_CHECKING:
     from .curvature import OutputHook
@@ -184,7 +184,8 @@ class _Observing(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        x, output = input, F.linear(input, weight, bias)
+        output = F.linear(input, weight, bias)
+        x = cast_input(output, input.detach())
         name = self._name(weight)
         if name == "out_proj":  # it comes as [sequence * batch, features]
             x = x.unflatten(0, (-1, self._batch))
@@ -198,7 +199,7 @@ class _Observing(TorchFunctionMode):
         if receiver is not None and observed.requires_grad:
             optimizer = receiver.first.wants()
             if optimizer is not None:
-                observe(observed, x.detach(), receiver, active=not optimizer.is_paused)
+                observe(observed, x, receiver, active=not optimizer.is_paused)
         return output
 
     def _name(self, weight: Tensor) -> str:

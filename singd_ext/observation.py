@@ -60,7 +60,8 @@ _SAVED_BY = {
     "MmBackward0": "_saved_self",
     "ConvolutionBackward0": "_saved_input",
 }
-_VIEWS = ("ViewBackward0", "UnsafeViewBackward0")
+# What may come after it: shapes, and the bias of strided rows.
+_AFTERWARDS = ("ViewBackward0", "UnsafeViewBackward0", "AddBackward0")
 
 
 def multiplies_input(module: nn.Module) -> bool:
@@ -75,13 +76,13 @@ def cast_input(output: Tensor, x: Tensor) -> Tensor:
     where there is no such copy, or where saved-tensor hooks decide what is kept.
 
     Args:
-        output: Of a layer that `multiplies_input`.
+        output: Of a layer that `multiplies_input`, or of `F.linear`.
         x: Its input.
     """
     if output.dtype == x.dtype or torch._C._autograd._top_saved_tensors_default_hooks(False):
         return x
     node = output.grad_fn
-    if node is not None and node.name() in _VIEWS:
+    while node is not None and node.name() in _AFTERWARDS:
         node = node.next_functions[0][0]
     if node is None or node.name() not in _SAVED_BY:
         return x
