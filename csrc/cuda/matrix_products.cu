@@ -5,12 +5,14 @@
 //                     strips of rows, and max |G|
 //   thin_sums         X, and the border rows of G for a row-bordered C
 //
-// A block owns a strip of 128 rows and walks along it in chunks of 64 columns (float32 and wide
-// borders: 32), the next one loaded into registers while the current one, in shared memory as
-// planes of bfloat16 (planes.cuh), is multiplied. Its warps own rows of S, whose sums stay in
-// registers along the strip, and of each chunk's X a tile of 16 x 16 or two.
+// A block owns a strip, of 128 rows or of several times as many where the partial sums of X, 4 b
+// bytes a column, would be much beside the rows'. 128 rows at a time, it walks along it in chunks
+// of 64 columns (float32 and wide borders: 32), the next one loaded into registers while the
+// current one, in shared memory as planes of bfloat16 (planes.cuh), is multiplied. Its warps own
+// rows of S, whose sums stay in registers along the strip, and of each chunk's X a tile of 16 x 16
+// or two.
 //
-// Bytes: G once, and the partial sums of X, 4 b for the bytes of a column of the strip.
+// Bytes: G once, and the partial sums of X, about an eighth of them, twice.
 #include "planes.cuh"
 #include "step.cuh"
 
@@ -29,7 +31,7 @@ struct Shape {
                                                                             : 2;
   static constexpr int kPlanes = sizeof(Stored) == 4 ? 3 : 2;
   static constexpr int kRows = 128;
-  static constexpr int kChunk = sizeof(Stored) == 4 || kTiles > 2 ? 32 : 64;  // columns
+  static constexpr int kChunk = (sizeof(Stored) == 4 ? 32 : 64) / (kTiles > 2 ? 2 : 1);
   static constexpr int kChunkTiles = kChunk / kMatrix;
   static constexpr int kPitch = kChunk + kPad;
   static constexpr int kRowTiles = kRows / kMatrix / kWarps;  // of a warp
@@ -38,6 +40,12 @@ struct Shape {
 
 SINGD_HOST_DEVICE inline int border_tiles(const SideShape& side) {
   return side.bordered() ? (side.width + kMatrix - 1) / kMatrix : 0;
+}
+
+// How many times 128 rows a strip is high.
+SINGD_HOST_DEVICE inline int steps_of_strip(const StepLayer& l) {
+  constexpr int kWidth = 8;  // of a border whose partial sums of 128 rows are few enough
+  return l.left.bordered() && l.left.width > kWidth ? (l.left.width + kWidth - 1) / kWidth : 1;
 }
 
 // Arrays of bfloat16 in shared memory: planes of the chunk, of N_K in its columns as [t, column],
@@ -61,14 +69,15 @@ class StripProducts {
  public:
   using S = Shape<E, kTiles>;
 
-  __device__ StripProducts(const StepLayer& layer, int strip)
+  // The rows from `first_row` on, of the strip of this number.
+  __device__ StripProducts(const StepLayer& layer, int strip, int first_row)
       : l(layer),
         arrays(layer),
         offsets(layer),
         workspace(static_cast<float*>(layer.workspace)),
         shared(dynamic_shared<bfloat16>()),
-        first_row(strip * S::kRows),
-        strip(strip) {}
+        strip(strip),
+        first_row(first_row) {}
 
   // Returns the largest magnitude that this thread has read.
   __device__ __forceinline__ int run() {
@@ -98,7 +107,7 @@ class StripProducts {
   const StepOffsets offsets;
   float* const workspace;
   bfloat16* const shared;
-  const int first_row, strip;
+  const int strip, first_row;
   Vec<typename E::Stored, kCount> next[kVectors];
 
   static __device__ int lane() { return threadIdx.x % kWarp; }
@@ -257,8 +266,14 @@ class StripProducts {
         const int r = t + matrix_row(lane(), e);
         const int64_t at = column + j + matrix_column(lane(), e);
         if (r >= l.left.width || at >= padded(l.columns)) continue;
-        const Vec<float, 2> pair{{x.values[e], x.values[e + 1]}};
-        store(reinterpret_cast<Vec<float, 2>*>(out + r * padded(l.columns) + at), pair);
+        auto* const to = reinterpret_cast<Vec<float, 2>*>(out + r * padded(l.columns) + at);
+        Vec<float, 2> pair{{x.values[e], x.values[e + 1]}};
+        if (first_row % (steps_of_strip(l) * S::kRows) != 0) {
+          const Vec<float, 2> before = load(to);
+          pair[0] += before[0];
+          pair[1] += before[1];
+        }
+        store(to, pair);
       }
     }
   }
@@ -270,8 +285,14 @@ template <class E, int kTiles>
 __global__ void __launch_bounds__(kStepThreads, 2)
     matrix_products_kernel(const __grid_constant__ ThinTable table, const StepArguments a) {
   const StepLayer& l = table.find(blockIdx.x);
-  StripProducts<E, kTiles> products(l, static_cast<int>(blockIdx.x - l.first_block));
-  raise(counters_of(a, l) + kGradientMagnitude, products.run());
+  const int strip = static_cast<int>(blockIdx.x - l.first_block), steps = steps_of_strip(l);
+#pragma unroll 1
+  for (int n = strip * steps; n < (strip + 1) * steps; ++n) {
+    const int first_row = n * Shape<E, kTiles>::kRows;
+    if (first_row >= l.rows) return;
+    StripProducts<E, kTiles> products(l, strip, first_row);
+    raise(counters_of(a, l) + kGradientMagnitude, products.run());
+  }
 }
 
 // A thread owns an entry of X or of the border rows of G.
@@ -301,8 +322,8 @@ __global__ void __launch_bounds__(kStepThreads)
 void plan_matrix_products(StepLayer& layer, const StepKind& kind) {
   if (!layer.left.bordered() && !layer.right.bordered()) return;
   dispatch_vectors(kind, [&](auto elements) {
-    constexpr int kRows = Shape<decltype(elements), 1>::kRows;
-    layer.strips = (layer.rows + kRows - 1) / kRows;
+    const int rows = Shape<decltype(elements), 1>::kRows * steps_of_strip(layer);
+    layer.strips = (layer.rows + rows - 1) / rows;
   });
 }
 
