@@ -25,13 +25,10 @@ constexpr int kPad = 8;
 // kTiles: the most border tiles of a K in the launch.
 template <class E, int kTiles>
 struct Shape {
-  using Stored = typename E::Stored;
-  static constexpr int kGradientPlanes = sizeof(Stored) == 4                ? 3
-                                         : std::is_same_v<Stored, bfloat16> ? 1
-                                                                            : 2;
-  static constexpr int kPlanes = sizeof(Stored) == 4 ? 3 : 2;
+  static constexpr int kGradientPlanes = kStoredPlanes<typename E::Stored>;
+  static constexpr int kPlanes = kComputePlanes<typename E::Stored>;
   static constexpr int kRows = 128;
-  static constexpr int kChunk = (sizeof(Stored) == 4 ? 32 : 64) / (kTiles > 2 ? 2 : 1);
+  static constexpr int kChunk = (sizeof(typename E::Stored) == 4 ? 32 : 64) / (kTiles > 2 ? 2 : 1);
   static constexpr int kChunkTiles = kChunk / kMatrix;
   static constexpr int kPitch = kChunk + kPad;
   static constexpr int kRowTiles = kRows / kMatrix / kWarps;  // of a warp

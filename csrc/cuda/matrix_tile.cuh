@@ -24,11 +24,8 @@ static_assert(kTileColumns == kStepThreads / kWarp * kMatrix, "a warp owns 16 co
 
 template <class E>
 struct TileShape {
-  using Stored = typename E::Stored;
-  static constexpr int kGradientPlanes = sizeof(Stored) == 4                ? 3
-                                         : std::is_same_v<Stored, bfloat16> ? 1
-                                                                            : 2;
-  static constexpr int kPlanes = sizeof(Stored) == 4 ? 3 : 2;  // of factors and of Z
+  static constexpr int kGradientPlanes = kStoredPlanes<typename E::Stored>;
+  static constexpr int kPlanes = kComputePlanes<typename E::Stored>;  // of factors and of Z
   static constexpr int kRows = 64;
   static constexpr int kRowTiles = kRows / kMatrix;
   static constexpr int kLeftPitch = kRows + kPad;

@@ -9,6 +9,14 @@
 
 namespace singd::cuda {
 
+// Planes that hold a stored number exactly, and those of factors and intermediate sums beside it.
+template <class Stored>
+constexpr int kStoredPlanes = sizeof(Stored) == 4                ? 3
+                              : std::is_same_v<Stored, bfloat16> ? 1
+                                                                 : 2;
+template <class Stored>
+constexpr int kComputePlanes = sizeof(Stored) == 4 ? 3 : 2;
+
 template <int kPlanes>
 __device__ __forceinline__ void split(float value, bfloat16 (&planes)[kPlanes]) {
 #pragma unroll
