@@ -33,36 +33,61 @@ def dense_step(W: Tensor, M: Tensor, G: Tensor, K: Tensor, C: Tensor) -> Tensor:
     return torch.cat([W - BETA * M, M])
 
 
+def check_step(
+    spec_K: str, spec_C: str, d_o: int, d_i: int, bias: bool, dtype: torch.dtype, unscale: bool
+) -> None:
+    """One layer's step; factors of 16-bit layers are float32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    K, C = (calls.factor(s, d, 1, wide) for s, d in ((spec_K, d_i), (spec_C, d_o)))
+    W, M, scaled = (calls.numbers(d_o, d_i, seed=seed, dtype=dtype) for seed in range(3))
+    columns = d_i - 1 if bias else d_i
+    weight, momentum, gradient = (
+        (t[:, :columns].clone(), t[:, columns:].flatten().clone()) for t in (W, M, scaled)
+    )
+    ops.preconditioned_update_(
+        *([t] for t in weight), *([t] for t in momentum),
+        [torch.zeros((), dtype=torch.int64)], *([t] for t in gradient),
+        [K], [C], spec_K, spec_C,
+        lr=torch.tensor(BETA, dtype=torch.float64), momentum=ALPHA, weight_decay=GAMMA,
+        grad_scale=torch.tensor(8.0) if unscale else None,
+    )  # fmt: skip
+    ours = torch.cat([torch.cat([w, b.view(d_o, -1)], 1) for w, b in (weight, momentum)])
+    dense = [
+        StructuredMatrix(spec_K, d_i, K).to_dense(),
+        StructuredMatrix(spec_C, d_o, C).to_dense(),
+    ]
+    G = scaled / 8 if unscale else scaled
+    rival = dense_step(W, M, G, *(t.to(dtype) for t in dense))
+    truth = dense_step(*(t.double() for t in (W, M, G, *dense)))
+    assert_close_to_truth(ours, rival, truth)
+
+
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "scaled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_step(width: int, bias: bool, dtype: torch.dtype, unscale: bool) -> None:
-    scale = torch.tensor(8.0) if unscale else None
     for d_o, d_i in DIMS:
         for spec_K, spec_C in specs_of(width):
-            K, C = (calls.factor(s, d, 1, dtype) for s, d in ((spec_K, d_i), (spec_C, d_o)))
-            W, M, scaled = (calls.numbers(d_o, d_i, seed=seed, dtype=dtype) for seed in range(3))
-            columns = d_i - 1 if bias else d_i
-            weight, momentum, gradient = (
-                (t[:, :columns].clone(), t[:, columns:].flatten().clone()) for t in (W, M, scaled)
-            )
-            ops.preconditioned_update_(
-                *([t] for t in weight), *([t] for t in momentum),
-                [torch.zeros((), dtype=torch.int64)], *([t] for t in gradient),
-                [K], [C], spec_K, spec_C,
-                lr=torch.tensor(BETA, dtype=torch.float64), momentum=ALPHA, weight_decay=GAMMA,
-                grad_scale=scale,
-            )  # fmt: skip
-            ours = torch.cat([torch.cat([w, b.view(d_o, -1)], 1) for w, b in (weight, momentum)])
-            dense = [
-                StructuredMatrix(spec_K, d_i, K).to_dense(),
-                StructuredMatrix(spec_C, d_o, C).to_dense(),
-            ]
-            G = scaled / 8 if unscale else scaled
-            rival = dense_step(W, M, G, *dense)
-            truth = dense_step(*(t.double() for t in (W, M, G, *dense)))
-            assert_close_to_truth(ours, rival, truth)
+            check_step(spec_K, spec_C, d_o, d_i, bias, dtype, unscale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "specs",
+    [
+        ("block_diagonal:30", "block_diagonal:32"),
+        ("block_diagonal:33", "block_diagonal:7"),
+        ("hierarchical:15,15", "hierarchical:15,15"),
+        ("rank_tril:33", "rank_triu:17"),
+        ("rank_triu:1", "rank_tril_topleft:1"),
+        ("block_diagonal:64", "rank_triu_topleft:40"),
+    ],
+    ids=str,
+)
+def test_step_of_many_tiles(specs: tuple[str, str], dtype: torch.dtype) -> None:
+    """Several tiles, strips of rows and splits of columns; rows move in vectors."""
+    check_step(*specs, 300, 1041, True, dtype, False)
 
 
 def test_an_overflow_in_the_last_row_alone_is_found() -> None:

@@ -23,6 +23,8 @@ namespace singd::cuda {
 // The widest block and border for which a side is not materialised.
 constexpr int64_t kMaxSideWidth = 64;
 
+constexpr int kThinSplitColumns = 512;
+
 enum class Action : int8_t { kDiagonal, kBlocks, kRowBordered, kColumnBordered };
 
 struct SideShape {
@@ -71,6 +73,10 @@ struct StepLayer {
     if (left.action == Action::kRowBordered) return 2 * left.width;
     return left.action == Action::kColumnBordered ? left.width : 0;
   }
+  // thin_row_products has few rows: its blocks share the columns.
+  SINGD_HOST_DEVICE int thin_splits() const {
+    return (columns + kThinSplitColumns - 1) / kThinSplitColumns;
+  }
   SINGD_HOST_DEVICE int column_tiles() const { return (columns + tile_columns - 1) / tile_columns; }
   SINGD_HOST_DEVICE int64_t tiles() const {
     return static_cast<int64_t>((rows + tile_rows - 1) / tile_rows) * column_tiles();
@@ -86,7 +92,7 @@ struct StepOffsets {
   int64_t right_delta = 0, right_n, left_delta, left_n;
   int64_t products;       // S = G N_K^T: rows x right.width
   int64_t thin;           // X, and the border rows of G: thin_rows x columns
-  int64_t thin_products;  // [X; G_B] N_K^T: thin_rows x right.width
+  int64_t thin_products;  // [X; G_B] N_K^T: thin_splits x thin_rows x right.width, to be added
   int64_t thin_result;    // [X; G_B] A_K
   int64_t partial;        // N_C G by strips of rows, where there are several
   int64_t size;
@@ -100,7 +106,7 @@ struct StepOffsets {
     products = left_n + l.left.width * rows;
     thin = products + padded(l.rows * right_border);
     thin_products = thin + l.thin_rows() * columns;
-    thin_result = thin_products + padded(l.thin_rows() * right_border);
+    thin_result = thin_products + padded(l.thin_splits() * l.thin_rows() * right_border);
     partial = thin_result + l.thin_rows() * columns;
     const bool has_partial = l.left.bordered() && l.strips > 1;
     size = partial + (has_partial ? l.strips * l.left.width * columns : 0);

@@ -134,9 +134,12 @@ __global__ void __launch_bounds__(kStepThreads, kResidentBlocks<T>)
   T* const workspace = static_cast<T*>(l.workspace);
   const int64_t pitch = padded(l.columns);
   const ThinRows<T> source{workspace + offsets.thin, l.thin_rows(), l.columns};
-  const Border<T> border{workspace + offsets.right_n, l.right.width, 0, l.columns, pitch};
-  multiply_rows(source, static_cast<int>(blockIdx.x - l.first_block), border,
-                workspace + offsets.thin_products);
+  const int number = static_cast<int>(blockIdx.x - l.first_block);
+  const int split = number % l.thin_splits(), begin = split * kThinSplitColumns;
+  const Border<T> border{workspace + offsets.right_n, l.right.width, begin,
+                         min(begin + kThinSplitColumns, l.columns), pitch};
+  const int64_t part = static_cast<int64_t>(split) * l.thin_rows() * l.right.width;
+  multiply_rows(source, number / l.thin_splits(), border, workspace + offsets.thin_products + part);
 }
 
 template <class T>
@@ -168,7 +171,8 @@ void thin_products(StepLayer* layers, int count, const StepKind& kind, const Ste
 void thin_row_products(StepLayer* layers, int count, Dtype compute, Stream stream) {
   ThinTable table;
   const int64_t blocks = fill(table, layers, count, [](const StepLayer& l) {
-    return l.right.bordered() ? static_cast<int64_t>(l.thin_rows() + kStrip - 1) / kStrip : 0;
+    const int64_t strips = l.right.bordered() ? (l.thin_rows() + kStrip - 1) / kStrip : 0;
+    return strips * l.thin_splits();
   });
   const auto run = [&](auto zero) {
     using T = decltype(zero);

@@ -32,6 +32,14 @@ __global__ void __launch_bounds__(kStepThreads, kResidentBlocks<T>)
   const int64_t pitch = padded(l.columns);
   const T* const thin = s.workspace + s.offsets.thin;
   const T* const products = s.workspace + s.offsets.thin_products;
+  const auto product = [&](int64_t i, int t) {
+    const T* const part = products + i * l.right.width + t;
+    T sum = load(part);
+    for (int n = 1; n < l.thin_splits(); ++n) {
+      sum += load(part + static_cast<int64_t>(n) * l.thin_rows() * l.right.width);
+    }
+    return sum;
+  };
   T* const result = s.workspace + s.offsets.thin_result;
   const auto value = [&](int64_t i, int j) { return load(thin + i * pitch + j); };
   const auto for_each = [&](auto f) {
@@ -40,10 +48,10 @@ __global__ void __launch_bounds__(kStepThreads, kResidentBlocks<T>)
     }
   };
   for_each([&](int row, int j) { s.put(row, j, value(tile.row + row, j)); });
-  if (l.right.bordered()) stage_border(s, products, value);
+  if (l.right.bordered()) stage_border(s, product, value);
   __syncthreads();
   if (s.has_right()) {
-    multiply_right(s, products);
+    multiply_right(s, product);
     __syncthreads();
   }
   for_each([&](int row, int j) {

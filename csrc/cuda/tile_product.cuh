@@ -110,23 +110,23 @@ struct Stage {
   }
 };
 
-// S of a bordered K: products[i, t], or column border_index(t) of the rows for a row-bordered K.
-template <class T, class Rows>
-__device__ __forceinline__ void stage_border(const Stage<T>& s, const T* products, Rows&& value) {
+// S of a bordered K: product(i, t), or column border_index(t) of the rows for a row-bordered K.
+template <class T, class Product, class Rows>
+__device__ __forceinline__ void stage_border(const Stage<T>& s, Product&& product, Rows&& value) {
   const SideShape& side = s.l.right;
   for (int at = threadIdx.x; at < side.width * s.tile.rows; at += kStepThreads) {
     const int row = at / side.width, t = at % side.width;
     const int64_t i = s.tile.row + row;
     const T x = side.action == Action::kRowBordered
                     ? value(i, static_cast<int>(side.border_index(t, s.l.columns)))
-                    : load(products + i * side.width + t);
+                    : product(i, t);
     shared_store(row_of_column(s.shared + s.arrays.border, s.arrays.rows, t, row), x);
   }
 }
 
 // Z of the tile, unless K is diagonal.
-template <class T>
-__device__ __forceinline__ void multiply_right(const Stage<T>& s, const T* products) {
+template <class T, class Product>
+__device__ __forceinline__ void multiply_right(const Stage<T>& s, Product&& product) {
   const SideShape& side = s.l.right;
   const Tile& tile = s.tile;
   const T* const n = s.workspace + s.offsets.right_n;
@@ -151,11 +151,11 @@ __device__ __forceinline__ void multiply_right(const Stage<T>& s, const T* produ
       add_rows(source, s.arrays.rows, first + t, row, load(n + t * pitch + j), sums);
     }
     const bool is_product = side.action == Action::kRowBordered && side.is_border(j, s.l.columns);
-    const int64_t r = is_product ? side.border_row(j, s.l.columns) : 0;
+    const int r = is_product ? static_cast<int>(side.border_row(j, s.l.columns)) : 0;
 #pragma unroll
     for (int e = 0; e < kRun; ++e) {
       if (row + e >= tile.rows) continue;
-      const T z = is_product ? load(products + (tile.row + row + e) * side.width + r) : sums[e];
+      const T z = is_product ? product(tile.row + row + e, r) : sums[e];
       shared_store(s.z_row(row + e) + slot, z);
     }
   }

@@ -26,6 +26,7 @@ __device__ __forceinline__ void update_tile(const StepArguments& a, const StepLa
   using T = typename E::Compute;
   const Stage<T> s(l, tile, l.tile_rows, E::kCount);
   const T* const products = s.workspace + s.offsets.products;
+  const auto product = [&](int64_t i, int t) { return load(products + i * l.right.width + t); };
   for_each_vector<E>(tile, [&](int row, const Columns& c) {
     T g[E::kCount];
     load_gradient<E, Cache::kStreaming>(l, tile.row + row, c, g);
@@ -35,12 +36,12 @@ __device__ __forceinline__ void update_tile(const StepArguments& a, const StepLa
     }
   });
   if (l.right.bordered()) {
-    stage_border(s, products, [&](int64_t i, int j) { return load_gradient<E>(l, i, j); });
+    stage_border(s, product, [&](int64_t i, int j) { return load_gradient<E>(l, i, j); });
   }
   if (s.has_left()) stage_left(s);
   __syncthreads();
   if (s.has_right()) {
-    multiply_right(s, products);
+    multiply_right(s, product);
     __syncthreads();
   }
   if (s.has_left()) {
