@@ -41,7 +41,6 @@ def check_step(
     bias: bool,
     dtype: torch.dtype,
     unscale: bool,
-    factor: float = 2.0,
 ) -> None:
     """One layer's step; factors of 16-bit layers are float32."""
     wide = torch.promote_types(dtype, torch.float32)
@@ -66,7 +65,7 @@ def check_step(
     G = scaled / 8 if unscale else scaled
     rival = dense_step(W, M, G, *(t.to(dtype) for t in dense))
     truth = dense_step(*(t.double() for t in (W, M, G, *dense)))
-    assert_close_to_truth(ours, rival, truth, factor)
+    assert_close_to_truth(ours, rival, truth)
 
 
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "scaled"])
@@ -94,8 +93,7 @@ def test_step(width: int, bias: bool, dtype: torch.dtype, unscale: bool) -> None
 )
 def test_step_of_many_tiles(specs: tuple[str, str], dtype: torch.dtype) -> None:
     """Several tiles, strips of rows and splits of columns; rows move in vectors."""
-    # A thousand terms, added in order without vectors where BLAS adds them in parts.
-    check_step(*specs, 300, 1041, True, dtype, False, factor=4.0)
+    check_step(*specs, 300, 601, True, dtype, False)
 
 
 def test_an_overflow_in_the_last_row_alone_is_found() -> None:

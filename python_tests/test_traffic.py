@@ -22,18 +22,13 @@ STREAMING = ["diagonal", "block_diagonal:32", "rank_triu:1", "hierarchical:16,16
 SPARSE = list(PASSES)
 
 
-# Partial sums take up to an eighth of the bytes of the rows: on an H100, fewer splits left
-# multiprocessors idle, which cost much more than these bytes do.
-STATISTIC = 1.05 + 1 / 8
-
-
 @pytest.mark.parametrize("dim", [768, 1024, 3072, 4096])
 @pytest.mark.parametrize("spec", STREAMING)
 def test_a_statistic_reads_the_rows_once(spec: str, dim: int) -> None:
     rows = 4096
     counts = traffic.count_statistic(spec, rows, dim, BF16)
-    assert dram_bytes(counts) <= STATISTIC * traffic.least_statistic_bytes(spec, rows, dim, BF16)
-    assert sector_efficiency(counts) >= 0.91  # rows of partial sums do not end where sectors do
+    assert dram_bytes(counts) <= 1.05 * traffic.least_statistic_bytes(spec, rows, dim, BF16)
+    assert sector_efficiency(counts) >= 0.95
 
 
 @pytest.mark.parametrize("preset", ["gpt2-small", "gpt2-medium"])
@@ -41,16 +36,13 @@ def test_a_statistic_reads_the_rows_once(spec: str, dim: int) -> None:
 def test_a_step_moves_little_more_than_it_must(spec: str, preset: str) -> None:
     shapes = STACKS[preset].shapes
     counts = traffic.count_step(spec, shapes, BF16, F32)
-    # With wide borders the partial sums of N_C G are the excess.
-    allowed = 1.1 if spec == "hierarchical:16,16" else 1.05
-    assert dram_bytes(counts) <= allowed * traffic.least_step_bytes(spec, shapes, BF16, F32)
-    # Tiles of four blocks of 60 bytes do not end where sectors do.
-    assert sector_efficiency(counts) >= (0.9 if spec == "block_diagonal:30" else 0.95)
+    assert dram_bytes(counts) <= 1.05 * traffic.least_step_bytes(spec, shapes, BF16, F32)
+    assert sector_efficiency(counts) >= 0.95
 
 
 def test_the_goals_against_fused_adamw() -> None:
     """GPT-2 medium's block linears in bfloat16, 8,192 tokens: shares of fused AdamW's bytes."""
-    structures = {"diagonal": 0.75, "block_diagonal:32": 0.75, "hierarchical:16,16": 0.96}
+    structures = {"diagonal": 0.75, "block_diagonal:32": 0.75, "hierarchical:16,16": 0.92}
     options = traffic.TrafficOptions(structures=tuple(structures))
     for row in traffic.run(options):
         spec, share = row.labels["structure"], row.figures["of fused AdamW"].value
@@ -58,8 +50,8 @@ def test_the_goals_against_fused_adamw() -> None:
             assert share <= structures[spec]
         elif spec in structures:
             # To read every activation once, over T = 10, is 0.152 of AdamW's bytes already.
-            assert row.figures["over the minimum"].value <= STATISTIC
-            assert 0.15 < share < 0.19
+            assert row.figures["over the minimum"].value <= 1.05
+            assert 0.15 < share < 0.17
 
 
 def train_step(net: nn.Module, optimizer: SINGD) -> None:

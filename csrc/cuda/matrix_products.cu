@@ -5,14 +5,15 @@
 //                     strips of rows, and max |G|
 //   thin_sums         X, and the border rows of G for a row-bordered C
 //
-// A block owns a strip, of 128 rows or of several times as many where the partial sums of X, 4 b
-// bytes a column, would be much beside the rows'. 128 rows at a time, it walks along it in chunks
-// of 64 columns (float32 and wide borders: 32), the next one loaded into registers while the
-// current one, in shared memory as planes of bfloat16 (planes.cuh), is multiplied. Its warps own
-// rows of S, whose sums stay in registers along the strip, and of each chunk's X a tile of 16 x 16
-// or two.
+// A block owns a strip of 128 rows and walks along it in chunks of 64 columns (half as many for
+// float32, and again for wide borders), the next one loaded into registers while the current one,
+// in shared memory as planes of bfloat16 (planes.cuh), is multiplied. Its warps own rows of S,
+// whose sums stay in registers along the strip, and of each chunk's X a tile of 16 x 16 or two.
 //
-// Bytes: G once, and the partial sums of X, about an eighth of them, twice.
+// Bytes: G once, and the partial sums of X twice: 4 b for the bytes of a column of the strip, which
+// is why C's borders are narrow.
+#include <algorithm>
+
 #include "planes.cuh"
 #include "step.cuh"
 
@@ -39,10 +40,10 @@ SINGD_HOST_DEVICE inline int border_tiles(const SideShape& side) {
   return side.bordered() ? (side.width + kMatrix - 1) / kMatrix : 0;
 }
 
-// How many times 128 rows a strip is high.
-SINGD_HOST_DEVICE inline int steps_of_strip(const StepLayer& l) {
-  constexpr int kWidth = 8;  // of a border whose partial sums of 128 rows are few enough
-  return l.left.bordered() && l.left.width > kWidth ? (l.left.width + kWidth - 1) / kWidth : 1;
+// Whether the partial sums of X are few bytes beside the rows'.
+inline bool is_narrow(const StepLayer& l) {
+  constexpr int kNarrow = 8;
+  return !l.left.bordered() || l.left.width <= kNarrow;
 }
 
 // Arrays of bfloat16 in shared memory: planes of the chunk, of N_K in its columns as [t, column],
@@ -66,15 +67,14 @@ class StripProducts {
  public:
   using S = Shape<E, kTiles>;
 
-  // The rows from `first_row` on, of the strip of this number.
-  __device__ StripProducts(const StepLayer& layer, int strip, int first_row)
+  __device__ StripProducts(const StepLayer& layer, int strip)
       : l(layer),
         arrays(layer),
         offsets(layer),
         workspace(static_cast<float*>(layer.workspace)),
         shared(dynamic_shared<bfloat16>()),
         strip(strip),
-        first_row(first_row) {}
+        first_row(strip * S::kRows) {}
 
   // Returns the largest magnitude that this thread has read.
   __device__ __forceinline__ int run() {
@@ -264,12 +264,7 @@ class StripProducts {
         const int64_t at = column + j + matrix_column(lane(), e);
         if (r >= l.left.width || at >= padded(l.columns)) continue;
         auto* const to = reinterpret_cast<Vec<float, 2>*>(out + r * padded(l.columns) + at);
-        Vec<float, 2> pair{{x.values[e], x.values[e + 1]}};
-        if (first_row % (steps_of_strip(l) * S::kRows) != 0) {
-          const Vec<float, 2> before = load(to);
-          pair[0] += before[0];
-          pair[1] += before[1];
-        }
+        const Vec<float, 2> pair{{x.values[e], x.values[e + 1]}};
         store(to, pair);
       }
     }
@@ -282,14 +277,8 @@ template <class E, int kTiles>
 __global__ void __launch_bounds__(kStepThreads, 2)
     matrix_products_kernel(const __grid_constant__ ThinTable table, const StepArguments a) {
   const StepLayer& l = table.find(blockIdx.x);
-  const int strip = static_cast<int>(blockIdx.x - l.first_block), steps = steps_of_strip(l);
-#pragma unroll 1
-  for (int n = strip * steps; n < (strip + 1) * steps; ++n) {
-    const int first_row = n * Shape<E, kTiles>::kRows;
-    if (first_row >= l.rows) return;
-    StripProducts<E, kTiles> products(l, strip, first_row);
-    raise(counters_of(a, l) + kGradientMagnitude, products.run());
-  }
+  StripProducts<E, kTiles> products(l, static_cast<int>(blockIdx.x - l.first_block));
+  raise(counters_of(a, l) + kGradientMagnitude, products.run());
 }
 
 // A thread owns an entry of X or of the border rows of G.
@@ -316,11 +305,16 @@ __global__ void __launch_bounds__(kStepThreads)
 
 }  // namespace
 
+bool fits_matrix_products(const StepLayer* layers, int count, const StepKind& kind) {
+  return kind.uses_matrices && std::all_of(layers, layers + count, is_narrow);
+}
+
 void plan_matrix_products(StepLayer& layer, const StepKind& kind) {
   if (!layer.left.bordered() && !layer.right.bordered()) return;
+  if (!is_narrow(layer)) return;  // thin_products leaves no partial sums
   dispatch_vectors(kind, [&](auto elements) {
-    const int rows = Shape<decltype(elements), 1>::kRows * steps_of_strip(layer);
-    layer.strips = (layer.rows + rows - 1) / rows;
+    constexpr int kRows = Shape<decltype(elements), 1>::kRows;
+    layer.strips = (layer.rows + kRows - 1) / kRows;
   });
 }
 

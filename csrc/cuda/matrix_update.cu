@@ -67,6 +67,13 @@ int64_t tile_columns(const StepLayer& l, int64_t vector) {
 
 }  // namespace
 
+bool fits_matrix_update(const StepLayer& layer, const StepKind& kind) {
+  constexpr int64_t kSector = 32;
+  if (!kind.in_vectors || kind.element == Dtype::kFloat64) return false;
+  const int64_t bytes = size_of(kind.element), columns = tile_columns(layer, 16 / bytes);
+  return columns >= layer.columns || columns * bytes % kSector == 0;
+}
+
 void plan_matrix_update(StepLayer& layer, const StepKind& kind) {
   dispatch_vectors(kind, [&](auto elements) {
     using E = decltype(elements);

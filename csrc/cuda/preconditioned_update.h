@@ -151,9 +151,7 @@ struct StepKind {
   bool in_vectors = false;
   Dtype element = Dtype::kFloat32;  // if in_vectors
   Dtype compute = Dtype::kFloat32;  // float32 or float64
-
-  // Whether its products are those of the tensor cores.
-  bool uses_matrices() const { return in_vectors && element != Dtype::kFloat64; }
+  bool uses_matrices = false;       // the update's products are those of the tensor cores
 };
 
 constexpr int kMaxStepLayers = 239;
@@ -167,7 +165,9 @@ void prepare_step(StepFactor* factors, int count, Dtype compute, int* counters, 
 // S, X, G_B and max |G| of layers with a bordered side.
 void thin_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                    int* ticket, Stream stream);
-// The same on the tensor cores, for float32 and 16-bit layers in vectors.
+// The same on the tensor cores, for layers of a kind that uses them with narrow borders of C: those
+// of wide ones would leave many bytes of partial sums.
+bool fits_matrix_products(const StepLayer* layers, int count, const StepKind& kind);
 void matrix_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                      Stream stream);
 // [X; G_B] N_K^T of layers with two bordered sides.
@@ -177,7 +177,9 @@ void stream_update(StepLayer* layers, int count, const StepKind& kind, const Ste
                    int* ticket, Stream stream);
 // [X; G_B] A_K of layers with a bordered C.
 void thin_results(StepLayer* layers, int count, Dtype compute, Stream stream);
-// The update of layers with another side, on the tensor cores: float32 and 16-bit ones in vectors.
+// The update of layers with another side, on the tensor cores: float32 and 16-bit ones in vectors,
+// whose tiles end where sectors do.
+bool fits_matrix_update(const StepLayer& layer, const StepKind& kind);
 void matrix_update(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                    int* ticket, Stream stream);
 // The update of all other layers.

@@ -16,8 +16,8 @@ namespace {
 
 // Bytes of X that are read twice in a row, the second time from L2.
 constexpr int64_t kChunkBytes = int64_t{16} << 20;
-// Below so many blocks, panels are halved: two for each multiprocessor of an H100.
-constexpr int64_t kFewBlocks = 264;
+// Below so many blocks, panels are halved: one for each multiprocessor of an H100.
+constexpr int64_t kFewBlocks = 132;
 // Rows that are materialised at a time where a border or a block is too wide for the kernels.
 constexpr int64_t kLoadedBytes = int64_t{64} << 20;
 

@@ -81,7 +81,8 @@ at::Tensor StepBatch::contiguous(const at::Tensor& tensor) {
 StepBatch::Group& StepBatch::group_of(const StepKind& kind, bool tiled) {
   for (Group& group : groups_) {
     if (group.tiled == tiled && group.kind.in_vectors == kind.in_vectors &&
-        group.kind.element == kind.element && group.kind.compute == kind.compute) {
+        group.kind.element == kind.element && group.kind.compute == kind.compute &&
+        group.kind.uses_matrices == kind.uses_matrices) {
       return group;
     }
   }
@@ -122,9 +123,10 @@ void StepBatch::add(int64_t index, const std::vector<Part>& parts, const at::Ten
         l.gradient_pitch % (16 / size_of(kind.element)) == 0 && is_vector_aligned(l.gradient);
   }
   const bool tiled = l.right.action != Action::kDiagonal || l.left.action != Action::kDiagonal;
+  kind.uses_matrices = tiled && fits_matrix_update(l, kind);
   if (!tiled) {
     plan_stream_update(l);
-  } else if (kind.uses_matrices()) {
+  } else if (kind.uses_matrices) {
     plan_matrix_products(l, kind);
     plan_matrix_update(l, kind);
   } else {
@@ -166,9 +168,8 @@ void StepBatch::launch(Group& group, size_t begin, int count) {
   prepare_step(factors, 2 * count, group.kind.compute, arguments.counters, stream_);
   if (!group.tiled) return stream_update(layers, count, group.kind, arguments, ticket, stream_);
   // From the last layer to the first, whose G is then in the cache when the updates begin.
-  const bool uses_matrices = group.kind.uses_matrices();
   std::reverse(layers, layers + count);
-  if (uses_matrices) {
+  if (fits_matrix_products(layers, count, group.kind)) {
     matrix_products(layers, count, group.kind, arguments, stream_);
   } else {
     thin_products(layers, count, group.kind, arguments, ticket + 1, stream_);
@@ -176,7 +177,7 @@ void StepBatch::launch(Group& group, size_t begin, int count) {
   std::reverse(layers, layers + count);
   thin_row_products(layers, count, group.kind.compute, stream_);
   thin_results(layers, count, group.kind.compute, stream_);
-  const auto update = uses_matrices ? matrix_update : tiled_update;
+  const auto update = group.kind.uses_matrices ? matrix_update : tiled_update;
   update(layers, count, group.kind, arguments, ticket, stream_);
 }
 

@@ -1,5 +1,5 @@
 // The fused step of layers with a block-diagonal or bordered side that are float64, or of mixed
-// dtypes, or not aligned (matrix_update.cu has the others):
+// dtypes, or not aligned, or whose blocks do not fit sectors (matrix_update.cu has the others):
 //
 //   Z = G A_K    P = A_C Z    M <- alpha2 M + P + gamma W    W <- W - lr M
 //
@@ -111,7 +111,7 @@ void tiled_update(StepLayer* layers, int count, const StepKind& kind, const Step
                   int* ticket, Stream stream) {
   StepTable table;
   const int64_t blocks = fill_work(table, layers, count);
-  const auto run = [&](auto elements) {
+  dispatch(kind, [&](auto elements) {
     using E = decltype(elements);
     constexpr int kBytes = sizeof(typename E::Compute);
     int size = 0;
@@ -120,10 +120,7 @@ void tiled_update(StepLayer* layers, int count, const StepKind& kind, const Step
     }
     launch({"tiled_update", blocks, kStepThreads, stream, static_cast<size_t>(size) * kBytes},
            tiled_update_kernel<E>, table, a, ticket);
-  };
-  if (kind.in_vectors) return run(Elements<double, double>{});
-  kind.compute == Dtype::kFloat64 ? run(Elements<double, AnyElement>{})
-                                  : run(Elements<float, AnyElement>{});
+  });
 }
 
 }  // namespace singd::cuda
