@@ -1,6 +1,9 @@
-// C <- A B + C, A B, or A B + C diag(scale), with C in registers: the one matrix product of the
+// C <- A B + C, A B, or A B + C diag(scale), with A B in registers: the one matrix product of the
 // sparse structures. Rows of B and C are contiguous, A has any strides; `columns` is a multiple of
 // the vector length, which padding makes it. A and B have elements In: T, or pairs of it.
+//
+// Terms are summed up apart from C, and long sums in parts: one after the other, a thousand terms
+// round several times as much as those of a matrix product of ATen's.
 
 // What becomes of the old C.
 template <class T>
@@ -26,10 +29,7 @@ SINGD_INLINE void multiply_tile(int64_t depth, const Operand<In>& a, const In* b
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      sums[r][v] = before.keep ? load<T>(c + r * c_stride + v * kLanes<T>) : Vector<T>{};
-      if (before.scale != nullptr) sums[r][v] *= load<T>(before.scale + v * kLanes<T>);
-    }
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = Vector<T>{};
   }
   const In* column = a.data;
   for (int64_t p = 0; p < depth; ++p) {
@@ -49,7 +49,13 @@ SINGD_INLINE void multiply_tile(int64_t depth, const Operand<In>& a, const In* b
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      store<T>(c + r * c_stride + v * kLanes<T>, sums[r][v]);
+      T* to = c + r * c_stride + v * kLanes<T>;
+      if (before.scale != nullptr) {
+        sums[r][v] += load<T>(to) * load<T>(before.scale + v * kLanes<T>);
+      } else if (before.keep) {
+        sums[r][v] += load<T>(to);
+      }
+      store<T>(to, sums[r][v]);
     }
   }
 }
@@ -79,9 +85,16 @@ void multiply_rows(int64_t rows, int64_t depth, Operand<In> a, const In* b, int6
   if (r < rows) multiply_tile<T, In, 1, kVectors>(depth, a, b, b_stride, c, c_stride, before);
 }
 
+constexpr int64_t kLongestSum = 256;
+
 template <class T, class In = T>
-void multiply(int64_t rows, int64_t columns, int64_t depth, const Operand<In>& a, const In* b,
+void multiply(int64_t rows, int64_t columns, int64_t depth, Operand<In> a, const In* b,
               int64_t b_stride, T* c, int64_t c_stride, Before<T> before) {
+  for (; depth > kLongestSum; depth -= kLongestSum, before = kAdd<T>) {
+    multiply(rows, columns, kLongestSum, a, b, b_stride, c, c_stride, before);
+    a.data += kLongestSum * a.column_stride;
+    b += kLongestSum * b_stride;
+  }
   SINGD_COUNT(multiply_adds, rows * columns * depth);
   constexpr int64_t kMost = SINGD_TILE_VECTORS, kLane = kLanes<T>;
   for (int64_t j = 0; j < columns;) {
