@@ -18,6 +18,7 @@
 
 #include "../structures/layout.h"
 #include "../structures/matrix_view.h"
+#include "../structures/toeplitz.h"
 #include "rows.h"
 #include "thread_scratch.h"
 
@@ -150,17 +151,6 @@ struct AtenMath {
                                              thread_scratch<double>(padded(end - begin)));
     });
     return sums;
-  }
-
-  // A length >= 2 d - 1 of small prime factors, so that circular products do not wrap around.
-  static int64_t fft_length(int64_t d) {
-    for (int64_t n = 2 * d - 1;; ++n) {
-      int64_t rest = n;
-      for (const int64_t prime : {2, 3, 5}) {
-        while (rest % prime == 0) rest /= prime;
-      }
-      if (rest == 1) return n;
-    }
   }
 
   template <class T>

@@ -9,6 +9,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 
+#include "../structures/toeplitz.h"
 #include "elementwise.h"
 #include "runtime.h"
 
@@ -121,16 +122,6 @@ at::Tensor multiply(const Layout& layout, const at::Tensor& factor, Side side, b
     multiply_left(layout, factor, !transpose, x.t(), y_transposed);
   }
   return y;
-}
-
-int64_t fft_length(int64_t dim) {
-  for (int64_t n = 2 * dim - 1;; ++n) {
-    int64_t rest = n;
-    for (const int64_t prime : {2, 3, 5}) {
-      while (rest % prime == 0) rest /= prime;
-    }
-    if (rest == 1) return n;
-  }
 }
 
 }  // namespace singd::cuda

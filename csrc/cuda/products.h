@@ -15,8 +15,4 @@ namespace singd::cuda {
 at::Tensor multiply(const Layout& layout, const at::Tensor& factor, Side side, bool transpose,
                     const at::Tensor& x);
 
-// The least length >= 2 dim - 1 without prime factors beyond 5: circular convolutions of this
-// length do not wrap around, and the FFT is fast.
-int64_t fft_length(int64_t dim);
-
 }  // namespace singd::cuda

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 
+#include "../structures/toeplitz.h"
 #include "row_kernels.h"
 #include "runtime.h"
 #include "statistic.h"
@@ -19,17 +20,6 @@ namespace singd::cuda {
 namespace {
 
 constexpr int64_t kChunkBytes = int64_t{16} << 20;
-
-// A multiple of 8 (rows of 32 bytes) of small prime factors, at least 2 d - 1.
-int64_t fft_length(int64_t d) {
-  for (int64_t n = std::max<int64_t>(8, padded_width(2 * d - 1));; n += 8) {
-    int64_t rest = n;
-    for (const int64_t prime : {2, 3, 5}) {
-      while (rest % prime == 0) rest /= prime;
-    }
-    if (rest == 1) return n;
-  }
-}
 
 // power[f] += sum over rows of re^2 (even f) and im^2 (odd f).
 void add_power(const at::Tensor& spectrum, const at::Tensor& power, Stream stream) {
@@ -62,10 +52,12 @@ void accumulate_toeplitz(const Layout& layout, const at::Tensor& statistic, cons
     kernel = at::fft_rfft(factor->view({1, d}), n, 1);
     if (layout.transposed) kernel = at::conj_physical(kernel);
   }
-  const at::Tensor power = at::zeros({n + 2}, statistic.options().dtype(at::kDouble));
+  const int64_t frequencies = n / 2 + 1;
+  const at::Tensor power = at::zeros({2 * frequencies}, statistic.options().dtype(at::kDouble));
   const int64_t step = std::max<int64_t>(1, kChunkBytes / (n * statistic.element_size()));
   for (int64_t begin = 0; begin < x.rows.count; begin += step) {
-    const at::Tensor rows = loaded_rows(x, begin, std::min(begin + step, x.rows.count), n);
+    const int64_t end = std::min(begin + step, x.rows.count);
+    const at::Tensor rows = loaded_rows(x, begin, end, padded_width(n)).narrow(1, 0, n);
     at::Tensor spectrum = at::fft_rfft(rows, std::nullopt, 1);
     if (factor != nullptr) {
       const at::Tensor y = at::fft_irfft(spectrum.mul_(kernel), n, 1);
@@ -74,7 +66,7 @@ void accumulate_toeplitz(const Layout& layout, const at::Tensor& statistic, cons
     }
     add_power(spectrum, power, x.stream);
   }
-  const at::Tensor total = power.view({n / 2 + 1, 2}).sum(1).to(at::kComplexDouble);
+  const at::Tensor total = power.view({frequencies, 2}).sum(1).to(at::kComplexDouble);
   statistic.narrow(0, 0, d).add_(at::fft_irfft(total, n, 0).narrow(0, 0, d));
 }
 

@@ -11,6 +11,18 @@
 
 namespace singd {
 
+// The least length >= 2 dim - 1 without prime factors beyond 5: circular convolutions of this
+// length do not wrap around, and the FFT is fast.
+inline int64_t fft_length(int64_t dim) {
+  for (int64_t n = 2 * dim - 1;; ++n) {
+    int64_t rest = n;
+    for (const int64_t prime : {2, 3, 5}) {
+      while (rest % prime == 0) rest /= prime;
+    }
+    if (rest == 1) return n;
+  }
+}
+
 struct Toeplitz {
   Layout layout;
 
