@@ -1,10 +1,12 @@
-// What Python asks of the extension that is not a tensor operator: layouts and build information.
+// What Python asks of the extension that is not a tensor operator: layouts, build information, and
+// the observation of layers.
 // Importing this module also registers the operators (schemas.cpp and the kernels beside it).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "build_info.h"
 #include "cpu/kernels.h"
+#include "observation.h"
 #include "structures/spec.h"
 
 namespace py = pybind11;
@@ -38,4 +40,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_instructions", [] { return singd::cpu::kernels().name; });
   m.def("cpu_bfloat16_products", [] { return singd::cpu::bfloat16_gram() != nullptr; });
   m.def("cpu_threads", &singd::cpu::threads);
+  singd::define_observation(m);
 }

@@ -151,7 +151,7 @@ class _Receiver:
     def marked_due(self) -> bool:
         return self.first.marked_due()
 
-    def receive(self, x: Tensor, g: Tensor, backward_pass: int) -> None:
+    def receive(self, x: Tensor, g: Tensor, backward_pass: int, /) -> None:
         for hook, part in zip(self._hooks, g.chunk(len(self._hooks), -1), strict=True):
             if hook is not None:
                 hook.receive(x, part, backward_pass)

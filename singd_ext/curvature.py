@@ -75,7 +75,7 @@ class OutputHook:
                 )
             return None
         if output.requires_grad and (optimizer := self.wants()) is not None:
-            x = layer.kind.call_input(args, kwargs).detach()
+            x = layer.kind.call_input(args, kwargs)
             if self._may_cast:
                 x = cast_input(output, x)
             observe(output, x, self, active=not optimizer.is_paused)
@@ -93,7 +93,7 @@ class OutputHook:
         """Whether compiled models are to be observed at the moment."""
         return self._layer is not None and self._layer.due
 
-    def receive(self, x: Tensor, g: Tensor, backward_pass: int) -> None:
+    def receive(self, x: Tensor, g: Tensor, backward_pass: int, /) -> None:
         """Add one call's input and output gradient to the layer's statistics."""
         optimizer = self._optimizer()
         if optimizer is None or optimizer.is_paused:
@@ -110,21 +110,20 @@ def _accumulate(
     state = layer.entries(optimizer.state)
     if not _begin_pass(optimizer, layer, state, backward_pass):
         return
-    with torch.no_grad():
-        for factor in ("K", "C"):
-            if f"statistic_{factor}" not in state:
-                dtype = torch.float64 if state[factor].dtype == torch.float64 else torch.float32
-                state[f"statistic_{factor}"] = torch.zeros_like(state[factor], dtype=dtype)
-        batch, shared = layer.accumulate_(
-            module,
-            state["statistic_K"],
-            state["statistic_C"],
-            x,
-            g,
-            (state["K"], state["C"]),
-            options.structures,
-            reduce,
-        )
+    for factor in ("K", "C"):
+        if f"statistic_{factor}" not in state:
+            dtype = torch.float64 if state[factor].dtype == torch.float64 else torch.float32
+            state[f"statistic_{factor}"] = torch.zeros_like(state[factor], dtype=dtype)
+    batch, shared = layer.accumulate_(
+        module,
+        state["statistic_K"],
+        state["statistic_C"],
+        x,
+        g,
+        (state["K"], state["C"]),
+        options.structures,
+        reduce,
+    )
     state["rows"] = state.get("rows", 0) + batch * (min(1, shared) if reduce else shared)
     _count_loss_terms(layer, state, options.loss_average, batch, shared)
 

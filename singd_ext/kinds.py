@@ -105,6 +105,8 @@ class LinearKind(LayerKind):
     """`nn.Linear` with any leading dimensions: the first is the batch, the others are shared."""
 
     def gradient_rows(self, module: nn.Module, g: Tensor) -> Tensor:
+        if g.ndim == 3:
+            return g
         if g.ndim == 1:
             g = g.unsqueeze(0)
         return g.reshape(g.shape[0], prod(g.shape[1:-1]), g.shape[-1])

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+
+from . import _C
 
 
 class Receiver(Protocol):
@@ -22,28 +22,26 @@ class Receiver(Protocol):
 
     key: int  # from `register`
 
-    def receive(self, x: Tensor, g: Tensor, backward_pass: int) -> None:
+    def receive(self, x: Tensor, g: Tensor, backward_pass: int, /) -> None:
         """Take the input, the output gradient and the backward pass that they belong to."""
 
 
 def observe(output: Tensor, x: Tensor, receiver: Receiver, active: bool) -> None:
     """Deliver x and the gradient of `output` to the receiver when a backward pass comes by.
 
-    The hook is one of the tensor, so that in-place operations may follow.
+    The hook is one of the tensor, so that in-place operations may follow. x is kept as autograd
+    keeps what it saves: saved-tensor hooks apply, and it is let go with the graph.
 
     Args:
         output: Of the layer; part of a graph.
-        x: Input of the layer, detached.
-        receiver: Gets both; held weakly.
+        x: Input of the layer.
+        receiver: Gets both, without grad mode; held weakly. Within a reentrant checkpoint's segment
+            its backward pass is the one that runs the segment again, so that all segments count as
+            the one that they are.
         active: False only keeps x as an active call does, and delivers nothing: a checkpointed
             segment must save the same tensors when it is run again.
     """
-    kept = _Kept(x)
-    if active:
-        # Within a reentrant checkpoint's segment this is the pass that runs the segment again, so
-        # that all segments count as the one backward pass that they are.
-        outer = torch._C._current_graph_task_id()
-        output.register_hook(partial(_deliver, weakref.ref(receiver), kept, outer))
+    _C.observe(output, x, receiver, active)
 
 
 # Layers that multiply their input itself: autocast casts it. A class with a forward of its own may
@@ -95,50 +93,12 @@ def cast_input(output: Tensor, x: Tensor) -> Tensor:
     return saved.detach().view(x.shape) if is_flat and saved.is_contiguous() else x
 
 
-def _deliver(
-    receiver: Callable[[], Receiver | None], kept: _Kept, outer: int, gradient: Tensor
-) -> None:
-    target = receiver()
-    if target is not None:
-        current = torch._C._current_graph_task_id() if outer == -1 else outer
-        target.receive(kept.tensor(), gradient, current)
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
-        kept.release()  # as autograd does, even if the user goes on holding the loss
-
-
-class _Kept:
-    """A tensor that is kept for the backward pass as autograd would keep it.
-
-    Saved-tensor hooks apply: non-reentrant checkpointing keeps nothing and computes the tensor
-    again, `save_on_cpu` keeps it in host memory.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        pack, self._unpack = hooks if hooks is not None else (None, None)
-        self._packed: Any = tensor if pack is None else pack(tensor)
-
-    def tensor(self) -> Tensor:
-        return self._packed if self._unpack is None else self._unpack(self._packed)
-
-    def release(self) -> None:
-        self._packed = None
-
-
 def accumulates(parameters: Iterable[Tensor]) -> bool:
     """Whether the running backward pass adds to the `grad` of any of these parameters.
 
     `autograd.grad` does not, nor does `backward(inputs=...)` for the parameters it leaves out.
     """
-    for p in parameters:
-        if not p.requires_grad:
-            continue
-        try:
-            if torch._C._will_engine_execute_node(get_gradient_edge(p).node):
-                return True
-        except RuntimeError:  # torch's answer for a leaf whose gradient autograd.grad returns
-            continue
-    return False
+    return _C.accumulates(parameters)
 
 
 # ---------------------------------------------------------------- compiled models
@@ -178,7 +138,8 @@ def _delivered(g: Tensor, x: Tensor, key: int) -> Tensor:
     """Deliver, and return a copy of g, without which the call would be dropped as unused."""
     receiver = _RECEIVERS.get(key)
     if receiver is not None:
-        receiver.receive(x, g, torch._C._current_graph_task_id())
+        with torch.no_grad():
+            receiver.receive(x, g, torch._C._current_graph_task_id())
     return g.clone()
 
 

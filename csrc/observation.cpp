@@ -1,0 +1,116 @@
+// Every module call and every backward pass of a layer comes by here, between matrix products that
+// leave nothing of Python's in the caches: in Python, each of these lines took microseconds.
+#include "observation.h"
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SafePyObject.h>
+#include <torch/csrc/PyInterpreter.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/grad_mode.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <optional>
+
+namespace py = pybind11;
+
+namespace singd {
+namespace {
+
+// A tensor that is kept for the backward pass as autograd would keep it: with saved-tensor hooks,
+// non-reentrant checkpointing keeps nothing and computes the tensor again, and save_on_cpu keeps it
+// in host memory. Without them no version is checked: a call whose input is not multiplied, such as
+// that of a layer whose bias alone is trained, may be followed by a change of it in place.
+class Kept {
+ public:
+  explicit Kept(const at::Tensor& tensor) {
+    if (torch::autograd::Engine::get_default_engine().get_default_saved_variable_hooks()) {
+      packed_ = torch::autograd::SavedVariable(tensor, /*is_output=*/false);
+    } else {
+      tensor_ = tensor;
+    }
+  }
+  at::Tensor tensor() const { return packed_.has_value() ? packed_->unpack() : tensor_; }
+  void release() {
+    tensor_.reset();
+    packed_.reset();
+  }
+
+ private:
+  at::Tensor tensor_;
+  std::optional<torch::autograd::SavedVariable> packed_;
+};
+
+// A weak reference to a Python object, which any thread may drop.
+class WeakReference {
+ public:
+  explicit WeakReference(const py::object& object)
+      : reference_(py::weakref(object).release().ptr(), getPyInterpreter()) {}
+  py::object get() const {
+    return py::reinterpret_borrow<py::object>(reference_.ptr(getPyInterpreter()))();
+  }
+
+ private:
+  c10::SafePyObject reference_;
+};
+
+// What waits at an output for its gradient.
+struct Delivery {
+  WeakReference receiver;
+  Kept input;
+  int outer_pass;  // that runs a segment of a reentrant checkpoint again, or -1
+
+  void deliver(const at::Tensor& gradient) {
+    {
+      const py::gil_scoped_acquire gil;
+      const at::NoGradGuard no_grad;
+      const py::object target = receiver.get();
+      if (!target.is_none()) {
+        const int pass = torch::autograd::get_current_graph_task_id();
+        target.attr("receive")(input.tensor(), gradient, outer_pass == -1 ? pass : outer_pass);
+      }
+    }
+    // As autograd does, even if the user goes on holding the loss.
+    if (!torch::autograd::get_current_graph_task_keep_graph()) input.release();
+  }
+};
+
+void observe(const at::Tensor& output, const at::Tensor& x, const py::object& receiver,
+             bool active) {
+  Kept input(x.detach());
+  if (!active) return;
+  const auto delivery = std::make_shared<Delivery>(
+      Delivery{WeakReference(receiver), std::move(input),
+               torch::autograd::get_current_graph_task_id()});
+  output.register_hook([delivery](const at::Tensor& gradient) { delivery->deliver(gradient); });
+}
+
+bool accumulates(const py::iterable& parameters) {
+  const auto* nodes = torch::autograd::get_current_graph_task_nodes_in_graph();
+  const auto* chosen = torch::autograd::get_current_graph_task_exec_info();
+  if (nodes == nullptr || chosen == nullptr) return false;  // no backward pass is running
+  for (const py::handle& item : parameters) {
+    const auto parameter = item.cast<at::Tensor>();
+    if (!parameter.requires_grad()) continue;
+    const auto accumulator = torch::autograd::impl::grad_accumulator(parameter);
+    if (!accumulator || nodes->count(accumulator.get()) == 0) continue;
+    if (chosen->empty()) return true;  // backward() of everything
+    const auto choice = chosen->find(accumulator.get());
+    // autograd.grad captures the gradient of a leaf instead.
+    if (choice != chosen->end() && choice->second.needed_ && !choice->second.captures_) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+void define_observation(py::module_& m) {
+  m.def("observe", &observe, py::arg("output"), py::arg("x"), py::arg("receiver"),
+        py::arg("active"));
+  m.def("accumulates", &accumulates, py::arg("parameters"));
+}
+
+}  // namespace singd
