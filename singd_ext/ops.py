@@ -17,6 +17,11 @@ from torch import Tensor
 from . import _C
 
 _ops = torch.ops.singd_ext
+# Called by every layer or in every step: the choice among overloads, of which there is one, would
+# cost a third of such a call.
+_accumulate_statistic_ = _ops.accumulate_statistic_.default
+_update_factors_ = _ops.update_factors_.default
+_preconditioned_update_ = _ops.preconditioned_update_.default
 
 
 def project(symmetric: Tensor, structure: str) -> Tensor:
@@ -98,7 +103,7 @@ def accumulate_statistic_(
             row per batch entry, reduced over `shared` (KFAC-reduce: inputs take the mean, output
             gradients the sum).
     """
-    _ops.accumulate_statistic_(
+    _accumulate_statistic_(
         statistic, rows, factor, dim, structure, ones_column=ones_column, shared=shared
     )
 
@@ -161,7 +166,7 @@ def update_factors_(
         `outcomes`: 0 committed, 1 rejected, 2 committed with a step shortened by the cap.
     """
     outcomes, workspace = _call_memory(statistic_K, outcomes, workspace)
-    _ops.update_factors_(
+    _update_factors_(
         K,
         C,
         m_K,
@@ -251,7 +256,7 @@ def preconditioned_update_(
     """
     outcomes, workspace = _call_memory(weight, outcomes, workspace)
     products = workspace.new_empty(0) if products is None else products
-    _ops.preconditioned_update_(
+    _preconditioned_update_(
         weight,
         bias,
         momentum_weight,

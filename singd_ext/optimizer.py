@@ -277,7 +277,10 @@ class SINGD(torch.optim.Optimizer):
 
     def factors_due(self, group: int) -> bool:
         """Whether the next step of this group updates the factors."""
-        return self.param_groups[group]["steps"] % self.options(group).T == 0
+        current = self.param_groups[group]
+        if current["T"] is not self._checked[group].T:
+            self.options(group)
+        return current["steps"] % current["T"] == 0
 
     @property
     def is_paused(self) -> bool:
