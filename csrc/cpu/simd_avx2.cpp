@@ -12,6 +12,7 @@
 #define SINGD_VECTOR_BYTES 32
 #define SINGD_TILE_ROWS 4
 #define SINGD_TILE_VECTORS 3
+#define SINGD_MOST_TILE_ROWS 6
 #include "simd/kernels.h"
 
 #if defined(__clang__)
