@@ -82,9 +82,8 @@ void observe(const at::Tensor& output, const at::Tensor& x, const py::object& re
              bool active) {
   Kept input(x.detach());
   if (!active) return;
-  const auto delivery = std::make_shared<Delivery>(
-      Delivery{WeakReference(receiver), std::move(input),
-               torch::autograd::get_current_graph_task_id()});
+  const auto delivery = std::make_shared<Delivery>(Delivery{
+      WeakReference(receiver), std::move(input), torch::autograd::get_current_graph_task_id()});
   output.register_hook([delivery](const at::Tensor& gradient) { delivery->deliver(gradient); });
 }
 
