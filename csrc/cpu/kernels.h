@@ -118,33 +118,31 @@ struct RowsView {
   double scale, one;
 };
 
-// Parts of X^T X, added to sums; `begin` and `end` are columns. A caller splits columns among
-// threads.
+// Parts of X^T X of a rectangle of X, added to sums: what makes a statistic once the sums of all
+// rectangles are added up. With blocks it holds whole blocks.
 template <class T>
 struct GramKernels {
-  // Diagonal blocks; scratch: kChunkDepth * (padded(columns) + kPadding) and one more than these
-  // blocks, of block * padded(block) each.
-  void (*blocks)(const RowsView& rows, const Layout& layout, int64_t begin, int64_t end, T* blocks,
+  // Diagonal blocks, of `block` rows of padded(block) numbers each, from the diagonal on; scratch:
+  // kChunkDepth rows of kChunkColumns + block + 2 kPadding.
+  void (*blocks)(const RowsView& rows, const Layout& layout, const Panel& part, T* sums,
                  T* scratch);
-  // The border columns E of rows [first, first + count), as `border` takes them: at most
-  // count * padded(border) numbers.
-  void (*border_columns)(const RowsView& rows, const Layout& layout, int64_t first, int64_t count,
-                         T* e);
-  // E^T X [border, dim], and column squares [padded(dim)], of rows [first, first + count) with
-  // their E; scratch: (kChunkDepth + padded(border)) * padded(columns).
-  void (*border)(const RowsView& rows, const Layout& layout, const T* e, int64_t first,
-                 int64_t count, int64_t begin, int64_t end, T* products, T* squares, T* scratch);
+  // E^T X for the border columns E of X, or for E [count, padded(border)] where given, and column
+  // squares: border + 1 rows of padded(dim) numbers; scratch: kChunkDepth rows of kChunkColumns +
+  // padded(border) + 2 kPadding.
+  void (*border)(const RowsView& rows, const Layout& layout, const T* e, const Panel& part, T* sums,
+                 T* scratch);
 };
-inline constexpr int64_t kChunkDepth = 64;
+// Rows and columns that are brought to scratch at a time, which fits the first cache. A block that
+// is wider comes whole.
+inline constexpr int64_t kChunkDepth = 64, kChunkColumns = 96;
 
-// Each adds to sums.
 template <class T>
 struct StatisticKernels {
   // Rows [first, first + count), `stride` apart with zeros between.
   void (*load)(const RowsView& rows, int64_t first, int64_t count, int64_t begin, int64_t end,
                T* to, int64_t stride);
-  // Column squares; scratch: (kChunkDepth + 1) * padded(columns).
-  void (*diagonal)(const RowsView& rows, int64_t begin, int64_t end, T* sums, T* scratch);
+  // Column squares, added to sums [padded(dim)]; scratch: as of a border, or the part's columns.
+  void (*diagonal)(const RowsView& rows, const Panel& part, T* sums, T* scratch);
   GramKernels<T> gram;
   // Rows of S = X V, V [dim, padded(border)]; scratch: kProductRows * padded(dim).
   void (*border_rows)(const RowsView& rows, const Layout& layout, const T* v, int64_t first,
@@ -152,10 +150,14 @@ struct StatisticKernels {
   // The transpose of `from` [rows, columns], padded with zeros.
   void (*transpose)(const T* from, int64_t rows, int64_t columns, int64_t from_stride, T* to,
                     int64_t to_stride);
-  // From S^T X and column squares of X to the statistic of a column-bordered factor; scratch:
-  // border * padded(border).
-  void (*finish_column_border)(const Layout& layout, const T* factor, const T* v, const T* products,
-                               const T* squares, T* statistic, T* scratch);
+  void (*add)(const T* from, int64_t count, T* to);
+  // From sums to the statistic, which they are added to: of the blocks in columns [begin, end), of
+  // a row border, and of a column border, with scratch: border * padded(border).
+  void (*finish_blocks)(const Layout& layout, const T* sums, int64_t begin, int64_t end,
+                        T* statistic);
+  void (*finish_row_border)(const Layout& layout, const T* sums, T* statistic);
+  void (*finish_column_border)(const Layout& layout, const T* factor, const T* v, const T* sums,
+                               T* statistic, T* scratch);
 };
 inline constexpr int64_t kProductRows = 12;
 

@@ -147,7 +147,8 @@ struct AtenMath {
     const at::Tensor sums = at::zeros({columns}, rows.options().dtype(at::kDouble));
     const RowsView view = rows_view(rows.unsqueeze(0), Shared::kExpand);
     at::parallel_for(0, columns, 512, [&](int64_t begin, int64_t end) {
-      kernels().statistic<double>().diagonal(view, begin, end, sums.mutable_data_ptr<double>(),
+      kernels().statistic<double>().diagonal(view, {0, view.count, begin, end},
+                                             sums.mutable_data_ptr<double>(),
                                              thread_scratch<double>(padded(end - begin)));
     });
     return sums;

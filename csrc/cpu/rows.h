@@ -27,6 +27,10 @@ inline RowsView rows_view(const at::Tensor& rows, Shared shared) {
   view.count = view.reduce && positions > 0 ? rows.size(0) : rows.size(0) * positions;
   view.shared = positions;
   view.features = rows.size(2);
+  // Samples that follow one another are positions of one.
+  if (!view.reduce && view.batch_stride == positions * view.shared_stride) {
+    view.shared = view.count;
+  }
   view.scale = shared == Shared::kMean ? 1.0 / static_cast<double>(positions) : 1.0;
   view.one = shared == Shared::kSum ? static_cast<double>(positions) : 1.0;
   return view;

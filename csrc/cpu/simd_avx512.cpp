@@ -13,7 +13,7 @@
 #define SINGD_VECTOR_BYTES 64
 #define SINGD_TILE_ROWS 6
 #define SINGD_TILE_VECTORS 4
-#define SINGD_MOST_TILE_ROWS 6
+#define SINGD_MOST_TILE_ROWS 12
 #include "simd/kernels.h"
 
 #if defined(__clang__)

@@ -17,7 +17,7 @@
 #define SINGD_VECTOR_BYTES 64
 #define SINGD_TILE_ROWS 6
 #define SINGD_TILE_VECTORS 4
-#define SINGD_MOST_TILE_ROWS 6
+#define SINGD_MOST_TILE_ROWS 12
 
 namespace singd::cpu::avx512_bfloat16 {
 namespace {

@@ -1,4 +1,5 @@
-// The statistic of a diagonal, block-diagonal or bordered factor, columns split among threads.
+// The statistic of a diagonal, block-diagonal or bordered factor, rows and columns split among
+// threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -6,7 +7,6 @@
 
 #include <algorithm>
 #include <type_traits>
-#include <vector>
 
 #include "../structures/layout.h"
 #include "kernels.h"
@@ -22,6 +22,7 @@ class LocalStatistic {
       : rows_(rows), layout_(layout), factor_(factor), statistic_(statistic) {}
 
   void add() const {
+    if (rows_.count == 0) return;
     switch (layout_.family) {
       case Family::kDiagonal:
         return add_diagonal();
@@ -33,98 +34,87 @@ class LocalStatistic {
   }
 
  private:
-  // Columns of a panel: of a chunk of rows they fit the first cache; of one row, for squares alone.
-  static constexpr int64_t kPanelColumns = 96, kWideColumns = 4096;
+  struct Sums;  // whose memory outlives the call
+  struct Thin;
 
   int64_t border() const { return layout_.head + layout_.tail; }
 
-  // f(begin, end) for the columns of each thread, in whole units.
+  // sum(part, sums) for rectangles of X, in threads: adds to sums of `size` numbers, which those of
+  // the same rows share. Returns the sums of all, in an order that the number of threads decides.
+  //
+  // Rows are split first: a thread that has whole rows reads memory as it lies there, and mostly
+  // what it wrote itself when these rows were computed. Each split has sums of its own, and there
+  // are as many splits as keep these a small part of X. Columns are split among what threads are
+  // left, in whole units.
   template <class Function>
-  void for_each_range(int64_t unit, int64_t work, Function f) const {
-    const int64_t units = (layout_.dim + unit - 1) / unit;
-    const int64_t least =
-        std::max<int64_t>(1, kLeastWork / std::max<int64_t>(1, rows_.count * unit * work));
-    at::parallel_for(0, units, least, [&](int64_t first, int64_t last) {
-      f(first * unit, std::min(last * unit, layout_.dim));
-    });
-  }
-
-  // And for panels of at most so many of them.
-  template <class Function>
-  void for_each_panel(int64_t unit, int64_t work, int64_t columns, Function f) const {
-    const int64_t step = std::max<int64_t>(1, columns / unit) * unit;
-    for_each_range(unit, work, [&](int64_t first, int64_t last) {
-      for (int64_t begin = first; begin < last; begin += step) {
-        f(begin, std::min(begin + step, last));
+  T* sum_in_parts(int64_t unit, int64_t size, int64_t work, Function sum) const {
+    const int64_t d = layout_.dim, m = rows_.count, units = (d + unit - 1) / unit;
+    const int64_t useful = std::max<int64_t>(1, m * d * work / kLeastWork);
+    const int64_t threads = std::min<int64_t>(at::get_num_threads(), useful);
+    const int64_t splits = std::clamp<int64_t>(m * d / (kLeastShare * size), 1, threads);
+    const int64_t strips = std::clamp<int64_t>(threads / splits, 1, units);
+    const int64_t stride = padded(size);
+    T* all = thread_scratch<T, Sums>(splits * stride);
+    std::fill_n(all, splits * stride, T(0));
+    at::parallel_for(0, splits * strips, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t split = i / strips, strip = i % strips;
+        const Panel part{m * split / splits, m * (split + 1) / splits,
+                         units * strip / strips * unit,
+                         std::min(d, units * (strip + 1) / strips * unit)};
+        sum(part, all + split * stride);
       }
     });
+    for (int64_t split = 1; split < splits; ++split) kernels_.add(all + split * stride, size, all);
+    return all;
+  }
+
+  // Scratch for rows of a chunk, with so many columns more.
+  static T* chunk_scratch(int64_t more) {
+    return thread_scratch<T>(kChunkDepth * (kChunkColumns + more + 2 * kPadding));
   }
 
   void add_diagonal() const {
-    for_each_panel(kPadding, 1, kWideColumns, [&](int64_t begin, int64_t end) {
-      T* scratch = thread_scratch<T>((kChunkDepth + 1) * padded(end - begin));
-      kernels_.diagonal(rows_, begin, end, statistic_, scratch);
+    const T* sums = sum_in_parts(kPadding, padded(layout_.dim), 1, [&](const Panel& part, T* to) {
+      kernels_.diagonal(rows_, part, to,
+                        chunk_scratch(std::max<int64_t>(0, layout_.dim / kChunkDepth)));
     });
+    kernels_.add(sums, layout_.dim, statistic_);
   }
 
   void add_blocks() const {
-    const int64_t k = layout_.block, area = k * padded(k);
-    for_each_panel(k, k, kPanelColumns, [&](int64_t begin, int64_t end) {
-      const int64_t blocks = (end - begin + k - 1) / k;
-      const int64_t chunk = kChunkDepth * (padded(end - begin) + kPadding);
-      T* scratch = thread_scratch<T>(chunk + (blocks + 1) * area);
-      gram_.blocks(rows_, layout_, begin, end, statistic_, scratch);
+    const int64_t d = layout_.dim, k = layout_.block, blocks = (d + k - 1) / k;
+    const T* sums = sum_in_parts(k, blocks * k * padded(k), k, [&](const Panel& part, T* to) {
+      gram_.blocks(rows_, layout_, part, to, chunk_scratch(k));
     });
+    kernels_.finish_blocks(layout_, sums, 0, d, statistic_);
   }
 
-  // Of rows that E^T X takes at a time: E fits the second cache.
-  static constexpr int64_t kBorderRows = 512;
-
-  // E^T X [border, dim] and column squares [padded(dim)]; where E [rows, padded(border)] is null it
-  // is the border columns of X, of which each thread brings its own copy.
-  void add_border(const T* e, T* products, T* squares) const {
-    const int64_t thin = padded(border());
+  // E^T X and column squares; where E [rows, padded(border)] is null it is the border columns of X.
+  T* border_sums(const T* e) const {
     const GramKernels<T>& gram = e == nullptr ? gram_ : kernels_.gram;
-    for_each_range(kPadding, border(), [&](int64_t first_column, int64_t last_column) {
-      const int64_t panel = kChunkDepth + thin;
-      T* own = thread_scratch<T>(kBorderRows * thin + panel * kPanelColumns);
-      T* scratch = own + kBorderRows * thin;
-      for (int64_t row = 0; row < rows_.count; row += kBorderRows) {
-        const int64_t count = std::min(kBorderRows, rows_.count - row);
-        if (e == nullptr) gram.border_columns(rows_, layout_, row, count, own);
-        const T* left = e == nullptr ? own : e + row * thin;
-        for (int64_t begin = first_column; begin < last_column; begin += kPanelColumns) {
-          gram.border(rows_, layout_, left, row, count, begin,
-                      std::min(begin + kPanelColumns, last_column), products, squares, scratch);
-        }
-      }
+    const int64_t size = (border() + 1) * padded(layout_.dim);
+    return sum_in_parts(kPadding, size, border() + 1, [&](const Panel& part, T* to) {
+      gram.border(rows_, layout_, e, part, to, chunk_scratch(padded(border())));
     });
   }
 
   void add_row_border() const {
-    std::vector<T> squares(static_cast<size_t>(padded(layout_.dim)), T(0));
-    add_border(nullptr, statistic_, squares.data());
-    T* diagonal = statistic_ + border() * layout_.dim;
-    for (int64_t j = layout_.head; j < layout_.dim - layout_.tail; ++j) {
-      diagonal[j - layout_.head] += squares[static_cast<size_t>(j)];
-    }
+    kernels_.finish_row_border(layout_, border_sums(nullptr), statistic_);
   }
 
   // S = X K[:, B] first, then S^T X; K is applied to that small matrix from the right at the end.
   void add_column_border() const {
     const int64_t d = layout_.dim, b = border(), thin = padded(b);
-    std::vector<T> v(static_cast<size_t>(d * thin)), s(static_cast<size_t>(rows_.count * thin));
-    std::vector<T> sums(static_cast<size_t>(b * d + padded(d) + b * thin), T(0));
-    kernels_.transpose(factor_, b, d, d, v.data(), thin);
+    T* v = thread_scratch<T, Thin>(d * thin + rows_.count * thin + b * thin);
+    T *s = v + d * thin, *scratch = s + rows_.count * thin;
+    kernels_.transpose(factor_, b, d, d, v, thin);
     const int64_t least = std::max<int64_t>(kProductRows, kLeastWork / (d * b));
     at::parallel_for(0, rows_.count, least, [&](int64_t begin, int64_t end) {
-      kernels_.border_rows(rows_, layout_, v.data(), begin, end - begin, s.data(),
+      kernels_.border_rows(rows_, layout_, v, begin, end - begin, s,
                            thread_scratch<T>(kProductRows * padded(d)));
     });
-    T *products = sums.data(), *squares = products + b * d, *scratch = squares + padded(d);
-    add_border(s.data(), products, squares);
-    kernels_.finish_column_border(layout_, factor_, v.data(), products, squares, statistic_,
-                                  scratch);
+    kernels_.finish_column_border(layout_, factor_, v, border_sums(s), statistic_, scratch);
   }
 
   static const GramKernels<T>& gram_kernels(const RowsView& rows) {
@@ -137,8 +127,9 @@ class LocalStatistic {
     return kernels().statistic<T>().gram;
   }
 
-  // Multiplications below which a further thread costs more than it saves.
-  static constexpr int64_t kLeastWork = 1 << 17;
+  // Multiplications below which a further thread costs more than it saves, and how many times as
+  // large as the sums of a split its rows are at least.
+  static constexpr int64_t kLeastWork = 1 << 15, kLeastShare = 4;
 
   const RowsView& rows_;
   const Layout& layout_;

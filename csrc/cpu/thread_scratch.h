@@ -8,7 +8,8 @@
 namespace singd::cpu {
 
 // At least `count` numbers, aligned to whole vectors; what an earlier call left there is garbage.
-template <class T>
+// Each Use has memory of its own.
+template <class T, class Use = void>
 T* thread_scratch(int64_t count) {
   constexpr std::size_t kAlignment = 64;
   thread_local std::unique_ptr<std::byte[]> memory;

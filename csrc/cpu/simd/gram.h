@@ -1,6 +1,8 @@
-// Parts of X^T X: rows X are brought chunk by chunk into scratch, padded with zeros to whole
-// vectors, and multiplied there. Sums are taken over a chunk, then over chunks, which rounds less
-// than one long sum. Scratch holds elements In: T, or pairs of bfloat16 numbers.
+// Parts of X^T X: rows X are brought into scratch, converted and padded with zeros to whole
+// vectors, and multiplied there: a chunk of rows, which fits the second cache, in panels of
+// columns, which fit the first. (Where they are, rows of a power of two of numbers would share few
+// of its lines.) Sums are taken over a chunk, then over chunks, which rounds less than one long
+// sum. Scratch holds elements In: T, or pairs of bfloat16 numbers.
 
 // f(first row, rows) for chunks of the rows [begin, end): kChunkDepth rows of scratch.
 template <class In, class Function>
@@ -13,12 +15,6 @@ SINGD_INLINE void for_each_chunk(int64_t begin, int64_t end, Function f) {
 template <class In>
 constexpr int64_t depth_of(int64_t rows) {
   return (rows + kRowsTogether<In> - 1) / kRowsTogether<In>;
-}
-
-template <class T>
-SINGD_INLINE void add_numbers(int64_t count, const T* from, T* to) {
-#pragma GCC ivdep
-  for (int64_t j = 0; j < count; ++j) to[j] += from[j];
 }
 
 template <class T, class In, int kVectors>
@@ -50,69 +46,76 @@ SINGD_INLINE void add_squares(const In* x, int64_t depth, int64_t stride, int64_
   for (; j < columns; j += kLanes<T>) add_squares_of<T, In, 1>(x + j, depth, stride, sums + j);
 }
 
-// The blocks of X^T X in columns [begin, end), which are whole blocks. What a vector takes from
-// columns behind a block is multiplied too, and dropped.
-template <class T, class In>
-void block_statistic(const RowsView& rows, const Layout& layout, int64_t begin, int64_t end,
-                     T* blocks, T* scratch) {
-  const int64_t stride = padded(end - begin) + kPadding, k = layout.block, area = k * padded(k);
-  const int64_t last = smaller(begin + padded(end - begin), layout.dim);
-  In* x = as<In>(scratch);
-  T *gram = scratch + kChunkDepth * stride, *sums = gram + area;
-  for (int64_t i = 0; i < (end - begin + k - 1) / k * area; ++i) sums[i] = T(0);
-  for_each_chunk<In>(0, rows.count, [&](int64_t first, int64_t count) {
-    bring_rows(rows, first, count, begin, last, x, stride, stride);
-    T* sum = sums;
-    for (int64_t at = begin; at < end; at += k, sum += area) {
-      const int64_t size = smaller(k, end - at);
-      const In* columns = x + at - begin;
-      multiply<T, In>(size, padded(size), depth_of<In>(count), {columns, 1, stride}, columns,
-                      stride, gram, padded(size), kOverwrite<T>);
-      add_numbers(size * padded(size), gram, sum);
-    }
-  });
-  T* sum = sums;
-  for (int64_t at = begin; at < end; at += k, sum += area) {
-    const int64_t size = smaller(k, end - at);
-    T* block = blocks + at / k * k * k;  // the last one alone is smaller
-    for (int64_t i = 0; i < size; ++i) add_numbers(size, sum + i * padded(size), block + i * size);
+// f(begin, end) for panels of a part's columns, of whole units, that fit a row of scratch.
+template <class Function>
+SINGD_INLINE void for_each_panel(const Panel& part, int64_t unit, Function f) {
+  const int64_t step = larger<int64_t>(1, kChunkColumns / unit) * unit;
+  for (int64_t begin = part.column_begin; begin < part.column_end; begin += step) {
+    f(begin, smaller(begin + step, part.column_end));
   }
 }
 
-// The border columns of rows [first, first + count), `padded(border)` apart.
+// sum += X^T X for a block X [depth, size] of scratch: of each vector's rows the columns from that
+// vector on, since the rest is symmetric. What a vector takes from columns behind the block is
+// multiplied too, and not used.
 template <class T, class In>
-void border_columns(const RowsView& rows, const Layout& layout, int64_t first, int64_t count,
-                    T* to) {
+SINGD_INLINE void add_block(const In* x, int64_t stride, int64_t depth, int64_t size, T* sum) {
+  const int64_t width = padded(size);
+  for (int64_t at = 0; at < size; at += kLanes<T>) {
+    multiply<T, In>(smaller<int64_t>(kLanes<T>, size - at), width - at, depth, {x + at, 1, stride},
+                    x + at, stride, sum + at * (width + 1), width, kAdd<T>);
+  }
+}
+
+template <class T, class In>
+void block_statistic(const RowsView& rows, const Layout& layout, const Panel& part, T* sums,
+                     T* scratch) {
+  const int64_t k = layout.block, area = k * padded(k);
+  In* x = as<In>(scratch);
+  for_each_chunk<In>(part.row_begin, part.row_end, [&](int64_t first, int64_t count) {
+    ask_for_rows(rows, first, count, part.column_begin, part.column_end);
+    for_each_panel(part, k, [&](int64_t begin, int64_t end) {
+      const int64_t stride = padded(end - begin) + kPadding;
+      const int64_t last = smaller(begin + padded(end - begin), layout.dim);
+      bring_rows(rows, first, count, begin, last, x, stride, stride);
+      for (int64_t at = begin; at < end; at += k) {
+        add_block(x + at - begin, stride, depth_of<In>(count), smaller(k, end - at),
+                  sums + at / k * area);
+      }
+    });
+  });
+}
+
+// The border columns of rows [first, first + count), `padded(border)` apart.
+template <class In>
+SINGD_INLINE void bring_border(const RowsView& rows, const Layout& layout, int64_t first,
+                               int64_t count, In* e) {
   const int64_t d = layout.dim, thin = padded(layout.head + layout.tail);
-  In* e = as<In>(to);
   bring_rows(rows, first, count, 0, layout.head, e, thin, thin);
   if (layout.tail == 0) return;
   bring_rows(rows, first, count, d - layout.tail, d, e + layout.head, thin, thin - layout.head);
 }
 
-// Columns [begin, end) of E^T X, added to `products` [border, dim], and column squares, added to
-// `squares` [padded(dim)], for rows [first, first + count); E [count, padded(border)] is `left`.
 template <class T, class In>
-void border_statistic(const RowsView& rows, const Layout& layout, const T* left, int64_t first,
-                      int64_t count, int64_t begin, int64_t end, T* products, T* squares,
-                      T* scratch) {
-  const int64_t stride = padded(end - begin), b = layout.head + layout.tail, thin = padded(b);
-  In* x = as<In>(scratch);
-  T* sums = scratch + kChunkDepth * stride;
-  const In* e = as<In>(left);
-  for_each_chunk<In>(first, first + count, [&](int64_t at, int64_t chunk) {
-    const int64_t depth = depth_of<In>(chunk);
-    bring_rows(rows, at, chunk, begin, end, x, stride, stride);
-    multiply<T, In>(b, stride, depth, {e, 1, thin}, x, stride, sums, stride, kOverwrite<T>);
-    e += depth * thin;
-    for (int64_t i = 0; i < b; ++i) {
-      add_numbers(end - begin, sums + i * stride, products + i * layout.dim + begin);
-    }
-    add_squares<T, In>(x, depth, stride, stride, squares + begin);
+void border_statistic(const RowsView& rows, const Layout& layout, const T* given, const Panel& part,
+                      T* sums, T* scratch) {
+  const int64_t b = layout.head + layout.tail, thin = padded(b), wide = padded(layout.dim);
+  In *e = as<In>(scratch), *x = as<In>(scratch + kChunkDepth * thin);
+  for_each_chunk<In>(part.row_begin, part.row_end, [&](int64_t first, int64_t count) {
+    const int64_t depth = depth_of<In>(count);
+    ask_for_rows(rows, first, count, part.column_begin, part.column_end);
+    if (given == nullptr) bring_border(rows, layout, first, count, e);
+    const In* left = given == nullptr ? e : as<In>(given + first * thin);
+    for_each_panel(part, 1, [&](int64_t begin, int64_t end) {
+      const int64_t width = padded(end - begin), stride = width + kPadding;
+      bring_rows(rows, first, count, begin, end, x, stride, width);
+      multiply<T, In>(b, width, depth, {left, 1, thin}, x, stride, sums + begin, wide, kAdd<T>);
+      add_squares<T, In>(x, depth, stride, width, sums + b * wide + begin);
+    });
   });
 }
 
 template <class T, class In>
 constexpr GramKernels<T> gram_kernels() {
-  return {block_statistic<T, In>, border_columns<T, In>, border_statistic<T, In>};
+  return {block_statistic<T, In>, border_statistic<T, In>};
 }

@@ -26,7 +26,7 @@ template <class T, class In, int kRows, int kVectors>
 SINGD_INLINE void multiply_tile(int64_t depth, const Operand<In>& a, const In* b, int64_t b_stride,
                                 T* c, int64_t c_stride, Before<T> before) {
   Vector<T> sums[kRows][kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Vector<T>{};
@@ -36,7 +36,7 @@ SINGD_INLINE void multiply_tile(int64_t depth, const Operand<In>& a, const In* b
     Vector<In> row[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) row[v] = load<In>(b + v * kLanes<T>);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       const Vector<In> factor = splat(column[r * a.row_stride]);
 #pragma GCC unroll 4
@@ -45,7 +45,7 @@ SINGD_INLINE void multiply_tile(int64_t depth, const Operand<In>& a, const In* b
     b += b_stride;
     column += a.column_stride;
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -77,7 +77,7 @@ void multiply_rows(int64_t rows, int64_t depth, Operand<In> a, const In* b, int6
     multiply_tile<T, In, kRows, kVectors>(depth, a, b, b_stride, c, c_stride, before);
     advance(kRows);
   }
-  if (r + 4 <= rows) {
+  while (r + 4 <= rows) {
     multiply_tile<T, In, 4, kVectors>(depth, a, b, b_stride, c, c_stride, before);
     advance(4);
   }

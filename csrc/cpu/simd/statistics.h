@@ -1,44 +1,66 @@
 // Statistics of rows X.
 
+template <class T>
+void add_numbers(const T* from, int64_t count, T* to) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < count; ++j) to[j] += from[j];
+}
+
 // Column squares of plain rows, which are read where they are.
 template <class Stored, class T>
-SINGD_INLINE void add_plain_squares(const RowsView& rows, const Stored* data, int64_t begin,
-                                    int64_t end, T* partial, T* sums) {
-  for_each_chunk<T>(0, rows.count, [&](int64_t first, int64_t count) {
-    SINGD_COUNT(elements, count * (end - begin));
-    for (int64_t j = 0; j < end - begin; ++j) partial[j] = T(0);
+SINGD_INLINE void add_plain_squares(const RowsView& rows, const Stored* data, const Panel& part,
+                                    T* partial, T* sums) {
+  const int64_t begin = part.column_begin, columns = part.column_end - begin;
+  for_each_chunk<T>(part.row_begin, part.row_end, [&](int64_t first, int64_t count) {
+    SINGD_COUNT(elements, count * columns);
+    for (int64_t j = 0; j < columns; ++j) partial[j] = T(0);
     for (int64_t r = first; r < first + count; ++r) {
       const Stored* row = row_start(rows, data, r) + begin;
 #pragma GCC ivdep
-      for (int64_t j = 0; j < end - begin; ++j) {
+      for (int64_t j = 0; j < columns; ++j) {
         const T x = static_cast<T>(widen(row[j]));
         partial[j] += x * x;
       }
     }
-#pragma GCC ivdep
-    for (int64_t j = 0; j < end - begin; ++j) sums[j] += partial[j];
+    add_numbers(partial, columns, sums + begin);
   });
 }
 
 template <class T>
-void diagonal_statistic(const RowsView& rows, int64_t begin, int64_t end, T* sums, T* scratch) {
-  const int64_t stride = padded(end - begin);
+void diagonal_statistic(const RowsView& rows, const Panel& part, T* sums, T* scratch) {
   if (rows.feature_stride == 1 && !rows.reduce) {
-    const int64_t features = smaller(end, rows.features);
-    with_type(rows.array, [&](const auto* data) {
-      add_plain_squares(rows, data, begin, features, scratch, sums + begin);
-    });
-    if (end > rows.features) sums[rows.features] += static_cast<T>(rows.count);
+    Panel features = part;
+    features.column_end = smaller(part.column_end, rows.features);
+    with_type(rows.array,
+              [&](const auto* data) { add_plain_squares(rows, data, features, scratch, sums); });
+    if (part.column_end > rows.features) {
+      sums[rows.features] += static_cast<T>(part.row_end - part.row_begin);
+    }
     return;
   }
-  T* squares = scratch + kChunkDepth * stride;
-  for (int64_t j = 0; j < stride; ++j) squares[j] = T(0);
-  for_each_chunk<T>(0, rows.count, [&](int64_t first, int64_t count) {
-    load_rows(rows, first, count, begin, end, scratch, stride);
-    add_squares<T, T>(scratch, count, stride, stride, squares);
+  for_each_chunk<T>(part.row_begin, part.row_end, [&](int64_t first, int64_t count) {
+    for_each_panel(part, 1, [&](int64_t begin, int64_t end) {
+      const int64_t width = padded(end - begin);
+      load_rows(rows, first, count, begin, end, scratch, width);
+      add_squares<T, T>(scratch, count, width, width, sums + begin);
+    });
   });
-#pragma GCC ivdep
-  for (int64_t j = 0; j < end - begin; ++j) sums[begin + j] += squares[j];
+}
+
+// The statistic of blocks from their sums, of which one triangle is there.
+template <class T>
+void finish_blocks(const Layout& layout, const T* sums, int64_t begin, int64_t end, T* blocks) {
+  const int64_t k = layout.block;
+  for (int64_t at = begin; at < end; at += k) {
+    const int64_t size = smaller(k, layout.dim - at), width = padded(size);
+    const T* sum = sums + at / k * k * padded(k);
+    T* block = blocks + at * k;  // the last one alone is smaller
+    for (int64_t i = 0; i < size; ++i) {
+      const int64_t there = i / kLanes<T> * kLanes<T>;  // first column that is there
+      for (int64_t j = 0; j < there; ++j) block[i * size + j] += sum[j * width + i];
+      for (int64_t j = there; j < size; ++j) block[i * size + j] += sum[i * width + j];
+    }
+  }
 }
 
 // Rows [first, first + count) of S = X V with V [padded(dim), padded(border)].
@@ -54,19 +76,27 @@ void border_rows(const RowsView& rows, const Layout& layout, const T* v, int64_t
   }
 }
 
-// H[B, :] += T K and diag(H) += D^2 squares on the interior, for the column-bordered K = R^T with
-// the stored R = [E; D]; `factor` is that storage, `v` its E transposed.
+// The statistic of a row border: the sums as they are, squares on the interior alone.
 template <class T>
-void finish_column_border(const Layout& layout, const T* factor, const T* v, const T* products,
-                          const T* squares, T* statistic, T* scratch) {
-  const int64_t d = layout.dim, b = layout.head + layout.tail, thin = padded(b);
-  const T* interior = factor + b * d - layout.head;
-  multiply<T>(b, thin, d, {products, d, 1}, v, thin, scratch, thin, kOverwrite<T>);
+void finish_row_border(const Layout& layout, const T* sums, T* statistic) {
+  const int64_t d = layout.dim, b = layout.head + layout.tail, wide = padded(d);
+  for (int64_t r = 0; r < b; ++r) add_numbers(sums + r * wide, d, statistic + r * d);
+  add_numbers(sums + b * wide + layout.head, d - b, statistic + b * d);
+}
+
+// H[B, :] += T K and diag(H) += D^2 squares on the interior, for the column-bordered K = R^T with
+// the stored R = [E; D]; `factor` is that storage, `v` its E transposed, T the sums' products.
+template <class T>
+void finish_column_border(const Layout& layout, const T* factor, const T* v, const T* sums,
+                          T* statistic, T* scratch) {
+  const int64_t d = layout.dim, b = layout.head + layout.tail, thin = padded(b), wide = padded(d);
+  const T *interior = factor + b * d - layout.head, *squares = sums + b * wide;
+  multiply<T>(b, thin, d, {sums, wide, 1}, v, thin, scratch, thin, kOverwrite<T>);
   for (int64_t r = 0; r < b; ++r) {
     for (int64_t j = 0; j < d; ++j) {
       const bool inside = j >= layout.head && j < d - layout.tail;
       const int64_t c = j < layout.head ? j : j - (d - b);
-      statistic[r * d + j] += inside ? products[r * d + j] * interior[j] : scratch[r * thin + c];
+      statistic[r * d + j] += inside ? sums[r * wide + j] * interior[j] : scratch[r * thin + c];
     }
   }
   for (int64_t j = layout.head; j < d - layout.tail; ++j) {
@@ -76,6 +106,7 @@ void finish_column_border(const Layout& layout, const T* factor, const T* v, con
 
 template <class T>
 constexpr StatisticKernels<T> statistic_kernels() {
-  return {load_rows<T>,   diagonal_statistic<T>, gram_kernels<T, T>(),
-          border_rows<T>, transpose_padded<T>,   finish_column_border<T>};
+  return {load_rows<T>,     diagonal_statistic<T>, gram_kernels<T, T>(),
+          border_rows<T>,   transpose_padded<T>,   add_numbers<T>,
+          finish_blocks<T>, finish_row_border<T>,  finish_column_border<T>};
 }
