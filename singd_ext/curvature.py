@@ -105,25 +105,17 @@ class OutputHook:
 def _accumulate(
     optimizer: SINGD, layer: Layer, module: nn.Module, x: Tensor, g: Tensor, backward_pass: int
 ) -> None:
-    options = optimizer.options(layer.group)
+    options = optimizer.options_in_pass(layer.group, backward_pass)
     reduce = options.kfac_approx == "reduce"
     state = layer.entries(optimizer.state)
     if not _begin_pass(optimizer, layer, state, backward_pass):
         return
-    for factor in ("K", "C"):
-        if f"statistic_{factor}" not in state:
-            dtype = torch.float64 if state[factor].dtype == torch.float64 else torch.float32
-            state[f"statistic_{factor}"] = torch.zeros_like(state[factor], dtype=dtype)
-    batch, shared = layer.accumulate_(
-        module,
-        state["statistic_K"],
-        state["statistic_C"],
-        x,
-        g,
-        (state["K"], state["C"]),
-        options.structures,
-        reduce,
-    )
+    if "statistic_K" not in state:
+        for factor in ("K", "C"):
+            old = state[factor]
+            dtype = torch.float64 if old.dtype == torch.float64 else torch.float32
+            state[f"statistic_{factor}"] = torch.zeros_like(old, dtype=dtype)
+    batch, shared = layer.accumulate_(module, state, x, g, options.structures, reduce)
     state["rows"] = state.get("rows", 0) + batch * (min(1, shared) if reduce else shared)
     _count_loss_terms(layer, state, options.loss_average, batch, shared)
 
@@ -138,7 +130,11 @@ def _begin_pass(optimizer: SINGD, layer: Layer, state: State, backward_pass: int
         layer.last_pass, layer.counted_terms = backward_pass, 0
         layer.pass_counts = accumulates(layer.parameters)
         follow(optimizer, layer)
-        if layer.pass_counts and all(p.grad is None for p in layer.parameters):
+        if (
+            layer.pass_counts
+            and "statistic_K" in state
+            and all(p.grad is None for p in layer.parameters)
+        ):
             drop_statistics(state)
     return layer.pass_counts
 

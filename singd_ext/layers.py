@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter, UninitializedParameter
 
+from . import ops
 from .kinds import LayerKind, Statistic
 from .memory import FactorProduct
 from .registry import supported_modules
@@ -139,20 +140,32 @@ class Layer:
     def accumulate_(
         self,
         module: nn.Module,
-        statistic_K: Tensor,
-        statistic_C: Tensor,
+        state: State,
         x: Tensor,
         g: Tensor,
-        factors: tuple[Tensor, Tensor],
         structures: tuple[str, str],
         reduce: bool,
     ) -> tuple[int, int]:
-        """Add input x and output gradient g of a module's call; return (batch, shared) sizes."""
+        """Add input x and output gradient g of a module's call; return (batch, shared) sizes.
+
+        Args:
+            module: One of `modules`.
+            state: The layer's entries, with statistics.
+            x, g: Of the call.
+            structures: Of K and of C.
+            reduce: KFAC-reduce.
+        """
         rows = self.kind.gradient_rows(module, g)
-        to_C = Statistic(statistic_C, factors[1], self.dim_C, structures[1])
-        to_C.add(rows, "sum" if reduce else "expand")
+        ops.accumulate_statistic_(
+            state["statistic_C"],
+            rows,
+            state["C"],
+            self.dim_C,
+            structures[1],
+            shared="sum" if reduce else "expand",
+        )
         to_K = Statistic(
-            statistic_K, factors[0], self.dim_K, structures[0], ones_column=self.bias is not None
+            state["statistic_K"], state["K"], self.dim_K, structures[0], self.bias is not None
         )
         if self.weight is None:  # only the bias is trained: its input is the column of ones
             to_K.add(rows[..., :0], "mean" if reduce else "expand")

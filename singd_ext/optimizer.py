@@ -210,6 +210,7 @@ class SINGD(torch.optim.Optimizer):
         self._handles: list[Any] = []
         self._checked: dict[int, Hyperparameters] = {}  # of the groups that SINGD trains itself
         self._calls: dict[int, GroupCalls] = {}
+        self._passes: dict[int, int] = {}  # the backward pass in which a group's options were seen
         self._curvature_scale: float | None = None
         self._warned: set[str] = set()
         self._pauses = 0
@@ -274,6 +275,13 @@ class SINGD(torch.optim.Optimizer):
             if layer.group == group:
                 complete_state(self.state, layer, options)
         return options
+
+    def options_in_pass(self, group: int, backward_pass: int) -> Hyperparameters:
+        """Return the same, looked at once a backward pass: its layers' hooks ask one by one."""
+        if self._passes.get(group) != backward_pass:
+            self._passes[group] = backward_pass
+            return self.options(group)
+        return self._checked[group]
 
     def factors_due(self, group: int) -> bool:
         """Whether the next step of this group updates the factors."""
