@@ -99,14 +99,16 @@ struct StepKernels {
   void (*load)(const StepLayer<T>& layer, const Panel& panel, T* to, int64_t stride);
   // max |unscale G| over the rows of a panel; infinite if not finite.
   double (*largest)(const StepLayer<T>& layer, const Panel& panel);
-  // border_products and border_rows of columns [column_begin, column_end), and max |unscale G|;
-  // scratch: kThinRows * panel.stride().
-  double (*thin)(const StepLayer<T>& layer, const Panel& panel, T* scratch);
+  // P[B, :] G of some rows [border, padded(columns)], their part of border_rows, and max |unscale
+  // G|; scratch: kThinRows * (kThinColumns + kPadding).
+  double (*thin)(const StepLayer<T>& layer, const Panel& panel, T* products, T* scratch);
+  // Adds such products to border_products.
+  void (*add_products)(const StepLayer<T>& layer, const T* products);
   // The step of a panel; with `check_only`, only whether its preconditioned gradient is finite.
   // scratch: 2 * panel.scratch() + rows * padded(border of the right side) * 2.
   bool (*step)(const StepLayer<T>& layer, const Panel& panel, bool check_only, T* scratch);
 };
-inline constexpr int64_t kThinRows = 64, kThinColumns = 128;  // of a panel of `thin`, at most
+inline constexpr int64_t kThinRows = 64, kThinColumns = 128;  // of scratch in `thin`
 
 // The rows of X or g of one call: X[batch, shared, features] of any strides, or with `reduce` one
 // row a sample, added up over `shared`. With a bias the column behind the features holds `one`.
@@ -265,8 +267,9 @@ extern const GramKernels<float> kernels;  // of bfloat16 rows whose features lie
 const Kernels& kernels();
 
 // Kernels that multiply rows of bfloat16 numbers as they are, with sums in float32: for rows whose
-// features lie side by side and are not added up. Null if the processor has no such products.
-const GramKernels<float>* bfloat16_gram();
+// features lie side by side and are not added up. Null if the processor has no such products, or if
+// they are slow for blocks or borders of this width.
+const GramKernels<float>* bfloat16_gram(int64_t width);
 
 // How many threads an operator is run by now.
 int threads();

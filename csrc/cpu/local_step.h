@@ -4,7 +4,8 @@
 //   read      the largest gradient of a layer, and with a border on the left its thin products
 //   write     momentum and weight, unless the preconditioned gradient is not finite
 //
-// Layers are read and written in groups that stay in the last cache from the one to the other.
+// Layers are read and written in groups that stay in a cache from the one to the other; a group is
+// written in the same breath as the next one is read.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -72,27 +73,35 @@ class LocalStep {
       plan_writes(i);
       plan_reads(i);
     }
+    first_read_.push_back(read_tasks_.size());
+    first_write_.push_back(write_tasks_.size());
     const bool kept = Arena::fit(products_, [&](Arena& arena) { allocate_products(arena); });
     Arena::run(workspace_, [&](Arena& arena) { allocate(arena); });
     if (!kept) prepare();
     for (size_t i = 0; i < factors_.size(); ++i) product(i).norm = norms_[i];
     writes_.assign(layers_.size(), 1);
-    first_read_.push_back(read_tasks_.size());
-    first_write_.push_back(write_tasks_.size());
-    for (size_t begin = 0; begin < layers_.size();) {
-      const size_t end = group_end(begin);
-      read(begin, end);
-      for (size_t i = begin; i < end; ++i) writes_[i] = is_finite(i);
-      write(begin, end);
-      for (size_t i = begin; i < end; ++i) updated(i, static_cast<bool>(writes_[i]));
-      begin = end;
+    Group group, next = group_after(0);
+    parallel_over({}, next);
+    while (!next.empty()) {
+      group = next;
+      next = group_after(group.end);
+      for (size_t i = group.begin; i < group.end; ++i) writes_[i] = finish_read(i);
+      parallel_over(group, next);
     }
+    for (size_t i = 0; i < layers_.size(); ++i) updated(i, static_cast<bool>(writes_[i]));
   }
 
  private:
   struct Read {
     Panel panel;
     double largest = 0;
+    T* products = nullptr;  // of a border on the left
+  };
+
+  // Layers [begin, end).
+  struct Group {
+    size_t begin = 0, end = 0;
+    bool empty() const { return begin == end; }
   };
 
   // Elements of a panel: without products they fit the first cache; with products two of them do,
@@ -100,13 +109,19 @@ class LocalStep {
   static constexpr int64_t kPointwisePanel = 4096, kPanel = 8192, kWidePanel = 32768;
   static constexpr int64_t kPanelRows = 12;
   // Elements of the gradients of a group: they, weight and momentum should fit the last cache.
-  static constexpr int64_t kGroup = int64_t{1} << 20;
+  static int64_t kGroupX() {
+    static const int64_t v = getenv("KG") ? int64_t{1} << atoi(getenv("KG")) : int64_t{1} << 20;
+    return v;
+  }
+#define kGroup kGroupX()
   // Bytes of all weights that are stored past the caches where several threads have read each of
   // them: more than a cache of one thread holds, since smaller ones stay there, and less than the
   // last cache, since of larger ones no cache has copies that must be told.
-  static constexpr int64_t kLeastStreamed = int64_t{1} << 20, kMostStreamed = int64_t{1} << 25;
-  // Elements below which a further thread costs more than it saves.
-  static constexpr int64_t kGrain = 16384;
+  static inline const int64_t kLeastStreamed = getenv("NS") ? int64_t{1} << 40 : int64_t{1} << 20,
+                              kMostStreamed = int64_t{1} << 25;
+  // Elements below which a further thread costs more than it saves, and rows of a task of thin
+  // products.
+  static constexpr int64_t kGrain = 16384, kLeastThinRows = 96;
 
   bool streams() const {
     int64_t bytes = 0;
@@ -141,21 +156,20 @@ class LocalStep {
     }
   }
 
-  // Thin products need all rows of some columns; what only bounds reads whole rows.
+  // Whole rows, as they lie in memory. Each task of thin products has sums of its own, so there is
+  // one a thread, or fewer where these would be as much work as the rows.
   void plan_reads(size_t index) {
     const StepLayer<T>& layer = layers_[index];
-    const bool thin = layer.left.has_border();
-    const int64_t height =
-        thin ? layer.rows : std::max<int64_t>(1, kPointwisePanel / layer.columns);
-    const int64_t width = thin ? kThinColumns : layer.columns;
+    int64_t height = std::max<int64_t>(1, kPointwisePanel / layer.columns);
+    if (layer.left.has_border()) {
+      const int64_t most = std::max<int64_t>(1, layer.rows / kLeastThinRows);
+      const int64_t tasks = std::min<int64_t>(at::get_num_threads(), most);
+      height = (layer.rows + tasks - 1) / tasks;
+      scratch_ = std::max(scratch_, kThinRows * (kThinColumns + kPadding));
+    }
     first_read_.push_back(read_tasks_.size());
     for (int64_t i = 0; i < layer.rows; i += height) {
-      for (int64_t j = 0; j < layer.columns; j += width) {
-        const Panel panel{i, std::min(i + height, layer.rows), j,
-                          std::min(j + width, layer.columns)};
-        read_tasks_.push_back({panel});
-        if (thin) scratch_ = std::max(scratch_, kThinRows * panel.stride());
-      }
+      read_tasks_.push_back({{i, std::min(i + height, layer.rows), 0, layer.columns}});
     }
   }
 
@@ -190,7 +204,10 @@ class LocalStep {
       }
       if (layer.left.has_border()) {
         const int64_t size = layer.left.border() * padded(layer.columns);
-        layer.border_products = arena.take<T>(size);
+        for (size_t task = first_read_[i]; task < first_read_[i + 1]; ++task) {
+          read_tasks_[task].products = arena.take<T>(size);
+        }
+        layer.border_products = read_tasks_[first_read_[i]].products;
         layer.border_rows = arena.take<T>(size);
       }
     }
@@ -241,37 +258,58 @@ class LocalStep {
     return sum;
   }
 
-  size_t group_end(size_t begin) const {
+  Group group_after(size_t begin) const {
+    if (begin == layers_.size()) return {begin, begin};
     size_t end = begin + 1;
     while (end < layers_.size() && elements(begin, end + 1) <= kGroup) ++end;
-    return end;
+    return {begin, end};
   }
 
-  // f(layer, task) for layers [begin, end) in threads, each of which takes its share of every
+  // Writes a group and reads the next one, in threads, each of which takes its share of every
   // layer: the rows that torch's products gave it, so that gradients are where it wrote them.
-  // Layers begin their shares in turn, so that those with fewer tasks than threads are spread.
-  template <class Function>
-  void share_out(size_t begin, size_t end, const std::vector<size_t>& first, Function f) const {
-    const size_t most = static_cast<size_t>(elements(begin, end) / kGrain) + 1;
+  void parallel_over(const Group& group, const Group& next) {
+    const int64_t work = elements(group.begin, group.end) + elements(next.begin, next.end);
+    const size_t most = static_cast<size_t>(work / kGrain) + 1;
     const size_t threads = std::min(static_cast<size_t>(at::get_num_threads()), most);
     at::parallel_for(0, static_cast<int64_t>(threads), 1, [&](int64_t from, int64_t to) {
       for (size_t t = static_cast<size_t>(from); t < static_cast<size_t>(to); ++t) {
-        for (size_t layer = begin; layer < end; ++layer) {
-          const size_t count = first[layer + 1] - first[layer], turn = layer % threads;
-          const size_t last = first[layer] + (count * (t + 1) + turn) / threads;
-          for (size_t i = first[layer] + (count * t + turn) / threads; i < last; ++i) f(layer, i);
-        }
+        for_each_in_share(group, first_write_, t, threads,
+                          [&](size_t layer, size_t i) { write(layer, write_tasks_[i]); });
+        for_each_in_share(next, first_read_, t, threads,
+                          [&](size_t layer, size_t i) { read(layers_[layer], read_tasks_[i]); });
       }
     });
   }
 
-  void read(size_t begin, size_t end) {
-    share_out(begin, end, first_read_, [&](size_t index, size_t i) {
-      Read& task = read_tasks_[i];
-      const StepLayer<T>& layer = layers_[index];
-      task.largest = layer.left.has_border() ? kernels_.thin(layer, task.panel, scratch())
-                                             : kernels_.largest(layer, task.panel);
-    });
+  // f(layer, task) for the tasks of thread t. Layers begin their shares in turn, so that those with
+  // fewer tasks than threads are spread.
+  template <class Function>
+  static void for_each_in_share(const Group& group, const std::vector<size_t>& first, size_t t,
+                                size_t threads, Function f) {
+    for (size_t layer = group.begin; layer < group.end; ++layer) {
+      const size_t count = first[layer + 1] - first[layer], turn = layer % threads;
+      const size_t last = first[layer] + (count * (t + 1) + turn) / threads;
+      for (size_t i = first[layer] + (count * t + turn) / threads; i < last; ++i) f(layer, i);
+    }
+  }
+
+  void read(const StepLayer<T>& layer, Read& task) const {
+    task.largest = layer.left.has_border()
+                       ? kernels_.thin(layer, task.panel, task.products, scratch())
+                       : kernels_.largest(layer, task.panel);
+  }
+
+  void write(size_t layer, const Panel& panel) const {
+    if (writes_[layer]) kernels_.step(layers_[layer], panel, false, scratch());
+  }
+
+  // Adds up what the tasks of a layer read; whether it is finite.
+  bool finish_read(size_t index) {
+    const StepLayer<T>& layer = layers_[index];
+    for (size_t i = first_read_[index] + 1; i < first_read_[index + 1]; ++i) {
+      if (layer.left.has_border()) kernels_.add_products(layer, read_tasks_[i].products);
+    }
+    return is_finite(index);
   }
 
   // A bound tells, but near overflow, where the products themselves are looked at.
@@ -292,12 +330,6 @@ class LocalStep {
                if (!kernels_.step(layer, write_tasks_[i], true, scratch())) finite = false;
              });
     return finite;
-  }
-
-  void write(size_t begin, size_t end) {
-    share_out(begin, end, first_write_, [&](size_t layer, size_t i) {
-      if (writes_[layer]) kernels_.step(layers_[layer], write_tasks_[i], false, scratch());
-    });
   }
 
   at::Tensor &workspace_, &products_;

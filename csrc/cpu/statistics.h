@@ -117,11 +117,11 @@ class LocalStatistic {
     kernels_.finish_column_border(layout_, factor_, v, border_sums(s), statistic_, scratch);
   }
 
-  static const GramKernels<T>& gram_kernels(const RowsView& rows) {
+  static const GramKernels<T>& gram_kernels(const RowsView& rows, int64_t width) {
     if constexpr (std::is_same_v<T, float>) {
       const bool as_they_are = rows.feature_stride == 1 && !rows.reduce;
       const GramKernels<float>* own =
-          as_they_are && rows.array.type == Scalar::kBFloat16 ? bfloat16_gram() : nullptr;
+          as_they_are && rows.array.type == Scalar::kBFloat16 ? bfloat16_gram(width) : nullptr;
       if (own != nullptr) return *own;
     }
     return kernels().statistic<T>().gram;
@@ -136,7 +136,7 @@ class LocalStatistic {
   const T* factor_;
   T* statistic_;
   const StatisticKernels<T>& kernels_ = kernels().statistic<T>();
-  const GramKernels<T>& gram_ = gram_kernels(rows_);
+  const GramKernels<T>& gram_ = gram_kernels(rows_, std::max(layout_.block, border()));
 };
 
 }  // namespace singd::cpu

@@ -32,7 +32,7 @@ Counts counts;
 
 namespace singd::cpu {
 const Kernels& kernels() { return counted::kernels; }
-const GramKernels<float>* bfloat16_gram() { return nullptr; }
+const GramKernels<float>* bfloat16_gram(int64_t) { return nullptr; }
 }  // namespace singd::cpu
 
 using namespace singd;

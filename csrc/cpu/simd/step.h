@@ -71,69 +71,72 @@ SINGD_INLINE void for_each_arrow_row(const StepLayer<T>& layer, int64_t begin, i
   for (int64_t i = larger(begin, tail); i < end; ++i) f(i, layout.head + i - tail);
 }
 
-// P[B, :] G for a panel of columns, all rows of it, in chunks that stay in the first cache.
+// P[B, :] G of the panel's rows, in squares that stay in the first cache.
 template <class T>
-double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* scratch) {
+double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* products,
+                             T* scratch) {
   const LocalProduct<T>& left = layer.left;
-  const int64_t width = padded(panel.column_end - panel.column_begin), wide = padded(layer.rows);
-  const int64_t stride = padded(layer.columns), border = left.border();
+  const int64_t wide = padded(layer.rows), stride = padded(layer.columns);
   auto most = magnitude_bits(T(0));
-  for (int64_t begin = 0; begin < layer.rows; begin += kThinRows) {
-    const int64_t end = smaller(begin + kThinRows, layer.rows);
-    const Panel chunk{begin, end, panel.column_begin, panel.column_end};
-    load_gradient<T>(layer, chunk, nullptr, nullptr, scratch, chunk.stride());
-    most = larger(most, largest_bits(scratch, chunk.scratch()));
-    multiply<T>(border, width, end - begin, {left.wide + begin, wide, 1}, scratch, chunk.stride(),
-                layer.border_products + panel.column_begin, stride,
-                begin > 0 ? kAdd<T> : kOverwrite<T>);
-    for_each_arrow_row(layer, begin, end, [&](int64_t i, int64_t r) {
-      __builtin_memcpy(layer.border_rows + r * stride + panel.column_begin,
-                       scratch + (i - begin) * chunk.stride(),
-                       static_cast<std::size_t>(width) * sizeof(T));
-    });
+  for (int64_t begin = panel.row_begin; begin < panel.row_end; begin += kThinRows) {
+    const int64_t end = smaller(begin + kThinRows, panel.row_end);
+    for (int64_t column = 0; column < layer.columns; column += kThinColumns) {
+      const Panel square{begin, end, column, smaller(column + kThinColumns, layer.columns)};
+      load_gradient<T>(layer, square, nullptr, nullptr, scratch, square.stride());
+      most = larger(most, largest_bits(scratch, square.scratch()));
+      multiply<T>(left.border(), padded(square.column_end - column), end - begin,
+                  {left.wide + begin, wide, 1}, scratch, square.stride(), products + column, stride,
+                  begin > panel.row_begin ? kAdd<T> : kOverwrite<T>);
+      for_each_arrow_row(layer, begin, end, [&](int64_t i, int64_t r) {
+        __builtin_memcpy(layer.border_rows + r * stride + column,
+                         scratch + (i - begin) * square.stride(),
+                         static_cast<std::size_t>(padded(square.column_end - column)) * sizeof(T));
+      });
+    }
   }
   return most >= kInfinityBits<T> ? __builtin_inf() : static_cast<double>(magnitude_of(most));
 }
 
 // The same for a border of one row: a weighted sum of rows, taken from where they are.
 template <class T>
-double thin_products_of_one(const StepLayer<T>& layer, const Panel& panel) {
-  using Bits = decltype(magnitude_bits(T(0)));
-  const int64_t width = panel.column_end - panel.column_begin;
+double thin_products_of_one(const StepLayer<T>& layer, const Panel& panel, T* sums) {
   const T unscale = static_cast<T>(layer.options.unscale);
-  Bits most[kThinColumns] = {};
-  T* sums = layer.border_products + panel.column_begin;
-  for (int64_t j = 0; j < padded(width); ++j) sums[j] = T(0);
+  auto most = magnitude_bits(T(0));
+  for (int64_t j = 0; j < padded(layer.columns); ++j) sums[j] = T(0);
   for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
     with_type(part.gradient, [&](const auto* gradient) {
       T* sum = sums + at;
-      for (int64_t i = 0; i < layer.rows; ++i) {
+      for (int64_t i = panel.row_begin; i < panel.row_end; ++i) {
         const auto* row = gradient + i * part.gradient_stride + first;
         const T weight = layer.left.wide[i];
         SINGD_COUNT(multiply_adds, count);
 #pragma GCC ivdep
         for (int64_t j = 0; j < count; ++j) {
           const T x = unscale * static_cast<T>(widen(row[j]));
-          most[j] = larger(most[j], magnitude_bits(x));
+          most = larger(most, magnitude_bits(x));
           sum[j] += weight * x;
         }
       }
     });
   });
-  for_each_arrow_row(layer, 0, layer.rows, [&](int64_t i, int64_t) {
-    const Panel row{i, i + 1, panel.column_begin, panel.column_end};
-    load_gradient<T>(layer, row, nullptr, nullptr, layer.border_rows + panel.column_begin,
-                     padded(width));
+  for_each_arrow_row(layer, panel.row_begin, panel.row_end, [&](int64_t i, int64_t) {
+    load_gradient<T>(layer, {i, i + 1, 0, layer.columns}, nullptr, nullptr, layer.border_rows,
+                     padded(layer.columns));
   });
-  Bits all = 0;
-  for (int64_t j = 0; j < kThinColumns; ++j) all = larger(all, most[j]);
-  return all >= kInfinityBits<T> ? __builtin_inf() : static_cast<double>(magnitude_of(all));
+  return most >= kInfinityBits<T> ? __builtin_inf() : static_cast<double>(magnitude_of(most));
 }
 
 template <class T>
-double thin_products(const StepLayer<T>& layer, const Panel& panel, T* scratch) {
-  return layer.left.border() == 1 ? thin_products_of_one(layer, panel)
-                                  : thin_products_of_many(layer, panel, scratch);
+double thin_products(const StepLayer<T>& layer, const Panel& panel, T* products, T* scratch) {
+  return layer.left.border() == 1 ? thin_products_of_one(layer, panel, products)
+                                  : thin_products_of_many(layer, panel, products, scratch);
+}
+
+template <class T>
+void add_products(const StepLayer<T>& layer, const T* products) {
+  const int64_t count = layer.left.border() * padded(layer.columns);
+#pragma GCC ivdep
+  for (int64_t j = 0; j < count; ++j) layer.border_products[j] += products[j];
 }
 
 // The rows of G, or of P[B, :] G, that a border on the left spreads over all rows.
@@ -155,7 +158,7 @@ void load_scaled(const StepLayer<T>& layer, const Panel& panel, T* x) {
 // x <- C C^T G for the panel; x holds the gradient, its rows already scaled by a diagonal. Returns
 // the array that has the result.
 template <class T>
-T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other) {
+T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other, Ahead& ahead) {
   const LocalProduct<T>& left = layer.left;
   const int64_t stride = panel.stride(), width = padded(panel.column_end - panel.column_begin);
   if (left.kind == LocalKind::kBlocks) {
@@ -163,7 +166,7 @@ T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other) 
       if (begin < panel.row_begin || begin >= panel.row_end) return;
       const int64_t row = (begin - panel.row_begin) * stride;
       multiply<T>(size, width, size, {left.blocks + at, padded(size), 1}, x + row, stride,
-                  other + row, stride, kOverwrite<T>);
+                  other + row, stride, kOverwrite<T>, ahead);
     });
     return other;
   }
@@ -172,7 +175,7 @@ T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other) 
   const int64_t all = padded(layer.columns), thin = padded(b);
   if (b > 1) {  // a border of one row was added as the gradient was loaded
     multiply<T>(rows, width, b, {left.thin + panel.row_begin * thin, thin, 1},
-                border_coefficients(layer) + panel.column_begin, all, x, stride, kAdd<T>);
+                border_coefficients(layer) + panel.column_begin, all, x, stride, kAdd<T>, ahead);
   }
   for_each_arrow_row(layer, panel.row_begin, panel.row_end, [&](int64_t i, int64_t r) {
     __builtin_memcpy(x + (i - panel.row_begin) * stride,
@@ -185,13 +188,14 @@ T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other) 
 // Blocks are written a whole number of vectors wide, over the beginning of the next block, which
 // is written after it; the stride leaves room behind the last.
 template <class T>
-T* multiply_right_blocks(const StepLayer<T>& layer, const Panel& panel, T* x, T* other) {
+T* multiply_right_blocks(const StepLayer<T>& layer, const Panel& panel, T* x, T* other,
+                         Ahead& ahead) {
   const int64_t stride = panel.stride(), rows = panel.row_end - panel.row_begin;
   for_each_block(layer.right.layout, [&](int64_t begin, int64_t size, int64_t, int64_t at) {
     if (begin < panel.column_begin || begin >= panel.column_end) return;
     const int64_t column = begin - panel.column_begin;
     multiply<T>(rows, padded(size), size, {x + column, stride, 1}, layer.right.blocks + at,
-                padded(size), other + column, stride, kOverwrite<T>);
+                padded(size), other + column, stride, kOverwrite<T>, ahead);
   });
   return other;
 }
@@ -217,7 +221,8 @@ void multiply_right_one(const StepLayer<T>& layer, const Panel& panel, T* x) {
 }
 
 template <class T>
-void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch) {
+void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch,
+                           Ahead& ahead) {
   const LocalProduct<T>& right = layer.right;
   if (right.border() == 1) return multiply_right_one(layer, panel, x);
   const int64_t d = layer.columns, b = right.border(), thin = padded(b), wide = padded(d);
@@ -228,7 +233,8 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
   if (b <= kFewColumns) {
     multiply_few<T>(rows, b, d, x, stride, right.wide, wide, products, thin);
   } else {
-    multiply<T>(rows, thin, d, {x, stride, 1}, right.thin, thin, products, thin, kOverwrite<T>);
+    multiply<T>(rows, thin, d, {x, stride, 1}, right.thin, thin, products, thin, kOverwrite<T>,
+                ahead);
   }
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t r = 0; arrow && r < b; ++r) {
@@ -236,7 +242,7 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
     }
   }
   multiply<T>(rows, wide, b, {arrow ? coefficients : products, thin, 1}, right.wide, wide, x,
-              stride, {true, right.diagonal});
+              stride, {true, right.diagonal}, ahead);
   for (int64_t i = 0; arrow && i < rows; ++i) {
     for (int64_t r = 0; r < b; ++r) {
       x[i * stride + (r < head ? r : r + tail - head)] = products[i * thin + r];
@@ -259,6 +265,24 @@ bool panel_is_finite(const Panel& panel, const T* x, const T* column_scale) {
   return most < kInfinityBits<T>;
 }
 
+// What the panel's products take from memory meanwhile: what is written after them.
+template <class T>
+Ahead weights_of(const StepLayer<T>& layer, const Panel& panel) {
+  Ahead ahead;
+  const int64_t rows = panel.row_end - panel.row_begin;
+  find_pieces(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
+    const auto add = [&](const Array& array) {
+      if (array.data == nullptr) return;
+      const int64_t bytes = size_of(array.type), stride = part.width * bytes;
+      const auto* numbers = static_cast<const char*>(array.data);
+      ahead.add(numbers + panel.row_begin * stride + first * bytes, rows, count * bytes, stride);
+    };
+    add(part.weight);
+    add(part.momentum);
+  });
+  return ahead;
+}
+
 template <class T>
 bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, T* scratch) {
   if (!check_only && is_pointwise(layer)) {
@@ -268,13 +292,14 @@ bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, 
   }
   T *x = scratch, *other = scratch + panel.scratch();
   load_scaled(layer, panel, x);
-  T* result = multiply_left(layer, panel, x, other);
+  Ahead ahead = weights_of(layer, panel);
+  T* result = multiply_left(layer, panel, x, other, ahead);
   other = result == x ? other : x;
   const T* column_scale = nullptr;
   if (layer.right.kind == LocalKind::kBlocks) {
-    result = multiply_right_blocks(layer, panel, result, other);
+    result = multiply_right_blocks(layer, panel, result, other, ahead);
   } else if (layer.right.has_border()) {
-    multiply_right_border(layer, panel, result, scratch + 2 * panel.scratch());
+    multiply_right_border(layer, panel, result, scratch + 2 * panel.scratch(), ahead);
   } else {
     column_scale = layer.right.diagonal;
   }
@@ -291,6 +316,6 @@ void load_unscaled(const StepLayer<T>& layer, const Panel& panel, T* to, int64_t
 
 template <class T>
 constexpr StepKernels<T> step_kernels() {
-  return {prepare_product<T>, load_unscaled<T>, largest_gradient<T>, thin_products<T>,
-          step_panel<T>};
+  return {prepare_product<T>, load_unscaled<T>, largest_gradient<T>,
+          thin_products<T>,   add_products<T>,  step_panel<T>};
 }
