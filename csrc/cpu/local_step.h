@@ -109,16 +109,11 @@ class LocalStep {
   static constexpr int64_t kPointwisePanel = 4096, kPanel = 8192, kWidePanel = 32768;
   static constexpr int64_t kPanelRows = 12;
   // Elements of the gradients of a group: they, weight and momentum should fit the last cache.
-  static int64_t kGroupX() {
-    static const int64_t v = getenv("KG") ? int64_t{1} << atoi(getenv("KG")) : int64_t{1} << 20;
-    return v;
-  }
-#define kGroup kGroupX()
+  static constexpr int64_t kGroup = int64_t{1} << 20;
   // Bytes of all weights that are stored past the caches where several threads have read each of
   // them: more than a cache of one thread holds, since smaller ones stay there, and less than the
   // last cache, since of larger ones no cache has copies that must be told.
-  static inline const int64_t kLeastStreamed = getenv("NS") ? int64_t{1} << 40 : int64_t{1} << 20,
-                              kMostStreamed = int64_t{1} << 25;
+  static constexpr int64_t kLeastStreamed = int64_t{1} << 20, kMostStreamed = int64_t{1} << 25;
   // Elements below which a further thread costs more than it saves, and rows of a task of thin
   // products.
   static constexpr int64_t kGrain = 16384, kLeastThinRows = 96;

@@ -158,7 +158,7 @@ void load_scaled(const StepLayer<T>& layer, const Panel& panel, T* x) {
 // x <- C C^T G for the panel; x holds the gradient, its rows already scaled by a diagonal. Returns
 // the array that has the result.
 template <class T>
-T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other, Ahead& ahead) {
+T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other) {
   const LocalProduct<T>& left = layer.left;
   const int64_t stride = panel.stride(), width = padded(panel.column_end - panel.column_begin);
   if (left.kind == LocalKind::kBlocks) {
@@ -166,7 +166,7 @@ T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other, 
       if (begin < panel.row_begin || begin >= panel.row_end) return;
       const int64_t row = (begin - panel.row_begin) * stride;
       multiply<T>(size, width, size, {left.blocks + at, padded(size), 1}, x + row, stride,
-                  other + row, stride, kOverwrite<T>, ahead);
+                  other + row, stride, kOverwrite<T>);
     });
     return other;
   }
@@ -175,7 +175,7 @@ T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other, 
   const int64_t all = padded(layer.columns), thin = padded(b);
   if (b > 1) {  // a border of one row was added as the gradient was loaded
     multiply<T>(rows, width, b, {left.thin + panel.row_begin * thin, thin, 1},
-                border_coefficients(layer) + panel.column_begin, all, x, stride, kAdd<T>, ahead);
+                border_coefficients(layer) + panel.column_begin, all, x, stride, kAdd<T>);
   }
   for_each_arrow_row(layer, panel.row_begin, panel.row_end, [&](int64_t i, int64_t r) {
     __builtin_memcpy(x + (i - panel.row_begin) * stride,
@@ -188,14 +188,13 @@ T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other, 
 // Blocks are written a whole number of vectors wide, over the beginning of the next block, which
 // is written after it; the stride leaves room behind the last.
 template <class T>
-T* multiply_right_blocks(const StepLayer<T>& layer, const Panel& panel, T* x, T* other,
-                         Ahead& ahead) {
+T* multiply_right_blocks(const StepLayer<T>& layer, const Panel& panel, T* x, T* other) {
   const int64_t stride = panel.stride(), rows = panel.row_end - panel.row_begin;
   for_each_block(layer.right.layout, [&](int64_t begin, int64_t size, int64_t, int64_t at) {
     if (begin < panel.column_begin || begin >= panel.column_end) return;
     const int64_t column = begin - panel.column_begin;
     multiply<T>(rows, padded(size), size, {x + column, stride, 1}, layer.right.blocks + at,
-                padded(size), other + column, stride, kOverwrite<T>, ahead);
+                padded(size), other + column, stride, kOverwrite<T>);
   });
   return other;
 }
@@ -221,8 +220,7 @@ void multiply_right_one(const StepLayer<T>& layer, const Panel& panel, T* x) {
 }
 
 template <class T>
-void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch,
-                           Ahead& ahead) {
+void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch) {
   const LocalProduct<T>& right = layer.right;
   if (right.border() == 1) return multiply_right_one(layer, panel, x);
   const int64_t d = layer.columns, b = right.border(), thin = padded(b), wide = padded(d);
@@ -233,8 +231,7 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
   if (b <= kFewColumns) {
     multiply_few<T>(rows, b, d, x, stride, right.wide, wide, products, thin);
   } else {
-    multiply<T>(rows, thin, d, {x, stride, 1}, right.thin, thin, products, thin, kOverwrite<T>,
-                ahead);
+    multiply<T>(rows, thin, d, {x, stride, 1}, right.thin, thin, products, thin, kOverwrite<T>);
   }
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t r = 0; arrow && r < b; ++r) {
@@ -242,7 +239,7 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
     }
   }
   multiply<T>(rows, wide, b, {arrow ? coefficients : products, thin, 1}, right.wide, wide, x,
-              stride, {true, right.diagonal}, ahead);
+              stride, {true, right.diagonal});
   for (int64_t i = 0; arrow && i < rows; ++i) {
     for (int64_t r = 0; r < b; ++r) {
       x[i * stride + (r < head ? r : r + tail - head)] = products[i * thin + r];
@@ -265,24 +262,6 @@ bool panel_is_finite(const Panel& panel, const T* x, const T* column_scale) {
   return most < kInfinityBits<T>;
 }
 
-// What the panel's products take from memory meanwhile: what is written after them.
-template <class T>
-Ahead weights_of(const StepLayer<T>& layer, const Panel& panel) {
-  Ahead ahead;
-  const int64_t rows = panel.row_end - panel.row_begin;
-  find_pieces(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
-    const auto add = [&](const Array& array) {
-      if (array.data == nullptr) return;
-      const int64_t bytes = size_of(array.type), stride = part.width * bytes;
-      const auto* numbers = static_cast<const char*>(array.data);
-      ahead.add(numbers + panel.row_begin * stride + first * bytes, rows, count * bytes, stride);
-    };
-    add(part.weight);
-    add(part.momentum);
-  });
-  return ahead;
-}
-
 template <class T>
 bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, T* scratch) {
   if (!check_only && is_pointwise(layer)) {
@@ -292,14 +271,13 @@ bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, 
   }
   T *x = scratch, *other = scratch + panel.scratch();
   load_scaled(layer, panel, x);
-  Ahead ahead = weights_of(layer, panel);
-  T* result = multiply_left(layer, panel, x, other, ahead);
+  T* result = multiply_left(layer, panel, x, other);
   other = result == x ? other : x;
   const T* column_scale = nullptr;
   if (layer.right.kind == LocalKind::kBlocks) {
-    result = multiply_right_blocks(layer, panel, result, other, ahead);
+    result = multiply_right_blocks(layer, panel, result, other);
   } else if (layer.right.has_border()) {
-    multiply_right_border(layer, panel, result, scratch + 2 * panel.scratch(), ahead);
+    multiply_right_border(layer, panel, result, scratch + 2 * panel.scratch());
   } else {
     column_scale = layer.right.diagonal;
   }
