@@ -221,6 +221,9 @@ struct Kernels {
   StepKernels<float> step_float;
   StepKernels<double> step_double;
   FactorKernels factors_float, factors_double;
+  // Rows [begin, end) of a square matrix below its diagonal, from above it. Elements of 2, 4 or 8
+  // bytes.
+  void (*mirror)(void* square, int64_t element_size, int64_t dim, int64_t begin, int64_t end);
 
   template <class T>
   const StatisticKernels<T>& statistic() const {

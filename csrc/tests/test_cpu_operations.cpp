@@ -20,6 +20,7 @@ Counts counts;
 #define SINGD_VECTOR_BYTES 16
 #define SINGD_TILE_ROWS 4
 #define SINGD_TILE_VECTORS 2
+#define SINGD_MOST_TILE_ROWS 4
 #include "../cpu/kernels.h"
 #include "../cpu/local_factors.h"
 #include "../cpu/local_step.h"

@@ -27,6 +27,6 @@ namespace {
 const Kernels kernels{SINGD_STRING(SINGD_INSTRUCTIONS), statistic_kernels<float>(),
                       statistic_kernels<double>(),      step_kernels<float>(),
                       step_kernels<double>(),           factor_kernels<float>(),
-                      factor_kernels<double>()};
+                      factor_kernels<double>(),         mirror};
 
 }  // namespace singd::cpu::SINGD_INSTRUCTIONS
