@@ -107,6 +107,13 @@ struct AtenMath {
     });
   }
 
+  // to += factor from.
+  template <class T>
+  static void add_scaled(const T* from, int64_t count, double factor, T* to) {
+    tensor(MatrixView<T>{to, count}, 1, count, 1)
+        .add_(tensor(MatrixView<const T>{from, count}, 1, count, 1), factor);
+  }
+
   // f(begin, end) over [0, count) in threads; `cost` is the work of one item in elements.
   template <class Function>
   static void parallel_for(int64_t count, int64_t cost, Function f) {

@@ -14,6 +14,7 @@ namespace {
 #include "write.h"
 #include "step.h"
 #include "factors.h"
+#include "momentum.h"
 #include "candidates.h"
 #include "factor_blocks.h"
 #include "factor_kernels.h"
