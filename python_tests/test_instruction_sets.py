@@ -59,7 +59,7 @@ def test_operators_with_the_instruction_set(capability: str) -> None:
         pytest.skip("all other tests use this one")
     files = [
         f"python_tests/test_{name}.py"
-        for name in ("step_sizes", "many_rows", "transactions", "trajectories")
+        for name in ("step_sizes", "many_rows", "transactions", "trajectories", "whole_factors")
     ]
     chosen = ["-k", "not emulated and not cuda", "-p", "no:cacheprovider"]
     run(sys.executable, "-m", "pytest", "-q", "-x", *chosen, *files, capability=capability)

@@ -37,7 +37,8 @@ inline void allocate_task(FactorTask& task, Arena& arena) {
   // Rows of blocks are padded.
   const int64_t rows = task.layout.dim * padded(task.layout.block);
   const int64_t bytes = (std::max(task.size, rows) + kPadding) * element_size(task.statistic.type);
-  for (void** numbers : {&task.k, &task.h, &task.gram}) *numbers = arena.take<std::byte>(bytes);
+  for (void** numbers : {&task.k, &task.h}) *numbers = arena.take<std::byte>(bytes);
+  task.gram = {arena.take<std::byte>(bytes), task.statistic.type};
   task.next_factor = {take(task.factor.type), task.factor.type};
   const Scalar momentum = task.momentum.data != nullptr ? task.momentum.type : task.factor.type;
   task.next_momentum = {take(momentum), momentum};

@@ -71,8 +71,8 @@ struct AtenMath {
                : out.add_(at::bmm(tensor(a, m, k, batch), tensor(b, k, n, batch)));
   }
 
-  // C = A^T B or C += A^T B for k x d matrices whose product is known to be symmetric: panels of
-  // one triangle, mirrored.
+  // C = A^T B or C += A^T B for k x d matrices whose product is known to be symmetric, as C is,
+  // with rows side by side: panels of one triangle, mirrored.
   template <class A, class B, class T>
   static void multiply_symmetric(int64_t d, int64_t k, MatrixView<A> a, MatrixView<B> b,
                                  MatrixView<T> c, bool add) {
@@ -81,16 +81,37 @@ struct AtenMath {
     for (int64_t begin = 0; begin < d; begin += kSymmetricPanel) {
       const int64_t width = std::min(kSymmetricPanel, d - begin), end = begin + width;
       panel = out.narrow(0, 0, end).narrow(1, begin, width);
-      const at::Tensor mirrored = out.narrow(0, begin, width).narrow(1, 0, begin);
       if (add) {
-        const at::Tensor sum = at::mm(left.narrow(0, 0, end), right.narrow(1, begin, width));
-        panel.add_(sum);
-        mirrored.add_(sum.narrow(0, 0, begin).t());
+        panel.add_(at::mm(left.narrow(0, 0, end), right.narrow(1, begin, width)));
       } else {
         at::mm_out(panel, left.narrow(0, 0, end), right.narrow(1, begin, width));
-        mirrored.copy_(panel.narrow(0, 0, begin).t());
       }
     }
+    mirror(c.data, d);
+  }
+
+  // The lower triangle of a square matrix, from its upper one. Strips of rows go to threads in
+  // pairs, a long one with a short one.
+  template <class T>
+  static void mirror(T* square, int64_t d) {
+    constexpr int64_t kStrip = 64;
+    const int64_t strips = (d + kStrip - 1) / kStrip;
+    const auto mirror_strip = [&](int64_t i) {
+      kernels().mirror(square, sizeof(T), d, i * kStrip, std::min(d, (i + 1) * kStrip));
+    };
+    parallel_for((strips + 1) / 2, d * kStrip, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        mirror_strip(i);
+        if (strips - 1 - i != i) mirror_strip(strips - 1 - i);
+      }
+    });
+  }
+
+  // to += factor from.
+  template <class T>
+  static void add_scaled(const T* from, int64_t count, double factor, T* to) {
+    tensor(MatrixView<T>{to, count}, 1, count, 1)
+        .add_(tensor(MatrixView<const T>{from, count}, 1, count, 1), factor);
   }
 
   // f(begin, end) over [0, count) in threads; `cost` is the work of one item in elements.

@@ -3,7 +3,10 @@
 // threads.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <vector>
 
 #include "../structures/registry.h"
 #include "arena.h"
@@ -37,11 +40,8 @@ class WholeFactors {
     Arena::run(workspace_, [&](Arena& arena) {
       int64_t scratch = 0;
       for (FactorTask* task : {&k, &c}) {
-        allocate_task(*task, arena);
-        const int64_t numbers = has_local_products(task->layout)
-                                    ? factor_scratch(task->layout)
-                                    : task->size + 2 * task->layout.dim;
-        scratch = std::max(scratch, numbers * element_size(task->statistic.type));
+        has_local_products(task->layout) ? allocate_task(*task, arena) : allocate(*task, arena);
+        scratch = std::max(scratch, scratch_bytes(*task));
       }
       scratch_ = arena.take<std::byte>(scratch);
     });
@@ -49,148 +49,175 @@ class WholeFactors {
     candidate(k, c);
     candidate(c, k);
     if (k.finite && c.finite) {
-      commit_task(k);
-      commit_task(c);
+      commit(k);
+      commit(c);
     }
   }
 
  private:
+  // Parts of the rows at most; each adds up its columns by itself.
+  static constexpr int64_t kMostParts = 64;
+
   static const FactorKernels& kernels_of(const FactorTask& task) {
     return kernels().factors(task.statistic.type);
-  }
-
-  template <class Function>
-  static void dispatch(const FactorTask& task, Function f) {
-    dispatch_compute(task.statistic.type == Scalar::kFloat64 ? at::kDouble : at::kFloat, f);
-  }
-
-  void curvature(FactorTask& task) {
-    if (has_local_products(task.layout)) return kernels_of(task).curvature(task, scratch_);
-    dispatch(task, [&](auto zero) { whole_curvature<decltype(zero)>(task); });
-  }
-
-  void candidate(FactorTask& task, const FactorTask& partner) {
-    if (has_local_products(task.layout)) {
-      return kernels_of(task).candidate(task, partner, options_, scratch_);
-    }
-    dispatch(task, [&](auto zero) { whole_candidate<decltype(zero)>(task, partner); });
-  }
-
-  template <class T>
-  void whole_curvature(FactorTask& task) {
-    T *k = static_cast<T*>(task.k), *h = static_cast<T*>(task.h);
-    T* gram = static_cast<T*>(task.gram);
-    parallel(task, [&](int64_t begin, int64_t end) { kernels_of(task).load(task, begin, end); });
-    visit(task.layout, [&](const auto& family) {
-      family.template conjugate<AtenMath, T>(k, static_cast<const T*>(task.statistic.data), h);
-      if (in_bfloat16(task)) {
-        gram_in_bfloat16(task, gram);
-      } else {
-        family.template gram<AtenMath, T>(k, gram);
-      }
-      parallel(task, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) h[i] = static_cast<T>(h[i] * task.scale);
-      });
-      const double d = static_cast<double>(task.layout.dim);
-      task.mean_trace_h = static_cast<double>(family.trace(h)) / d;
-      task.mean_trace_gram = static_cast<double>(family.trace(gram)) / d;
-    });
-  }
-
-  // As in simd/candidates.h.
-  template <class T>
-  void whole_candidate(FactorTask& task, const FactorTask& partner) {
-    T *k = static_cast<T*>(task.k), *m = static_cast<T*>(task.h), *e = static_cast<T*>(task.gram);
-    T* product = reinterpret_cast<T*>(scratch_);
-    parallel(task, [&](int64_t begin, int64_t end) {
-      kernels_of(task).momentum(task, partner, options_, begin, end);
-    });
-    visit(task.layout, [&](const auto& family) {
-      family.add_to_diagonal(m, static_cast<T>(-options_.momentum_scale()));
-      parallel(task, [&](int64_t begin, int64_t end) {
-        kernels_of(task).old_momentum(task, options_, begin, end);
-      });
-      const double bound =
-          task.layout.family == Family::kToeplitz
-              ? Toeplitz(task.layout).norm_bound(m)
-              : kernels_of(task).norm(task.layout, m, reinterpret_cast<double*>(scratch_));
-      const double beta = step_size(task, bound, m);
-      parallel(task, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) e[i] = static_cast<T>(-beta * m[i]);
-      });
-      if (options_.expm_order == 2) {
-        multiply<T>(family, task, e, product);
-        parallel(task, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) e[i] += product[i] / 2;
-        });
-      }
-      multiply<T>(family, task, k, product);
-    });
-    std::atomic<bool> finite{true};
-    parallel(task, [&](int64_t begin, int64_t end) {
-      const FactorKernels& f = kernels_of(task);
-      if (!f.store(product, k, begin, end, task.next_factor, task.key.stream(0))) finite = false;
-      if (!f.store(m, nullptr, begin, end, task.next_momentum, task.key.stream(1))) finite = false;
-    });
-    task.finite = finite;
-  }
-
-  template <class T>
-  double step_size(FactorTask& task, double bound, const T* m) const {
-    double beta = options_.lr_cov;
-    if (options_.normalize_lr_cov) {
-      double largest = 1.0;
-      for (int64_t i = 0; i < task.size; ++i) {
-        largest = std::max(largest, std::abs(static_cast<double>(m[i])));
-      }
-      beta /= largest;
-    }
-    task.capped = beta * bound > options_.step_cap;
-    return task.capped ? options_.step_cap / bound : beta;
   }
 
   // A dense factor that is stored in bfloat16 is multiplied in it, with sums in float32, at a
   // quarter of the time. What is rounded, K^T K and the small K E that is added to K, then still is
   // finer than K's own last place.
-  static bool in_bfloat16(const FactorTask& task) {
-    return task.layout.family == Family::kDense && task.factor.type == Scalar::kBFloat16 &&
-           task.statistic.type == Scalar::kFloat32;
+  static Scalar product_type(const FactorTask& task) {
+    const bool in_bfloat16 = task.layout.family == Family::kDense &&
+                             task.factor.type == Scalar::kBFloat16 &&
+                             task.statistic.type == Scalar::kFloat32;
+    return in_bfloat16 ? Scalar::kBFloat16 : task.statistic.type;
   }
 
-  template <class T>
-  static void gram_in_bfloat16(FactorTask& task, T* gram) {
-    const int64_t d = task.layout.dim;
-    const MatrixView<const at::BFloat16> k{static_cast<const at::BFloat16*>(task.factor.data), d};
-    const MatrixView<at::BFloat16> result{static_cast<at::BFloat16*>(task.next_factor.data), d};
-    AtenMath::multiply_symmetric(d, d, k, k, result, false);
-    widen(task, task.next_factor, gram);
-    Dense(task.layout).template weigh_gram<AtenMath>(gram);
+  // f(family, T{}, P{}) with the types of a task's statistic and of its products.
+  template <class Function>
+  static void dispatch(const FactorTask& task, Function f) {
+    if (product_type(task) == Scalar::kBFloat16) {
+      return f(Dense(task.layout), float{}, at::BFloat16{});
+    }
+    dispatch_compute(
+        task.statistic.type == Scalar::kFloat64 ? at::kDouble : at::kFloat,
+        [&](auto zero) { visit(task.layout, [&](const auto& family) { f(family, zero, zero); }); });
   }
 
-  // product = A E for A = K or A = E; E is where Pi(K^T K) was. The memory of the candidates, which
-  // come later, holds bfloat16 copies.
-  template <class T, class FamilyT>
-  static void multiply(const FamilyT& family, FactorTask& task, const T* a, T* product) {
-    const T* e = static_cast<const T*>(task.gram);
-    if (!in_bfloat16(task)) return family.template product<AtenMath, T>(a, e, product);
-    const int64_t d = task.layout.dim;
-    const Array narrow{task.next_momentum.data, Scalar::kBFloat16};
-    parallel(task, [&](int64_t begin, int64_t end) {
-      kernels_of(task).store(e, nullptr, begin, end, narrow, RoundingKey{});
+  // K is where it is stored, if that is the type of its products.
+  static void allocate(FactorTask& task, Arena& arena) {
+    const Scalar type = product_type(task);
+    const auto take = [&](Scalar of) -> void* {
+      return arena.take<std::byte>(task.size * element_size(of));
+    };
+    task.k = task.factor.type == type ? task.factor.data : take(type);
+    task.h = take(task.statistic.type);
+    task.gram = {take(type), type};
+  }
+
+  static int64_t parts_of(const FactorTask& task) {
+    const int64_t most = std::min(kMostParts, storage_rows(task.layout));
+    return std::clamp<int64_t>(task.size / AtenMath::kGrain, 1, most);
+  }
+
+  // For column sums, then for the exponential where that is not K's update itself.
+  int64_t scratch_bytes(const FactorTask& task) const {
+    if (has_local_products(task.layout)) {
+      return factor_scratch(task.layout) * element_size(task.statistic.type);
+    }
+    return std::max<int64_t>(parts_of(task) * task.layout.dim * int64_t{sizeof(double)},
+                             2 * task.size * element_size(task.gram.type));
+  }
+
+  void curvature(FactorTask& task) {
+    if (has_local_products(task.layout)) return kernels_of(task).curvature(task, scratch_);
+    if (task.k != task.factor.data) {
+      copy(task, {task.factor.data, task.factor.type}, 1, {task.k, task.gram.type});
+    }
+    dispatch(task, [&](const auto& family, auto t, auto p) {
+      whole_curvature<decltype(t), decltype(p)>(family, task);
     });
-    const void* left = a == e ? narrow.data : task.factor.data;
-    AtenMath::multiply(
-        d, d, d, MatrixView<const at::BFloat16>{static_cast<const at::BFloat16*>(left), d},
-        MatrixView<const at::BFloat16>{static_cast<const at::BFloat16*>(narrow.data), d},
-        MatrixView<at::BFloat16>{static_cast<at::BFloat16*>(task.next_factor.data), d});
-    widen(task, task.next_factor, product);
   }
 
-  static void widen(const FactorTask& task, const Array& from, void* to) {
-    FactorTask view = task;
-    view.factor = from;
-    view.k = to;
-    parallel(task, [&](int64_t begin, int64_t end) { kernels_of(task).load(view, begin, end); });
+  template <class T, class P>
+  static void whole_curvature(const Dense& family, FactorTask& task) {
+    const int64_t d = task.layout.dim;
+    const MatrixView<const P> k{static_cast<const P*>(task.k), d};
+    P* gram = static_cast<P*>(task.gram.data);
+    AtenMath::multiply_symmetric(d, d, k, k, MatrixView<P>{gram, d}, false);
+    set_traces(family, task, static_cast<const T*>(task.statistic.data), gram);
+  }
+
+  template <class T, class P, class FamilyT>
+  static void whole_curvature(const FamilyT& family, FactorTask& task) {
+    const P* k = static_cast<const P*>(task.k);
+    T *h = static_cast<T*>(task.h), *gram = static_cast<T*>(task.gram.data);
+    family.template conjugate<AtenMath, T>(k, static_cast<const T*>(task.statistic.data), h);
+    family.template gram<AtenMath, T>(k, gram);
+    set_traces(family, task, h, gram);
+  }
+
+  template <class FamilyT, class T, class P>
+  static void set_traces(const FamilyT& family, FactorTask& task, const T* h, const P* gram) {
+    const double d = static_cast<double>(task.layout.dim);
+    task.mean_trace_h = family.trace(h) * task.scale / d;
+    task.mean_trace_gram = family.trace(gram) / d;
+  }
+
+  // As in simd/candidates.h.
+  void candidate(FactorTask& task, const FactorTask& partner) {
+    if (has_local_products(task.layout)) {
+      return kernels_of(task).candidate(task, partner, options_, scratch_);
+    }
+    const double beta = momentum(task, partner);
+    dispatch(task,
+             [&](const auto& family, auto, auto p) { update<decltype(p)>(family, task, beta); });
+    task.finite = is_surely_finite(task, beta) || has_finite_candidates(task);
+  }
+
+  // Whether the norms alone say that no candidate overflows as it is stored, which saves a look at
+  // all of them: no entry of K exceeds ||K||_F, none of m ||m||, none of K m their product, and
+  // none of K E ||K||_F (x + x^2 / 2) with x = beta1 ||m||. Rounding does not matter that far from
+  // overflow. NaN is not below any limit.
+  static bool is_surely_finite(const FactorTask& task, double beta) {
+    const Scalar momentum = task.momentum.data != nullptr ? task.momentum.type : task.factor.type;
+    const bool in_float16 = Scalar::kFloat16 == task.factor.type || Scalar::kFloat16 == momentum;
+    const double limit = in_float16 ? 1e3 : 1e35;
+    const double m = task.momentum_norm, x = std::abs(beta) * m;
+    const double k = std::sqrt(task.mean_trace_gram * static_cast<double>(task.layout.dim));
+    return m < limit && k * m < limit && k * (1 + x + x * x / 2) < limit;
+  }
+
+  static bool has_finite_candidates(const FactorTask& task) {
+    std::atomic<bool> finite{true};
+    parallel(task, [&](int64_t begin, int64_t end) {
+      if (!kernels_of(task).check(task, begin, end)) finite = false;
+    });
+    return finite;
+  }
+
+  // The new momentum; returns beta1. The parts do not depend on the threads, so sums do not either.
+  double momentum(FactorTask& task, const FactorTask& partner) {
+    const int64_t parts = parts_of(task), rows = storage_rows(task.layout);
+    std::vector<MomentumSums> sums(static_cast<size_t>(parts));
+    AtenMath::parallel_for(parts, task.size / parts, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        MomentumSums& part = sums[static_cast<size_t>(i)];
+        part.columns = reinterpret_cast<double*>(scratch_) + i * task.layout.dim;
+        kernels_of(task).momentum(task, partner, options_, rows * i / parts, rows * (i + 1) / parts,
+                                  part);
+      }
+    });
+    return kernels_of(task).step_size(task, sums.data(), parts, options_);
+  }
+
+  // K E for E = Expm(-beta m) - I, truncated, where Pi(K^T K) was. Of order 1 it is K m, whose
+  // scale is left to the end, if m is in the type of products.
+  template <class P, class FamilyT>
+  void update(const FamilyT& family, FactorTask& task, double beta) {
+    const P* k = static_cast<const P*>(task.k);
+    P* product = static_cast<P*>(task.gram.data);
+    if (options_.expm_order == 1 && task.gram.type == task.statistic.type) {
+      task.update_scale = -beta;
+      return family.template product<AtenMath, P>(k, static_cast<const P*>(task.h), product);
+    }
+    P *e = reinterpret_cast<P*>(scratch_), *square = e + task.size;
+    copy(task, {task.h, task.statistic.type}, -beta, {e, task.gram.type});
+    if (options_.expm_order == 2) {
+      family.template product<AtenMath, P>(e, e, square);
+      AtenMath::add_scaled(square, task.size, 0.5, e);
+    }
+    family.template product<AtenMath, P>(k, e, product);
+  }
+
+  static void commit(const FactorTask& task) {
+    if (has_local_products(task.layout)) return commit_task(task);
+    parallel(task, [&](int64_t begin, int64_t end) { kernels_of(task).commit(task, begin, end); });
+  }
+
+  static void copy(const FactorTask& task, ConstArray from, double scale, const Array& to) {
+    parallel(task, [&](int64_t begin, int64_t end) {
+      kernels_of(task).copy(from, scale, begin, end, to);
+    });
   }
 
   // f(begin, end) over the slots of a task.

@@ -55,12 +55,6 @@ struct Dense : Entrywise<Dense> {
     const int64_t d = layout.dim;
     const MatrixView<const T> factor{k, d};
     Math::multiply_symmetric(d, d, factor, factor, MatrixView<T>{h, d}, false);
-    weigh_gram<Math>(h);
-  }
-
-  // h <- Pi(h) for a symmetric h.
-  template <class Math, class T>
-  void weigh_gram(T* h) const {
     if (layout.triangle != Triangle::kFull) weigh<Math>(h, h);
   }
 
@@ -69,7 +63,7 @@ struct Dense : Entrywise<Dense> {
     const int64_t d = layout.dim;
     Math::multiply(d, d, d, MatrixView<const T>{a, d}, MatrixView<const T>{b, d},
                    MatrixView<T>{c, d});
-    clear_other_triangle(c);
+    clear_other_triangle<Math>(c);
   }
 
   template <class Math, class T>
@@ -102,17 +96,20 @@ struct Dense : Entrywise<Dense> {
         h[i * d + i] = diagonal;
       }
     });
-    clear_other_triangle(h);
+    clear_other_triangle<Math>(h);
   }
 
-  template <class T>
+  template <class Math, class T>
   void clear_other_triangle(T* k) const {
+    if (layout.triangle == Triangle::kFull) return;
     const int64_t d = layout.dim;
-    for (int64_t i = 0; i < d && layout.triangle != Triangle::kFull; ++i) {
-      T* row = k + i * d;
-      if (layout.triangle == Triangle::kLower) std::fill(row + i + 1, row + d, T(0));
-      if (layout.triangle == Triangle::kUpper) std::fill(row, row + i, T(0));
-    }
+    const bool is_lower = layout.triangle == Triangle::kLower;
+    Math::parallel_for(d, d, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        T* row = k + i * d;
+        is_lower ? std::fill(row + i + 1, row + d, T(0)) : std::fill(row, row + i, T(0));
+      }
+    });
   }
 };
 

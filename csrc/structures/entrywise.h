@@ -31,9 +31,9 @@ struct Entrywise {
   }
 
   template <class T>
-  T trace(const T* k) const {
-    T sum = 0;
-    self().for_each_diagonal([&](int64_t slot) { sum += k[slot]; });
+  double trace(const T* k) const {
+    double sum = 0;
+    self().for_each_diagonal([&](int64_t slot) { sum += static_cast<double>(k[slot]); });
     return sum;
   }
 

@@ -102,24 +102,13 @@ struct Toeplitz {
   }
 
   template <class T>
-  T trace(const T* k) const {
-    return static_cast<T>(layout.dim) * k[0];
+  double trace(const T* k) const {
+    return static_cast<double>(layout.dim) * static_cast<double>(k[0]);
   }
 
   template <class T>
   void add_to_diagonal(T* k, T value) const {
     k[0] += value;
-  }
-
-  template <class T>
-  double norm_bound(const T* k) const {
-    double sum = 0, squares = 0;
-    for (int64_t l = 0; l < layout.dim; ++l) {
-      const double magnitude = std::abs(static_cast<double>(k[l]));
-      sum += magnitude;
-      squares += static_cast<double>(layout.dim - l) * magnitude * magnitude;
-    }
-    return std::min(std::sqrt(squares), sum);
   }
 
  private:

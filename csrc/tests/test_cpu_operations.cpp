@@ -288,16 +288,43 @@ void test_factor_updates() {
   check_same(update("diagonal", 1024).multiply_adds, 0, "update of diagonal factors");
 }
 
-// The bound of the spectral norm that a factor's step is held to.
+// The bound of the spectral norm of a momentum, in one part and in three: alpha1 = 1 and a
+// normalised lr_cov keep the old momentum as it is.
+double momentum_norm(const Layout& layout, Numbers& numbers, int64_t parts) {
+  const std::size_t n = static_cast<std::size_t>(layout.dim);
+  Numbers zeros(numbers.size(), 0.0f), m = zeros;
+  FactorTask task;
+  task.layout = layout;
+  task.size = static_cast<int64_t>(numbers.size());
+  task.statistic = array_of(zeros);
+  task.momentum = {numbers.data(), Scalar::kFloat32};
+  task.h = m.data();
+  task.gram = {zeros.data(), Scalar::kFloat32};
+  const FactorOptions options{1e-3, 0.1, 1, 1e9, true, true, 1};
+  const FactorKernels& factors = kernels().factors(Scalar::kFloat32);
+  std::vector<double> columns(static_cast<std::size_t>(parts) * n);
+  std::vector<MomentumSums> sums(static_cast<std::size_t>(parts));
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t rows = storage_rows(layout);
+    MomentumSums& part = sums[static_cast<std::size_t>(i)];
+    part.columns = columns.data() + i * layout.dim;
+    factors.momentum(task, task, options, rows * i / parts, rows * (i + 1) / parts, part);
+  }
+  check(m == numbers, "the momentum is not the old one");
+  factors.step_size(task, sums.data(), parts, options);
+  return task.momentum_norm;
+}
+
 void test_norms() {
-  for (const char* spec : {"dense", "tril", "triu", "diagonal", "block_diagonal:3", "rank_triu:2",
-                           "rank_tril:2", "rank_tril_topleft:2", "hierarchical:2,3"}) {
+  for (const char* spec :
+       {"dense", "tril", "triu", "diagonal", "block_diagonal:3", "rank_triu:2", "rank_tril:2",
+        "rank_tril_topleft:2", "hierarchical:2,3", "triu_toeplitz", "tril_toeplitz"}) {
     for (const int64_t d : {1, 5, 7, 40}) {
       const Layout layout = make_layout(spec, d);
       const std::size_t n = static_cast<std::size_t>(d);
       const Numbers random = random_numbers(storage_size(layout));
       Numbers numbers(random.size(), 0.0f);  // zero outside the pattern, as factors are
-      std::vector<double> row_sums(n, 0.0), column_sums(n, 0.0), scratch(n);
+      std::vector<double> row_sums(n, 0.0), column_sums(n, 0.0);
       double squares = 0;
       visit(layout, [&](const auto& family) {
         family.for_each_entry([&](int64_t slot, int64_t i, int64_t j, int) {
@@ -310,12 +337,36 @@ void test_norms() {
       const double rows = *std::max_element(row_sums.begin(), row_sums.end());
       const double columns = *std::max_element(column_sums.begin(), column_sums.end());
       const double expected = std::min(std::sqrt(squares), std::sqrt(rows * columns));
-      const double got =
-          kernels().factors(Scalar::kFloat32).norm(layout, numbers.data(), scratch.data());
-      check(std::abs(got - expected) <= 1e-5 * expected,
-            std::string(spec) + ": the norm of dimension " + std::to_string(d) + " is " +
-                std::to_string(got) + " instead of " + std::to_string(expected));
+      for (const int64_t parts : {1, 3}) {
+        const double got = momentum_norm(layout, numbers, parts);
+        check(std::abs(got - expected) <= 1e-5 * expected,
+              std::string(spec) + ": the norm of dimension " + std::to_string(d) + " is " +
+                  std::to_string(got) + " instead of " + std::to_string(expected));
+      }
     }
+  }
+}
+
+// The lower triangle becomes the transpose of the upper one, for elements of every size.
+template <class Element>
+void test_mirror() {
+  for (const int64_t d : {1, 7, 64, 65, 150}) {
+    std::vector<Element> square(static_cast<std::size_t>(d * d));
+    for (std::size_t i = 0; i < square.size(); ++i) square[i] = static_cast<Element>(i);
+    std::vector<Element> mirrored = square;
+    for (const int64_t half : {d / 3, d}) {
+      const int64_t begin = half == d ? d / 3 : 0;
+      kernels().mirror(mirrored.data(), sizeof(Element), d, begin, half);
+    }
+    bool same = true;
+    for (int64_t i = 0; i < d; ++i) {
+      for (int64_t j = 0; j < d; ++j) {
+        const int64_t from = i < j ? i * d + j : j * d + i;
+        same &= mirrored[static_cast<std::size_t>(i * d + j)] == static_cast<Element>(from);
+      }
+    }
+    check(same, "mirror of dimension " + std::to_string(d) + ", elements of " +
+                    std::to_string(sizeof(Element)) + " bytes");
   }
 }
 
@@ -323,6 +374,9 @@ void test_norms() {
 
 int main() {
   test_norms();
+  test_mirror<uint16_t>();
+  test_mirror<float>();
+  test_mirror<double>();
   test_factor_updates();
   test_diagonal_step();
   test_block_step();

@@ -16,7 +16,7 @@ void factor_curvature(FactorTask& task, void* memory) {
   } else {
     row_border_curvature(task, u, scratch);
   }
-  task.mean_trace_h = mean_diagonal(task.layout, n.h);
+  task.mean_trace_h = mean_diagonal(task.layout, n.h) * task.scale;
   task.mean_trace_gram = mean_diagonal(task.layout, n.gram);
 }
 
@@ -28,42 +28,45 @@ void factor_candidate(FactorTask& task, const FactorTask& partner, const FactorO
   if (task.layout.family == Family::kBlockDiagonal) {
     return block_candidate<T>(task, partner, o, scratch);
   }
-  momentum_range<T>(task, partner, o, 0, task.size);
-  const double s = o.momentum_scale();
-  for_each_diagonal(task.layout, [&](int64_t slot) { n.h[slot] -= static_cast<T>(s); });
-  add_old_momentum<T>(task, o, 0, task.size);
-  const double bound = norm_bound(task.layout, n.h, static_cast<double*>(memory));
-  const auto largest = o.normalize_lr_cov ? largest_bits(n.h, task.size) : magnitude_bits(T(0));
-  const double beta = step_size(task, bound, static_cast<double>(magnitude_of(largest)), o);
+  MomentumSums sums;
+  sums.columns = static_cast<double*>(memory);
+  momentum_rows<T>(task, partner, o, 0, storage_rows(task.layout), sums);
+  const double beta = momentum_step_size(task, &sums, 1, o);
   const bool second_order = o.expm_order == 2;
   task.finite = task.layout.family == Family::kDiagonal
                     ? diagonal_candidate<T>(task, beta, second_order)
                     : border_candidate<T>(task, beta, second_order, scratch);
   const RoundingKey key = task.key.stream(1);
-  task.finite &= store_numbers<T>(n.h, nullptr, 0, task.size, task.next_momentum, key);
+  task.finite &= store_numbers(n.h, task.size, task.next_momentum, key);
 }
 
 template <class T>
-void load_factor(const FactorTask& task, int64_t begin, int64_t end) {
-  T* k = static_cast<T*>(task.k);
-  with_type(ConstArray{task.factor.data, task.factor.type},
-            [&](const auto* stored) { load_row(stored + begin, end - begin, T(1), k + begin); });
+void copy_numbers(ConstArray from, double scale, int64_t begin, int64_t end, const Array& to) {
+  SINGD_COUNT(elements, end - begin);
+  T chunk[kChunk];
+  with_type(from, [&](const auto* source) {
+    with_type(to, [&](auto* target) {
+      for (int64_t first = begin; first < end; first += kChunk) {
+        const int64_t count = smaller(kChunk, end - first);
+        load_row(source + first, count, static_cast<T>(scale), chunk);
+        narrow_row(chunk, count, RoundingKey{}, first, target + first);
+      }
+    });
+  });
 }
 
 template <class T>
-double norm_of(const Layout& layout, const void* numbers, double* scratch) {
-  return norm_bound(layout, static_cast<const T*>(numbers), scratch);
+bool check_candidates(const FactorTask& task, int64_t begin, int64_t end) {
+  return whole_candidates<T>(task, begin, end, false);
 }
 
 template <class T>
-bool store_range(const void* values, const void* old, int64_t begin, int64_t end, const Array& to,
-                 const RoundingKey& key) {
-  return store_numbers(static_cast<const T*>(values), static_cast<const T*>(old), begin, end, to,
-                       key);
+void commit_candidates(const FactorTask& task, int64_t begin, int64_t end) {
+  whole_candidates<T>(task, begin, end, true);
 }
 
 template <class T>
 constexpr FactorKernels factor_kernels() {
-  return {factor_curvature<T>, factor_candidate<T>, load_factor<T>, momentum_range<T>,
-          add_old_momentum<T>, norm_of<T>,          store_range<T>};
+  return {factor_curvature<T>, factor_candidate<T>, momentum_rows<T>,    momentum_step_size,
+          copy_numbers<T>,     check_candidates<T>, commit_candidates<T>};
 }

@@ -7,7 +7,9 @@ struct Numbers {
   T *k, *h, *gram;
 
   explicit Numbers(const FactorTask& task)
-      : k(static_cast<T*>(task.k)), h(static_cast<T*>(task.h)), gram(static_cast<T*>(task.gram)) {}
+      : k(static_cast<T*>(task.k)),
+        h(static_cast<T*>(task.h)),
+        gram(static_cast<T*>(task.gram.data)) {}
 };
 
 // f(slot) for every diagonal entry of a diagonal or bordered factor.
@@ -38,7 +40,7 @@ void diagonal_curvature(const FactorTask& task, const T* u) {
   const Numbers<T> n(task);
   for (int64_t j = 0; j < task.layout.dim; ++j) {
     n.gram[j] = n.k[j] * n.k[j];
-    n.h[j] = static_cast<T>(static_cast<double>(n.k[j] * u[j] * n.k[j]) * task.scale);
+    n.h[j] = n.k[j] * u[j] * n.k[j];
   }
 }
 
@@ -78,20 +80,20 @@ struct Border {
     multiply<T>(border, wide, border, {core, border, 1}, other, d, to, wide, {true, scale});
   }
 
-  // Rows `wide` apart to the storage, times `scale` and the weights of Pi.
-  void store_weighted(const T* from, double scale, T* to) const {
+  // Rows `wide` apart to the storage, times the weights of Pi.
+  void store_weighted(const T* from, T* to) const {
     for (int64_t r = 0; r < border; ++r) {
       const bool is_tail = r >= head;
       const T* row = from + r * wide;
       T* out = to + r * d;
       const int64_t end = d - tail;
-      copy_scaled(row + head, interior(), 2 * scale, out + head);
+      copy_scaled(row + head, interior(), 2, out + head);
       if (is_tail) {
         for (int64_t j = 0; j < head; ++j) out[j] = T(0);
       } else {
-        copy_scaled(row, head, scale, out);
+        copy_scaled(row, head, 1, out);
       }
-      copy_scaled(row + end, tail, is_tail ? scale : 2 * scale, out + end);
+      copy_scaled(row + end, tail, is_tail ? 1 : 2, out + end);
     }
   }
 };
@@ -110,7 +112,7 @@ void row_border_curvature(const FactorTask& task, const T* u, T* scratch) {
   b.multiply_rows(u, n.k, product, rest);
   multiply<T>(b.border, b.wide, b.border, core_transposed, product, b.wide, result, b.wide,
               kOverwrite<T>);
-  b.store_weighted(result, task.scale, n.h);
+  b.store_weighted(result, n.h);
   multiply<T>(b.border, b.wide, b.border, {rest, b.border, 1}, n.k, b.d, product, b.wide,
               kOverwrite<T>);
   T *h = n.h + b.border * b.d, *gram = n.gram + b.border * b.d;
@@ -126,9 +128,8 @@ void row_border_curvature(const FactorTask& task, const T* u, T* scratch) {
       gram[j] += e[j] * e[j];
     }
   }
-  copy_scaled(h, b.interior(), task.scale, h);
   multiply<T>(b.border, b.wide, b.border, core_transposed, n.k, b.d, result, b.wide, kOverwrite<T>);
-  b.store_weighted(result, 1, n.gram);
+  b.store_weighted(result, n.gram);
 }
 
 // K = R^T: the statistic is H, and K^T K = R R^T. scratch: border wide + (border + d)
@@ -139,14 +140,11 @@ void column_border_curvature(const FactorTask& task, const T* u, T* scratch) {
   const Border<T> b(task.layout);
   const int64_t thin = padded(b.border);
   T *rows = scratch, *core = rows + b.border * b.wide, *transposed = core + b.border * thin;
-  const auto weigh = [&](const T* from, double scale, T* to) {
-    for (int64_t r = 0; r < b.border; ++r) {
-      __builtin_memcpy(rows + r * b.wide, from + r * b.d, sizeof(T) * static_cast<size_t>(b.d));
-    }
-    b.store_weighted(rows, scale, to);
-  };
-  weigh(u, task.scale, n.h);
-  copy_scaled(b.diagonal(u), b.interior(), task.scale, n.h + b.border * b.d);
+  for (int64_t r = 0; r < b.border; ++r) {
+    __builtin_memcpy(rows + r * b.wide, u + r * b.d, sizeof(T) * static_cast<size_t>(b.d));
+  }
+  b.store_weighted(rows, n.h);
+  copy_scaled(b.diagonal(u), b.interior(), 1, n.h + b.border * b.d);
   transpose_padded(n.k, b.border, b.d, b.d, transposed, thin);
   multiply<T>(b.border, thin, b.d, {n.k, b.d, 1}, transposed, thin, core, thin, kOverwrite<T>);
   const T* diagonal = b.diagonal(n.k);
@@ -157,7 +155,7 @@ void column_border_curvature(const FactorTask& task, const T* u, T* scratch) {
       row[b.head + j] = n.k[r * b.d + b.head + j] * diagonal[j];
     }
   }
-  b.store_weighted(rows, 1, n.gram);
+  b.store_weighted(rows, n.gram);
   for (int64_t j = 0; j < b.interior(); ++j) {
     n.gram[b.border * b.d + j] = diagonal[j] * diagonal[j];
   }

@@ -14,6 +14,7 @@ namespace {
 #include "write.h"
 #include "step.h"
 #include "factors.h"
+#include "momentum.h"
 #include "candidates.h"
 #include "factor_blocks.h"
 #include "factor_kernels.h"
@@ -27,6 +28,6 @@ namespace {
 const Kernels kernels{SINGD_STRING(SINGD_INSTRUCTIONS), statistic_kernels<float>(),
                       statistic_kernels<double>(),      step_kernels<float>(),
                       step_kernels<double>(),           factor_kernels<float>(),
-                      factor_kernels<double>()};
+                      factor_kernels<double>(),         mirror};
 
 }  // namespace singd::cpu::SINGD_INSTRUCTIONS

@@ -36,11 +36,27 @@ SINGD_INLINE void transpose_square(const double* from, int64_t from_stride, doub
   store<double, kPieceBytes>(to + to_stride, SINGD_PICK(Lanes, a, b, 1, 3));
 }
 
-// The transpose of `from` [rows, columns]; its rows are padded with zeros to `to_stride`.
+// Of 16-bit numbers: each round zips the first half of the rows with the other one.
+SINGD_INLINE void transpose_square(const uint16_t* from, int64_t from_stride, uint16_t* to,
+                                   int64_t to_stride) {
+  typedef short Lanes __attribute__((vector_size(16)));
+  Piece<uint16_t> rows[8], zipped[8];
+  for (int i = 0; i < 8; ++i) rows[i] = load<uint16_t, kPieceBytes>(from + i * from_stride);
+  for (int round = 0; round < 3; ++round) {
+    for (int i = 0; i < 4; ++i) {
+      const Piece<uint16_t>&a = rows[i], &b = rows[i + 4];
+      zipped[2 * i] = SINGD_PICK(Lanes, a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+      zipped[2 * i + 1] = SINGD_PICK(Lanes, a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    for (int i = 0; i < 8; ++i) rows[i] = zipped[i];
+  }
+  for (int i = 0; i < 8; ++i) store<uint16_t, kPieceBytes>(to + i * to_stride, rows[i]);
+}
+
+// The transpose of `from` [rows, columns].
 template <class T>
-void transpose_padded(const T* from, int64_t rows, int64_t columns, int64_t from_stride, T* to,
-                      int64_t to_stride) {
-  SINGD_COUNT(elements, columns * to_stride);
+void transpose_rows(const T* from, int64_t rows, int64_t columns, int64_t from_stride, T* to,
+                    int64_t to_stride) {
   constexpr int64_t kSide = kPieceBytes / static_cast<int64_t>(sizeof(T));
   const int64_t whole = columns / kSide * kSide;
   int64_t i = 0;
@@ -55,6 +71,45 @@ void transpose_padded(const T* from, int64_t rows, int64_t columns, int64_t from
   }
   for (int64_t j = 0; j < columns; ++j) {
     for (int64_t r = i; r < rows; ++r) to[j * to_stride + r] = from[r * from_stride + j];
+  }
+}
+
+// The same, and its rows are padded with zeros to `to_stride`.
+template <class T>
+void transpose_padded(const T* from, int64_t rows, int64_t columns, int64_t from_stride, T* to,
+                      int64_t to_stride) {
+  SINGD_COUNT(elements, columns * to_stride);
+  transpose_rows(from, rows, columns, from_stride, to, to_stride);
+  for (int64_t j = 0; j < columns; ++j) {
     for (int64_t r = rows; r < to_stride; ++r) to[j * to_stride + r] = T(0);
+  }
+}
+
+// Rows [begin, end) of a square matrix below its diagonal, from above it; in tiles, whose lines
+// stay in the first cache.
+template <class T>
+void mirror_rows(T* square, int64_t dim, int64_t begin, int64_t end) {
+  constexpr int64_t kTile = 64;
+  for (int64_t i = begin; i < end; i += kTile) {
+    const int64_t rows = smaller(kTile, end - i);
+    SINGD_COUNT(elements, rows * i);
+    for (int64_t j = 0; j < i; j += kTile) {
+      transpose_rows(square + j * dim + i, smaller(kTile, i - j), rows, dim, square + i * dim + j,
+                     dim);
+    }
+    for (int64_t r = i; r < i + rows; ++r) {
+      for (int64_t c = i; c < r; ++c) square[r * dim + c] = square[c * dim + r];
+    }
+  }
+}
+
+void mirror(void* square, int64_t element_size, int64_t dim, int64_t begin, int64_t end) {
+  switch (element_size) {
+    case 8:
+      return mirror_rows(static_cast<double*>(square), dim, begin, end);
+    case 4:
+      return mirror_rows(static_cast<float*>(square), dim, begin, end);
+    default:
+      return mirror_rows(static_cast<uint16_t*>(square), dim, begin, end);
   }
 }
