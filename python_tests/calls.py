@@ -87,18 +87,23 @@ def update_parameters(
     dtype: torch.dtype,
     factor_dtype: torch.dtype | None = None,
     keep_products: bool = False,
+    first: int = 0,
     **options: Any,
 ) -> dict[str, list[Tensor]]:
-    """Weights, biases and momenta after a step with random gradients."""
+    """Weights, biases and momenta after a step with random gradients.
+
+    Layer i has the numbers of layer `first` + i of another call.
+    """
     empty = torch.empty(0, dtype=dtype)
 
     def parameters(seed: int) -> tuple[list[Tensor], list[Tensor]]:
         weights = [
-            numbers(s.d_o, s.d_i - s.bias, seed=seed + i, dtype=dtype) for i, s in enumerate(shapes)
+            numbers(s.d_o, s.d_i - s.bias, seed=seed + i, dtype=dtype)
+            for i, s in enumerate(shapes, first)
         ]
         biases = [
             numbers(s.d_o, seed=seed + 50 + i, dtype=dtype) if s.bias else empty
-            for i, s in enumerate(shapes)
+            for i, s in enumerate(shapes, first)
         ]
         return weights, biases
 

@@ -3,9 +3,11 @@
 import warnings
 from typing import Any
 
+import calls
 import pytest
 import torch
 from reference import masks
+from tolerance import assert_close_to_truth
 from torch import Tensor, nn
 
 from singd_ext import SINGD
@@ -49,6 +51,35 @@ def test_weights_that_are_stored_past_the_caches(
     one = stepped(spec, dtype, 1, stochastic_rounding=rounding)
     assert torch.equal(stepped(spec, dtype, 2, stochastic_rounding=rounding), one)
     assert torch.equal(stepped(spec, dtype, 3, stochastic_rounding=rounding), one)
+
+
+@pytest.mark.parametrize("spec", ["diagonal", "block_diagonal:30", "rank_triu:1", "rank_tril:17"])
+def test_layers_of_several_groups(spec: str, threads: None) -> None:
+    """A call over layers that do not fit a cache together gives what a call a layer gives."""
+    shapes = [calls.Shape(*size) for size in ((520, 530), (40, 30), (700, 410), (523, 521))]
+    shapes += [calls.Shape(300, 900, bias=True)] * 2
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        together = calls.update_parameters(spec, spec, shapes, torch.float32)
+        for i, shape in enumerate(shapes):
+            alone = calls.update_parameters(spec, spec, [shape], torch.float32, first=i)
+            for name in ("weight", "bias", "momentum"):
+                assert torch.equal(together[name][i], alone[name][0]), f"{name} {i}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", masks.SPECS)
+def test_statistics_of_parts_of_the_rows(spec: str, dtype: torch.dtype, threads: None) -> None:
+    """Numbers of threads that divide neither rows nor columns."""
+    shape = calls.Shape(1, 333, bias=True)
+    truth = calls.accumulate(spec, shape, 700, torch.float64)
+    torch.set_num_threads(1)
+    one = calls.accumulate(spec, shape, 700, dtype)
+    for count in (2, 3, 5, 16):
+        torch.set_num_threads(count)
+        many = calls.accumulate(spec, shape, 700, dtype)
+        assert_close_to_truth(many, one, truth, factor=4.0)
+        assert torch.equal(calls.accumulate(spec, shape, 700, dtype), many), count
 
 
 @pytest.mark.parametrize("spec", masks.SPECS)

@@ -75,18 +75,17 @@ class LocalStep {
     }
     first_read_.push_back(read_tasks_.size());
     first_write_.push_back(write_tasks_.size());
+    plan_groups();
     const bool kept = Arena::fit(products_, [&](Arena& arena) { allocate_products(arena); });
     Arena::run(workspace_, [&](Arena& arena) { allocate(arena); });
     if (!kept) prepare();
     for (size_t i = 0; i < factors_.size(); ++i) product(i).norm = norms_[i];
     writes_.assign(layers_.size(), 1);
-    Group group, next = group_after(0);
-    parallel_over({}, next);
-    while (!next.empty()) {
-      group = next;
-      next = group_after(group.end);
+    parallel_over({}, groups_[0]);
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      const Group& group = groups_[g];
       for (size_t i = group.begin; i < group.end; ++i) writes_[i] = finish_read(i);
-      parallel_over(group, next);
+      parallel_over(group, g + 1 < groups_.size() ? groups_[g + 1] : Group{});
     }
     for (size_t i = 0; i < layers_.size(); ++i) updated(i, static_cast<bool>(writes_[i]));
   }
@@ -101,22 +100,22 @@ class LocalStep {
   // Layers [begin, end).
   struct Group {
     size_t begin = 0, end = 0;
-    bool empty() const { return begin == end; }
   };
 
   // Elements of a panel: without products they fit the first cache; with products two of them do,
   // or with blocks on the left, which need many rows, the second, so that rows are long pieces.
   static constexpr int64_t kPointwisePanel = 4096, kPanel = 8192, kWidePanel = 32768;
   static constexpr int64_t kPanelRows = 12;
-  // Elements of the gradients of a group: they, weight and momentum should fit the last cache.
-  static constexpr int64_t kGroup = int64_t{1} << 20;
+  // Elements of the gradients of a group: they should fit a cache, and what is kept of them is
+  // little memory.
+  static constexpr int64_t kGroup = int64_t{1} << 18;
   // Bytes of all weights that are stored past the caches where several threads have read each of
   // them: more than a cache of one thread holds, since smaller ones stay there, and less than the
   // last cache, since of larger ones no cache has copies that must be told.
   static constexpr int64_t kLeastStreamed = int64_t{1} << 20, kMostStreamed = int64_t{1} << 25;
-  // Elements below which a further thread costs more than it saves, and rows of a task of thin
-  // products.
-  static constexpr int64_t kGrain = 16384, kLeastThinRows = 96;
+  // Elements below which a further thread costs more than it saves.
+  static constexpr int64_t kGrain = 16384;
+  static constexpr int64_t kLeastThinRows = 128, kMostThinTasks = 4;
 
   bool streams() const {
     int64_t bytes = 0;
@@ -151,20 +150,26 @@ class LocalStep {
     }
   }
 
-  // Whole rows, as they lie in memory. Each task of thin products has sums of its own, so there is
-  // one a thread, or fewer where these would be as much work as the rows.
+  // Whole rows, as they lie in memory. Each task of thin products has sums of its own, so there are
+  // few of them; how many does not depend on the threads, so that the bits do not either.
   void plan_reads(size_t index) {
     const StepLayer<T>& layer = layers_[index];
     int64_t height = std::max<int64_t>(1, kPointwisePanel / layer.columns);
     if (layer.left.has_border()) {
-      const int64_t most = std::max<int64_t>(1, layer.rows / kLeastThinRows);
-      const int64_t tasks = std::min<int64_t>(at::get_num_threads(), most);
-      height = (layer.rows + tasks - 1) / tasks;
+      height = std::max(kLeastThinRows, (layer.rows + kMostThinTasks - 1) / kMostThinTasks);
       scratch_ = std::max(scratch_, kThinRows * (kThinColumns + kPadding));
     }
     first_read_.push_back(read_tasks_.size());
     for (int64_t i = 0; i < layer.rows; i += height) {
       read_tasks_.push_back({{i, std::min(i + height, layer.rows), 0, layer.columns}});
+    }
+  }
+
+  void plan_groups() {
+    for (size_t begin = 0; begin < layers_.size(); begin = groups_.back().end) {
+      size_t end = begin + 1;
+      while (end < layers_.size() && elements(begin, end + 1) <= kGroup) ++end;
+      groups_.push_back({begin, end});
     }
   }
 
@@ -197,17 +202,38 @@ class LocalStep {
         const int64_t strip = product.layout.dim * padded(product.border());
         scratch_ = std::max(scratch_, factors_[2 * i + side].size + std::max(square, strip));
       }
-      if (layer.left.has_border()) {
-        const int64_t size = layer.left.border() * padded(layer.columns);
-        for (size_t task = first_read_[i]; task < first_read_[i + 1]; ++task) {
-          read_tasks_[task].products = arena.take<T>(size);
-        }
-        layer.border_products = read_tasks_[first_read_[i]].products;
-        layer.border_rows = arena.take<T>(size);
-      }
     }
     scratch_ = (scratch_ + 63) / 64 * 64;
     memory_ = arena.take<T>(scratch_ * at::get_num_threads());
+    allocate_reads(arena);
+  }
+
+  // What is read of a group is needed until it is written: two groups have it at a time.
+  void allocate_reads(Arena& arena) {
+    int64_t needed[2] = {0, 0};
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      const auto plan = [&](Arena& a) { allocate_reads(groups_[g], a); };
+      needed[g % 2] = std::max(needed[g % 2], Arena::size(plan));
+    }
+    std::byte* const memory[2] = {arena.take<std::byte>(needed[0]),
+                                  arena.take<std::byte>(needed[1])};
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      Arena own(memory[g % 2]);
+      allocate_reads(groups_[g], own);
+    }
+  }
+
+  void allocate_reads(const Group& group, Arena& arena) {
+    for (size_t i = group.begin; i < group.end; ++i) {
+      StepLayer<T>& layer = layers_[i];
+      if (!layer.left.has_border()) continue;
+      const int64_t size = layer.left.border() * padded(layer.columns);
+      for (size_t task = first_read_[i]; task < first_read_[i + 1]; ++task) {
+        read_tasks_[task].products = arena.take<T>(size);
+      }
+      layer.border_products = read_tasks_[first_read_[i]].products;
+      layer.border_rows = arena.take<T>(size);
+    }
   }
 
   static void allocate(LocalProduct<T>& product, Arena& arena) {
@@ -251,13 +277,6 @@ class LocalStep {
     int64_t sum = 0;
     for (size_t i = begin; i < end; ++i) sum += layers_[i].rows * layers_[i].columns;
     return sum;
-  }
-
-  Group group_after(size_t begin) const {
-    if (begin == layers_.size()) return {begin, begin};
-    size_t end = begin + 1;
-    while (end < layers_.size() && elements(begin, end + 1) <= kGroup) ++end;
-    return {begin, end};
   }
 
   // Writes a group and reads the next one, in threads, each of which takes its share of every
@@ -334,6 +353,7 @@ class LocalStep {
   std::vector<Read> read_tasks_;
   std::vector<Panel> write_tasks_;
   std::vector<size_t> first_read_, first_write_;  // of every layer, and one past the last
+  std::vector<Group> groups_;
   std::vector<char> writes_;
   int64_t scratch_ = 0;  // of one thread
   T* memory_ = nullptr;
