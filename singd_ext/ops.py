@@ -17,11 +17,8 @@ from torch import Tensor
 from . import _C
 
 _ops = torch.ops.singd_ext
-# Called by every layer or in every step: the choice among overloads, of which there is one, would
-# cost a third of such a call.
-_accumulate_statistic_ = _ops.accumulate_statistic_.default
-_update_factors_ = _ops.update_factors_.default
-_preconditioned_update_ = _ops.preconditioned_update_.default
+# The choice among overloads, of which there is one, would cost a third of a small call: operators
+# that every layer or every step calls are called by their overload.
 
 
 def project(symmetric: Tensor, structure: str) -> Tensor:
@@ -103,7 +100,7 @@ def accumulate_statistic_(
             row per batch entry, reduced over `shared` (KFAC-reduce: inputs take the mean, output
             gradients the sum).
     """
-    _accumulate_statistic_(
+    _ops.accumulate_statistic_.default(
         statistic, rows, factor, dim, structure, ones_column=ones_column, shared=shared
     )
 
@@ -166,7 +163,7 @@ def update_factors_(
         `outcomes`: 0 committed, 1 rejected, 2 committed with a step shortened by the cap.
     """
     outcomes, workspace = _call_memory(statistic_K, outcomes, workspace)
-    _update_factors_(
+    _ops.update_factors_.default(
         K,
         C,
         m_K,
@@ -256,7 +253,7 @@ def preconditioned_update_(
     """
     outcomes, workspace = _call_memory(weight, outcomes, workspace)
     products = workspace.new_empty(0) if products is None else products
-    _preconditioned_update_(
+    _ops.preconditioned_update_.default(
         weight,
         bias,
         momentum_weight,
