@@ -77,6 +77,10 @@ void multiply_rows(int64_t rows, int64_t depth, Operand<In> a, const In* b, int6
     multiply_tile<T, In, kRows, kVectors>(depth, a, b, b_stride, c, c_stride, before);
     advance(kRows);
   }
+  while (kRows > 6 && r + 6 <= rows) {
+    multiply_tile<T, In, 6, kVectors>(depth, a, b, b_stride, c, c_stride, before);
+    advance(6);
+  }
   while (r + 4 <= rows) {
     multiply_tile<T, In, 4, kVectors>(depth, a, b, b_stride, c, c_stride, before);
     advance(4);
