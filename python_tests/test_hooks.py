@@ -45,6 +45,24 @@ def test_activations_are_freed_with_the_graph(layer: nn.Module) -> None:
         assert storage.expired(), ends
 
 
+def test_activations_are_freed_by_the_backward_pass_though_the_loss_is_held() -> None:
+    """As autograd's own are; a pass that keeps the graph keeps them."""
+    layer = nn.Linear(5, 3)
+    optimizer = SINGD(layer, T=1)
+    x = inputs(2, 5, 5, dtype=torch.float32)
+    storage = StorageWeakRef(x.untyped_storage())
+    loss = layer(x).square().mean()
+    del x
+    loss.backward(retain_graph=True)
+    gc.collect()
+    assert not storage.expired()
+    loss.backward()
+    gc.collect()
+    assert storage.expired()
+    assert optimizer.state[layer.weight]["rows"] == 2 * 10
+    assert loss.grad_fn is not None
+
+
 @pytest.fixture
 def outputs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """All that is observed from now on."""
