@@ -102,7 +102,7 @@ void border_statistic(const RowsView& rows, const Layout& layout, const T* given
   In *e = as<In>(scratch), *x = as<In>(scratch + kChunkDepth * thin);
   for_each_chunk<In>(part.row_begin, part.row_end, [&](int64_t first, int64_t count) {
     const int64_t depth = depth_of<In>(count);
-    // Worth it here alone: blocks multiply too long for it to matter.
+    // Of blocks this was slower.
     ask_for_rows(rows, first, count, part.column_begin, part.column_end);
     if (given == nullptr) bring_border(rows, layout, first, count, e);
     const In* left = given == nullptr ? e : as<In>(given + first * thin);
