@@ -1,6 +1,7 @@
 """The CPU kernels of every instruction set, and the threads they run in."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from singd_ext import _C
+from singd_ext import _C, ops
 
 ROOT = Path(__file__).parents[1]
 CAPABILITIES = {"default": "plain", "avx2": "avx2", "avx512": "avx512"}
 ORDER = ["DEFAULT", "AVX2", "AVX512"]
 
 
-def run(*command: str, capability: str | None = None, threads: int = 1) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+def run(*command: str, capability: str | None = None, threads: int = 1, **more: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **more}
     environment.pop("ATEN_CPU_CAPABILITY", None)
     if capability is not None:
         environment["ATEN_CPU_CAPABILITY"] = capability
@@ -52,6 +53,45 @@ def test_bfloat16_products_are_those_of_avx512(capability: str) -> None:
     assert run(sys.executable, "-c", code, capability=capability).strip() == str(expected)
 
 
+def test_tiles_are_used_where_the_processor_has_them_and_onednn_may() -> None:
+    flags = Path("/proc/cpuinfo")
+    if not flags.exists():
+        pytest.skip("only Linux lists what a processor has")
+    has = {"amx_tile", "amx_bf16", "avx512_bf16"} <= set(flags.read_text().split())
+    code = "from singd_ext import _C; print(_C.cpu_tiles())"
+    for most, wanted in {
+        "DEFAULT": True,
+        "AVX512_CORE_AMX": True,
+        "AVX512_CORE_BF16": False,
+    }.items():
+        printed = run(sys.executable, "-c", code, ONEDNN_MAX_CPU_ISA=most).strip()
+        assert printed == str(has and wanted), most
+
+
+def test_torchs_products_are_the_same_after_ours() -> None:
+    """oneDNN may leave the shapes of its tiles in the processor between two products."""
+    if not _C.cpu_tiles():
+        pytest.skip("this processor has no tiles that may be used")
+    structure, d = "block_diagonal:30", 256
+    rows = torch.randn(1, 500, d, dtype=torch.bfloat16)
+    size = _C.storage_size(structure, d)
+    statistic, factor = torch.zeros(size), torch.zeros(size, dtype=torch.bfloat16)
+    a, b = rows[0, :37], torch.randn(d, 41, dtype=torch.bfloat16)
+    before = a @ b
+    for _ in range(3):
+        ops.accumulate_statistic_(statistic, rows, factor, d, structure)
+        assert torch.equal(a @ b, before)
+
+
+def test_operators_without_tiles() -> None:
+    if not _C.cpu_tiles():
+        pytest.skip("all other tests use none")
+    files = [f"python_tests/test_{name}.py" for name in ("step_sizes", "many_rows", "bfloat16")]
+    chosen = ["-k", "not emulated and not cuda", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *chosen, *files]
+    run(*command, ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_operators_with_the_instruction_set(capability: str) -> None:
     skip_unless_available(capability)
@@ -77,7 +117,7 @@ def test_operators_run_in_torchs_threads(threads: int) -> None:
 @pytest.mark.skipif(
     not (shutil.which("g++") and shutil.which("nm")), reason="needs the g++ and nm of GNU"
 )
-@pytest.mark.parametrize("instructions", ["plain", "avx2", "avx512", "bfloat16"])
+@pytest.mark.parametrize("instructions", ["plain", "avx2", "avx512", "bfloat16", "amx"])
 def test_instruction_sets_share_no_functions(instructions: str, tmp_path: Path) -> None:
     """Of inline functions in several objects the linker keeps any one: perhaps that of AVX-512."""
     if os.uname().machine != "x86_64" and instructions != "plain":
@@ -86,6 +126,6 @@ def test_instruction_sets_share_no_functions(instructions: str, tmp_path: Path) 
     source = f"csrc/cpu/simd_{instructions}.cpp"
     run("g++", "-std=c++17", "-O3", "-fno-math-errno", "-c", source, "-o", str(target))
     symbols = run("nm", "-C", str(target)).splitlines()
-    assert any(f"{instructions}::kernels" in line for line in symbols)
+    assert any(re.search(rf"{instructions}::\w*kernels", line) for line in symbols)
     shared = [line for line in symbols if any(f" {kind} " in line for kind in "WVu")]
     assert shared == []

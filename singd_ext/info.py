@@ -27,13 +27,14 @@ def collect() -> dict[str, str]:
     build = _C.build_info()
     cuda = torch.version.cuda or "not in this torch"
     bfloat16 = "with" if _C.cpu_bfloat16_products() else "without"
+    tiles = "with" if _C.cpu_tiles() else "without"
     facts = {
         "singd_ext": __version__,
         "python": platform.python_version(),
         "torch": f"{torch.__version__} (built with {build['torch']})",
         "compiler": f"{build['compiler']}, C++ {build['c++']}",
         "processor": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}, "
-        f"singd_ext {_C.cpu_instructions()} {bfloat16} bfloat16 products",
+        f"singd_ext {_C.cpu_instructions()} {bfloat16} bfloat16 products, {tiles} AMX tiles",
         "threads": f"torch has {torch.get_num_threads()}, singd_ext uses {_C.cpu_threads()}",
         "CUDA of torch": cuda,
         "CUDA device": _cuda_device(),

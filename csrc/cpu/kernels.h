@@ -10,6 +10,9 @@
 
 namespace singd::cpu {
 
+// Of functions that several instruction sets compile: the linker must not choose one's copy.
+#define SINGD_INLINE_EVERYWHERE inline __attribute__((always_inline))
+
 enum class Scalar { kFloat64, kFloat32, kBFloat16, kFloat16 };
 SINGD_HOST_DEVICE inline constexpr int64_t size_of(Scalar type) {
   return type == Scalar::kFloat64 ? 8 : type == Scalar::kFloat32 ? 4 : 2;
@@ -40,18 +43,50 @@ SINGD_HOST_DEVICE inline constexpr int64_t padded(int64_t n) {
 //                  [dim, padded(border)], P[i, i] in `diagonal` [padded(dim)], which is 0 for i in
 //                  B
 //   kColumnBorder  thin wide + diag(diagonal): `thin` is F[:, B], `wide` its transpose
+//
+// Tiles (simd/tiles.h) take matrices as planes of bfloat16 numbers: these lie in the place of the
+// float32 numbers, and dimensions are whole depths of tiles.
 enum class LocalKind { kIdentity, kDiagonal, kBlocks, kRowBorder, kColumnBorder };
+
+// A matrix of numbers, or of planes: of P on the left of a product, or on the right.
+enum class Form { kNumbers, kLeftPlanes, kRightPlanes };
+
+// Numbers that a tile has along the terms of a product, and a multiple of it.
+inline constexpr int64_t kTileDepth = 32;
+SINGD_HOST_DEVICE inline constexpr int64_t whole_depths(int64_t n) {
+  return (n + kTileDepth - 1) / kTileDepth * kTileDepth;
+}
+// Whether blocks or borders so wide fill tiles well enough to be faster there.
+SINGD_HOST_DEVICE inline constexpr bool fills_tiles(int64_t width) {
+  return 4 * width >= 3 * whole_depths(width);
+}
 
 template <class T>
 struct LocalProduct {
   LocalKind kind = LocalKind::kIdentity;
+  Form form = Form::kNumbers;
   Layout layout;
   T *diagonal = nullptr, *blocks = nullptr, *thin = nullptr, *wide = nullptr;
   double norm = 1;  // bounds every sum of |terms| that a multiplication by P takes, over max |x|
 
-  int64_t border() const { return layout.head + layout.tail; }
-  bool is_pointwise() const { return kind == LocalKind::kIdentity || kind == LocalKind::kDiagonal; }
-  bool has_border() const {
+  SINGD_INLINE_EVERYWHERE int64_t border() const { return layout.head + layout.tail; }
+  // The side of a block, or the width of a border.
+  SINGD_INLINE_EVERYWHERE int64_t unit() const {
+    return kind == LocalKind::kBlocks ? layout.block : border();
+  }
+  // Rows and columns in memory of a matrix of P that has n of them.
+  SINGD_INLINE_EVERYWHERE int64_t rows_of(int64_t n) const {
+    return form == Form::kNumbers ? n : whole_depths(n);
+  }
+  SINGD_INLINE_EVERYWHERE int64_t stride_of(int64_t n) const {
+    return form == Form::kNumbers ? padded(n) : whole_depths(n);
+  }
+  // Rows that a product on tiles may write behind those of its result.
+  SINGD_INLINE_EVERYWHERE int64_t overshoot() const { return form == Form::kNumbers ? 0 : 15; }
+  SINGD_INLINE_EVERYWHERE bool is_pointwise() const {
+    return kind == LocalKind::kIdentity || kind == LocalKind::kDiagonal;
+  }
+  SINGD_INLINE_EVERYWHERE bool has_border() const {
     return kind == LocalKind::kRowBorder || kind == LocalKind::kColumnBorder;
   }
 };
@@ -90,6 +125,40 @@ struct Panel {
   int64_t scratch() const { return (row_end - row_begin) * stride(); }
 };
 
+// Scratch of a step: the panel, and behind it two of its pieces, or what a border on the right
+// takes.
+inline constexpr int64_t kPieceColumns = 256;
+template <class T>
+SINGD_INLINE_EVERYWHERE bool has_blocks(const StepLayer<T>& layer) {
+  return layer.left.kind == LocalKind::kBlocks || layer.right.kind == LocalKind::kBlocks;
+}
+template <class T>
+SINGD_INLINE_EVERYWHERE int64_t scratch_rows(const StepLayer<T>& layer, const Panel& panel) {
+  return panel.row_end - panel.row_begin + layer.left.overshoot();
+}
+template <class T>
+SINGD_INLINE_EVERYWHERE int64_t panel_scratch(const StepLayer<T>& layer, const Panel& panel) {
+  return scratch_rows(layer, panel) * panel.stride();
+}
+template <class T>
+SINGD_INLINE_EVERYWHERE int64_t piece_columns(const StepLayer<T>& layer) {
+  const int64_t unit = layer.right.kind == LocalKind::kBlocks ? layer.right.layout.block : kPadding;
+  return unit >= kPieceColumns ? unit : kPieceColumns / unit * unit;
+}
+template <class T>
+SINGD_INLINE_EVERYWHERE int64_t piece_scratch(const StepLayer<T>& layer, const Panel& panel) {
+  return scratch_rows(layer, panel) * (padded(piece_columns(layer)) + kPadding);
+}
+template <class T>
+SINGD_INLINE_EVERYWHERE int64_t step_scratch(const StepLayer<T>& layer, const Panel& panel) {
+  int64_t more = has_blocks(layer) ? 2 * piece_scratch(layer, panel) : 0;
+  if (layer.right.has_border()) {
+    const int64_t border = 2 * scratch_rows(layer, panel) * padded(layer.right.border());
+    more = border > more ? border : more;
+  }
+  return panel_scratch(layer, panel) + more;
+}
+
 template <class T>
 struct StepKernels {
   // Fills a LocalProduct, whose arrays are allocated, from the factor's storage of `size` numbers;
@@ -105,7 +174,7 @@ struct StepKernels {
   // Adds such products to border_products.
   void (*add_products)(const StepLayer<T>& layer, const T* products);
   // The step of a panel; with `check_only`, only whether its preconditioned gradient is finite.
-  // scratch: 2 * panel.scratch() + rows * padded(border of the right side) * 2.
+  // scratch: step_scratch.
   bool (*step)(const StepLayer<T>& layer, const Panel& panel, bool check_only, T* scratch);
 };
 inline constexpr int64_t kThinRows = 64, kThinColumns = 128;  // of scratch in `thin`
@@ -202,7 +271,7 @@ struct MomentumSums {
 
 // Rows of the matrix as they lie in a factor's storage, which momenta are made by. What a bordered
 // factor has on its diagonal alone is one more row, all of a Toeplitz factor one.
-inline __attribute__((always_inline)) int64_t storage_rows(const Layout& layout) {
+SINGD_INLINE_EVERYWHERE int64_t storage_rows(const Layout& layout) {
   switch (layout.family) {
     case Family::kDense:
     case Family::kBlockDiagonal:
@@ -286,9 +355,14 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+// Of bfloat16 rows whose features lie side by side, and of layers stored in bfloat16.
 namespace avx512_bfloat16 {
-extern const GramKernels<float> kernels;  // of bfloat16 rows whose features lie side by side
+extern const GramKernels<float> kernels;
 }
+namespace amx {
+extern const GramKernels<float> gram_kernels;
+extern const StepKernels<float> step_kernels;
+}  // namespace amx
 #endif
 
 // The kernels for this processor; ATEN_CPU_CAPABILITY (avx512, avx2, default) chooses lesser ones,
@@ -299,6 +373,10 @@ const Kernels& kernels();
 // features lie side by side and are not added up. Null if the processor has no such products, or if
 // they are slow for blocks or borders of this width.
 const GramKernels<float>* bfloat16_gram(int64_t width);
+
+// Kernels that multiply on tiles, for layers whose matrices of P are planes; null if the processor
+// has no tiles.
+const StepKernels<float>* tile_step();
 
 // How many threads an operator is run by now.
 int threads();

@@ -12,7 +12,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -60,6 +62,10 @@ class LocalStep {
       product->layout = factor->layout;
       factors_.push_back(*factor);
     }
+    if (is_for_tiles(layer)) {
+      layer.left.form = Form::kLeftPlanes;
+      layer.right.form = Form::kRightPlanes;
+    }
     layers_.push_back(layer);
   }
 
@@ -97,6 +103,17 @@ class LocalStep {
     T* products = nullptr;  // of a border on the left
   };
 
+  struct Task {
+    size_t layer, index;
+    bool writes;
+  };
+
+  // What a thread does of a group. Lines of their own: threads count in them.
+  struct alignas(64) Share {
+    std::vector<Task> tasks;
+    std::atomic<size_t> next{0};
+  };
+
   // Layers [begin, end).
   struct Group {
     size_t begin = 0, end = 0;
@@ -105,7 +122,7 @@ class LocalStep {
   // Elements of a panel: without products they fit the first cache; with products two of them do,
   // or with blocks on the left, which need many rows, the second, so that rows are long pieces.
   static constexpr int64_t kPointwisePanel = 4096, kPanel = 8192, kWidePanel = 32768;
-  static constexpr int64_t kPanelRows = 12;
+  static constexpr int64_t kPanelRows = 12, kTilePanelRows = 32;
   // Elements of the gradients of a group: they should fit a cache, and what is kept of them is
   // little memory.
   static constexpr int64_t kGroup = int64_t{1} << 18;
@@ -116,6 +133,32 @@ class LocalStep {
   // Elements below which a further thread costs more than it saves.
   static constexpr int64_t kGrain = 16384;
   static constexpr int64_t kLeastThinRows = 128, kMostThinTasks = 4;
+
+  static const StepKernels<T>* tile_kernels() {
+    if constexpr (std::is_same_v<T, float>) return tile_step();
+    return nullptr;
+  }
+
+  // Stored in bfloat16, with sides that fill tiles: the planes of its products have more places.
+  bool is_for_tiles(const StepLayer<T>& layer) const {
+    if (tiles_ == nullptr || (layer.left.is_pointwise() && layer.right.is_pointwise()))
+      return false;
+    for (int i = 0; i < layer.num_parts; ++i) {
+      const StepPart& part = layer.parts[i];
+      const Scalar momentum = part.momentum.data != nullptr ? part.momentum.type : part.weight.type;
+      for (const Scalar type : {part.weight.type, momentum, part.gradient.type}) {
+        if (type != Scalar::kBFloat16) return false;
+      }
+    }
+    const auto fills = [](const LocalProduct<T>& p) {
+      return p.is_pointwise() || fills_tiles(p.unit());
+    };
+    return fills(layer.left) && fills(layer.right);
+  }
+
+  const StepKernels<T>& kernels_of(const StepLayer<T>& layer) const {
+    return layer.left.form == Form::kNumbers ? kernels_ : *tiles_;
+  }
 
   bool streams() const {
     int64_t bytes = 0;
@@ -129,8 +172,10 @@ class LocalStep {
     const StepLayer<T>& layer = layers_[index];
     const bool pointwise = layer.left.is_pointwise() && layer.right.is_pointwise();
     const int64_t row_unit = unit(layer.left), column_unit = unit(layer.right);
-    const int64_t some_rows = pointwise ? 1 : kPanelRows;
-    const int64_t least_rows = (some_rows + row_unit - 1) / row_unit * row_unit;
+    const bool tiles = layer.left.form != Form::kNumbers;
+    const int64_t some_rows = pointwise ? 1 : tiles ? kTilePanelRows : kPanelRows;
+    const int64_t least_rows = tiles ? std::max<int64_t>(1, some_rows / row_unit) * row_unit
+                                     : (some_rows + row_unit - 1) / row_unit * row_unit;
     int64_t width = layer.columns;
     if (!layer.right.has_border()) {
       const int64_t columns = (pointwise ? kPointwisePanel : kWidePanel) / least_rows;
@@ -156,7 +201,8 @@ class LocalStep {
     const StepLayer<T>& layer = layers_[index];
     int64_t height = std::max<int64_t>(1, kPointwisePanel / layer.columns);
     if (layer.left.has_border()) {
-      height = std::max(kLeastThinRows, (layer.rows + kMostThinTasks - 1) / kMostThinTasks);
+      const int64_t share = (layer.rows + kMostThinTasks - 1) / kMostThinTasks;
+      height = std::max(kLeastThinRows, whole_depths(share));
       scratch_ = std::max(scratch_, kThinRows * (kThinColumns + kPadding));
     }
     first_read_.push_back(read_tasks_.size());
@@ -176,13 +222,6 @@ class LocalStep {
   static int64_t unit(const LocalProduct<T>& product) {
     return product.kind == LocalKind::kBlocks ? product.layout.block : 1;
   }
-  static int64_t step_scratch(const StepLayer<T>& layer, const Panel& panel) {
-    const int64_t thin = layer.right.has_border()
-                             ? (panel.row_end - panel.row_begin) * padded(layer.right.border())
-                             : 0;
-    return 2 * (panel.scratch() + thin);
-  }
-
   LocalProduct<T>& product(size_t factor) {
     StepLayer<T>& layer = layers_[factor / 2];
     return factor % 2 == 0 ? layer.left : layer.right;
@@ -198,8 +237,8 @@ class LocalStep {
       StepLayer<T>& layer = layers_[i];
       for (const int side : {0, 1}) {
         const LocalProduct<T>& product = side == 0 ? layer.left : layer.right;
-        const int64_t square = padded(product.layout.block) * padded(product.layout.block);
-        const int64_t strip = product.layout.dim * padded(product.border());
+        const int64_t block = product.stride_of(product.layout.block), square = block * block;
+        const int64_t strip = product.layout.dim * product.stride_of(product.border());
         scratch_ = std::max(scratch_, factors_[2 * i + side].size + std::max(square, strip));
       }
     }
@@ -227,7 +266,7 @@ class LocalStep {
     for (size_t i = group.begin; i < group.end; ++i) {
       StepLayer<T>& layer = layers_[i];
       if (!layer.left.has_border()) continue;
-      const int64_t size = layer.left.border() * padded(layer.columns);
+      const int64_t size = (layer.left.border() + layer.left.overshoot()) * padded(layer.columns);
       for (size_t task = first_read_[i]; task < first_read_[i + 1]; ++task) {
         read_tasks_[task].products = arena.take<T>(size);
       }
@@ -238,15 +277,19 @@ class LocalStep {
 
   static void allocate(LocalProduct<T>& product, Arena& arena) {
     const int64_t d = product.layout.dim, k = product.layout.block;
+    // Tiles may read on from the last row; and so kept planes have another size than numbers.
+    const int64_t behind = product.form == Form::kNumbers ? 0 : kTileDepth;
     if (product.kind == LocalKind::kDiagonal || product.has_border()) {
       product.diagonal = arena.take<T>(padded(d));
     }
     if (product.kind == LocalKind::kBlocks) {
-      product.blocks = arena.take<T>(d / k * k * padded(k) + d % k * padded(d % k));
+      const auto area = [&](int64_t n) { return product.rows_of(n) * product.stride_of(n); };
+      product.blocks = arena.take<T>(d / k * area(k) + area(d % k) + behind);
     }
     if (product.has_border()) {
-      product.thin = arena.take<T>(d * padded(product.border()));
-      product.wide = arena.take<T>(product.border() * padded(d));
+      const int64_t b = product.border();
+      product.thin = arena.take<T>(product.rows_of(d) * product.stride_of(b) + behind);
+      product.wide = arena.take<T>(product.rows_of(b) * product.stride_of(d) + behind);
     }
   }
 
@@ -267,7 +310,8 @@ class LocalStep {
     for (const LocalFactor& factor : factors_) elements += factor.size;
     parallel(0, factors_.size(), elements, [&](size_t i) {
       if (product(i).kind != LocalKind::kIdentity) {
-        kernels_.prepare(product(i), factors_[i].storage, factors_[i].size, scratch());
+        kernels_of(layers_[i / 2])
+            .prepare(product(i), factors_[i].storage, factors_[i].size, scratch());
       }
       norms_[i] = product(i).norm;
     });
@@ -285,36 +329,52 @@ class LocalStep {
     const int64_t work = elements(group.begin, group.end) + elements(next.begin, next.end);
     const size_t most = static_cast<size_t>(work / kGrain) + 1;
     const size_t threads = std::min(static_cast<size_t>(at::get_num_threads()), most);
+    shares_.resize(std::max(shares_.size(), threads));
+    for (size_t t = 0; t < threads; ++t) {
+      shares_[t].tasks.clear();
+      shares_[t].next = 0;
+      share_out(group, first_write_, t, threads, true);
+      share_out(next, first_read_, t, threads, false);
+    }
     at::parallel_for(0, static_cast<int64_t>(threads), 1, [&](int64_t from, int64_t to) {
       for (size_t t = static_cast<size_t>(from); t < static_cast<size_t>(to); ++t) {
-        for_each_in_share(group, first_write_, t, threads,
-                          [&](size_t layer, size_t i) { write(layer, write_tasks_[i]); });
-        for_each_in_share(next, first_read_, t, threads,
-                          [&](size_t layer, size_t i) { read(layers_[layer], read_tasks_[i]); });
+        for (size_t i = 0; i < threads; ++i) run_share(shares_[(t + i) % threads]);
       }
     });
   }
 
-  // f(layer, task) for the tasks of thread t. Layers begin their shares in turn, so that those with
-  // fewer tasks than threads are spread.
-  template <class Function>
-  static void for_each_in_share(const Group& group, const std::vector<size_t>& first, size_t t,
-                                size_t threads, Function f) {
+  // Layers begin their shares in turn, so that those with fewer tasks than threads are spread.
+  void share_out(const Group& group, const std::vector<size_t>& first, size_t t, size_t threads,
+                 bool writes) {
     for (size_t layer = group.begin; layer < group.end; ++layer) {
       const size_t count = first[layer + 1] - first[layer], turn = layer % threads;
       const size_t last = first[layer] + (count * (t + 1) + turn) / threads;
-      for (size_t i = first[layer] + (count * t + turn) / threads; i < last; ++i) f(layer, i);
+      for (size_t i = first[layer] + (count * t + turn) / threads; i < last; ++i) {
+        shares_[t].tasks.push_back({layer, i, writes});
+      }
+    }
+  }
+
+  // What is left of a share: a thread that is done with its own helps the others.
+  void run_share(Share& share) {
+    for (size_t i = share.next++; i < share.tasks.size(); i = share.next++) {
+      const auto [layer, task, writes] = share.tasks[i];
+      if (writes) {
+        write(layer, write_tasks_[task]);
+      } else {
+        read(layers_[layer], read_tasks_[task]);
+      }
     }
   }
 
   void read(const StepLayer<T>& layer, Read& task) const {
     task.largest = layer.left.has_border()
-                       ? kernels_.thin(layer, task.panel, task.products, scratch())
+                       ? kernels_of(layer).thin(layer, task.panel, task.products, scratch())
                        : kernels_.largest(layer, task.panel);
   }
 
   void write(size_t layer, const Panel& panel) const {
-    if (writes_[layer]) kernels_.step(layers_[layer], panel, false, scratch());
+    if (writes_[layer]) kernels_of(layers_[layer]).step(layers_[layer], panel, false, scratch());
   }
 
   // Adds up what the tasks of a layer read; whether it is finite.
@@ -341,19 +401,21 @@ class LocalStep {
     std::atomic<bool> finite{true};
     parallel(first_write_[index], first_write_[index + 1], elements(index, index + 1),
              [&](size_t i) {
-               if (!kernels_.step(layer, write_tasks_[i], true, scratch())) finite = false;
+               if (!kernels_of(layer).step(layer, write_tasks_[i], true, scratch())) finite = false;
              });
     return finite;
   }
 
   at::Tensor &workspace_, &products_;
   const StepKernels<T>& kernels_;
+  const StepKernels<T>* tiles_ = tile_kernels();
   std::vector<StepLayer<T>> layers_;
   std::vector<LocalFactor> factors_;
   std::vector<Read> read_tasks_;
   std::vector<Panel> write_tasks_;
   std::vector<size_t> first_read_, first_write_;  // of every layer, and one past the last
   std::vector<Group> groups_;
+  std::deque<Share> shares_;
   std::vector<char> writes_;
   int64_t scratch_ = 0;  // of one thread
   T* memory_ = nullptr;

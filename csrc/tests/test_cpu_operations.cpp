@@ -33,6 +33,7 @@ Counts counts;
 namespace singd::cpu {
 const Kernels& kernels() { return counted::kernels; }
 const GramKernels<float>* bfloat16_gram(int64_t) { return nullptr; }
+const StepKernels<float>* tile_step() { return nullptr; }
 }  // namespace singd::cpu
 
 using namespace singd;

@@ -55,6 +55,97 @@ SINGD_INLINE void for_each_panel(const Panel& part, int64_t unit, Function f) {
   }
 }
 
+#if SINGD_TILES
+// The rows of scratch behind the last pair, up to a whole tile, become zeros.
+SINGD_INLINE void fill_tiles(Pair* x, int64_t depth, int64_t stride) {
+  const int64_t rows = (depth + kTileRows - 1) / kTileRows * kTileRows - depth;
+  __builtin_memset(x + depth * stride, 0, static_cast<size_t>(rows * stride) * sizeof(Pair));
+}
+
+// sums += L^T X for up to 16 columns L, whose tiles are transposed: those of further rows of X are
+// `left_step` apart.
+SINGD_INLINE void add_strip(int64_t rows, int64_t columns, int64_t depth, const Pair* left,
+                            int64_t left_stride, int64_t left_step, const Pair* x, int64_t stride,
+                            float* sums, int64_t sums_stride) {
+  SINGD_COUNT(multiply_adds, rows * columns * depth);
+  alignas(64) float products[4][kTileRows][16];
+  for (int64_t j = 0; j < columns; j += 64) {
+    const int64_t tiles = smaller<int64_t>(4, (columns - j) / 16);
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
+    for (int64_t p = 0; p < depth; p += kTileRows) {
+      const Pair* right = x + p * stride + j;
+      load_tile<4>(left + p / kTileRows * left_step, 4 * left_stride);
+      load_tile<5>(right, 4 * stride);
+      multiply_tiles<0, 4, 5>();
+      if (tiles > 1) load_tile<6>(right + 16, 4 * stride);
+      if (tiles > 1) multiply_tiles<1, 4, 6>();
+      if (tiles > 2) load_tile<7>(right + 32, 4 * stride);
+      if (tiles > 2) multiply_tiles<2, 4, 7>();
+      if (tiles > 3) load_tile<5>(right + 48, 4 * stride);
+      if (tiles > 3) multiply_tiles<3, 4, 5>();
+    }
+    store_tile<0>(products[0], 64);
+    if (tiles > 1) store_tile<1>(products[1], 64);
+    if (tiles > 2) store_tile<2>(products[2], 64);
+    if (tiles > 3) store_tile<3>(products[3], 64);
+    for (int64_t t = 0; t < tiles; ++t) {
+      for (int64_t i = 0; i < rows; ++i) {
+        float* to = sums + i * sums_stride + j + 16 * t;
+        store<float>(to, load<float>(to) + load<float>(products[t][i]));
+      }
+    }
+  }
+}
+
+// sum += X^T X for a block, as below.
+SINGD_INLINE void add_block(const Pair* x, int64_t stride, int64_t depth, int64_t size,
+                            float* sum) {
+  constexpr int64_t kTile = kTileRows * 16;
+  alignas(64) Pair left[kChunkDepth / kTileRows][kTile];
+  const int64_t width = padded(size);
+  for (int64_t at = 0; at < size; at += kTileRows) {
+    for (int64_t p = 0; p < depth; p += kTileRows) {
+      transpose_tile(x + p * stride + at, stride, left[p / kTileRows], 16);
+    }
+    add_strip(smaller(kTileRows, size - at), width - at, depth, left[0], 16, kTile, x + at, stride,
+              sum + at * (width + 1), width);
+  }
+}
+
+SINGD_INLINE void turn_border(Pair* e, int64_t depth, int64_t thin) {
+  fill_tiles(e, depth, thin);
+  for (int64_t p = 0; p < depth; p += kTileRows) {
+    for (int64_t r = 0; r < thin; r += 16) {
+      Pair* tile = e + p * thin + r;
+      transpose_tile(tile, thin, tile, thin);
+    }
+  }
+}
+
+// sums += E^T X for a border whose tiles were turned.
+SINGD_INLINE void add_border(int64_t border, int64_t width, int64_t depth, const Pair* e,
+                             int64_t thin, const Pair* x, int64_t stride, float* sums,
+                             int64_t sums_stride) {
+  for (int64_t r = 0; r < border; r += kTileRows) {
+    add_strip(smaller(kTileRows, border - r), width, depth, e + r, thin, kTileRows * thin, x,
+              stride, sums + r * sums_stride, sums_stride);
+  }
+}
+#else
+template <class In>
+SINGD_INLINE void fill_tiles(In*, int64_t, int64_t) {}
+template <class In>
+SINGD_INLINE void turn_border(In*, int64_t, int64_t) {}
+template <class T, class In>
+SINGD_INLINE void add_border(int64_t border, int64_t width, int64_t depth, const In* e,
+                             int64_t thin, const In* x, int64_t stride, T* sums,
+                             int64_t sums_stride) {
+  multiply<T, In>(border, width, depth, {e, 1, thin}, x, stride, sums, sums_stride, kAdd<T>);
+}
+
 // sum += X^T X for a block X [depth, size] of scratch: of each vector's rows the columns from that
 // vector on, since the rest is symmetric. What a vector takes from columns behind the block is
 // multiplied too, and not used.
@@ -67,6 +158,8 @@ SINGD_INLINE void add_block(const In* x, int64_t stride, int64_t depth, int64_t 
   }
 }
 
+#endif
+
 template <class T, class In>
 void block_statistic(const RowsView& rows, const Layout& layout, const Panel& part, T* sums,
                      T* scratch) {
@@ -77,6 +170,7 @@ void block_statistic(const RowsView& rows, const Layout& layout, const Panel& pa
       const int64_t stride = padded(end - begin) + kPadding;
       const int64_t last = smaller(begin + padded(end - begin), layout.dim);
       bring_rows(rows, first, count, begin, last, x, stride, stride);
+      fill_tiles(x, depth_of<In>(count), stride);
       for (int64_t at = begin; at < end; at += k) {
         add_block(x + at - begin, stride, depth_of<In>(count), smaller(k, end - at),
                   sums + at / k * area);
@@ -104,12 +198,16 @@ void border_statistic(const RowsView& rows, const Layout& layout, const T* given
     const int64_t depth = depth_of<In>(count);
     // Of blocks this was slower.
     ask_for_rows(rows, first, count, part.column_begin, part.column_end);
-    if (given == nullptr) bring_border(rows, layout, first, count, e);
+    if (given == nullptr) {
+      bring_border(rows, layout, first, count, e);
+      turn_border(e, depth, thin);
+    }
     const In* left = given == nullptr ? e : as<In>(given + first * thin);
     for_each_panel(part, 1, [&](int64_t begin, int64_t end) {
       const int64_t width = padded(end - begin), stride = width + kPadding;
       bring_rows(rows, first, count, begin, end, x, stride, width);
-      multiply<T, In>(b, width, depth, {left, 1, thin}, x, stride, sums + begin, wide, kAdd<T>);
+      fill_tiles(x, depth, stride);
+      add_border(b, width, depth, left, thin, x, stride, sums + begin, wide);
       add_squares<T, In>(x, depth, stride, width, sums + b * wide + begin);
     });
   });

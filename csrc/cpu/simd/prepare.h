@@ -44,29 +44,62 @@ void prepare_diagonal(LocalProduct<T>& product, const T* factor) {
   product.norm = static_cast<double>(most);
 }
 
-// f(first row, rows, offset in the factor's storage, offset in product.blocks) for every block.
-template <class Function>
-SINGD_INLINE void for_each_block(const Layout& layout, Function f) {
+// f(first row, rows, offset in the factor's storage, offset in memory where a block of so many rows
+// takes area(rows)) for every block.
+template <class Area, class Function>
+SINGD_INLINE void for_each_block(const Layout& layout, Area area, Function f) {
   const int64_t k = layout.block;
   int64_t from = 0, to = 0;
   for (int64_t begin = 0; begin < layout.dim; begin += k) {
     const int64_t size = smaller(k, layout.dim - begin);
     f(begin, size, from, to);
     from += size * size;
-    to += size * padded(size);
+    to += area(size);
   }
 }
+// With rows that are padded to whole vectors, or as product.blocks has them.
+template <class Function>
+SINGD_INLINE void for_each_block(const Layout& layout, Function f) {
+  for_each_block(layout, [](int64_t size) { return size * padded(size); }, f);
+}
+template <class T, class Function>
+SINGD_INLINE void for_each_block(const LocalProduct<T>& product, Function f) {
+  const auto area = [&](int64_t size) { return product.rows_of(size) * product.stride_of(size); };
+  for_each_block(product.layout, area, f);
+}
+
+// Zeros where the planes of a matrix have more rows than P: what is there is multiplied by zeros.
+template <class T>
+void zero_behind(const LocalProduct<T>& product, T* matrix, int64_t rows, int64_t stride) {
+  const int64_t numbers = (product.rows_of(rows) - rows) * stride;
+  __builtin_memset(matrix + rows * stride, 0, static_cast<std::size_t>(numbers) * sizeof(T));
+}
+
+// A matrix of P in the form that products take it in.
+#if SINGD_TILES
+SINGD_INLINE void bring_into_form(const LocalProduct<float>& product, float* matrix, int64_t rows,
+                                  int64_t columns, float* scratch) {
+  const int64_t stride = product.stride_of(columns);
+  if (product.form == Form::kLeftPlanes) split_left(matrix, product.rows_of(rows), stride, scratch);
+  if (product.form == Form::kRightPlanes) split_right(matrix, product.rows_of(rows), stride);
+}
+#else
+template <class T>
+SINGD_INLINE void bring_into_form(const LocalProduct<T>&, T*, int64_t, int64_t, T*) {}
+#endif
 
 template <class T>
 void prepare_blocks(LocalProduct<T>& product, const T* factor, T* scratch) {
   double most = 0;
-  for_each_block(product.layout, [&](int64_t, int64_t size, int64_t from, int64_t to) {
-    const int64_t stride = padded(size);
+  for_each_block(product, [&](int64_t, int64_t size, int64_t from, int64_t to) {
+    const int64_t stride = product.stride_of(size);
     T* square = product.blocks + to;
     transpose_padded(factor + from, size, size, size, scratch, stride);
     multiply<T>(size, stride, size, {factor + from, size, 1}, scratch, stride, square, stride,
                 kOverwrite<T>);
+    zero_behind(product, square, size, stride);
     most = larger(most, largest_column_sum(square, size, size, stride));  // symmetric
+    bring_into_form(product, square, size, size, scratch);
   });
   product.norm = most;
 }
@@ -75,9 +108,10 @@ void prepare_blocks(LocalProduct<T>& product, const T* factor, T* scratch) {
 template <class T>
 void prepare_border(LocalProduct<T>& product, const T* factor, T* scratch) {
   const Layout& layout = product.layout;
-  const int64_t d = layout.dim, b = product.border(), wide = padded(d), thin = padded(b);
+  const int64_t d = layout.dim, b = product.border();
+  const int64_t wide = product.stride_of(d), thin = product.stride_of(b);
   const T* interior = factor + b * d - layout.head;  // D of index j is interior[j]
-  for (int64_t j = 0; j < wide; ++j) {
+  for (int64_t j = 0; j < padded(d); ++j) {
     const bool inside = j >= layout.head && j < d - layout.tail;
     product.diagonal[j] = inside ? interior[j] * interior[j] : T(0);
   }
@@ -101,16 +135,19 @@ void prepare_border(LocalProduct<T>& product, const T* factor, T* scratch) {
     }
   }
   transpose_padded(product.wide, b, d, wide, product.thin, thin);
+  zero_behind(product, product.wide, b, wide);
+  zero_behind(product, product.thin, d, thin);
 }
 
 // |x| summed along the way of a multiplication: by the border, then by the rest.
 template <class T>
 double border_norm(const LocalProduct<T>& product) {
   const int64_t d = product.layout.dim, b = product.border();
-  const double across = largest_row_sum(product.wide, b, d, padded(d));
+  const int64_t stride = product.stride_of(d);
+  const double across = largest_row_sum(product.wide, b, d, stride);
   double diagonal = 0;
   for (int64_t j = 0; j < d; ++j) diagonal = larger(diagonal, double(product.diagonal[j]));
-  const double along = largest_column_sum(product.wide, b, d, padded(d));
+  const double along = largest_column_sum(product.wide, b, d, stride);
   const bool twice = product.kind == LocalKind::kColumnBorder;
   return larger(across, diagonal + along * (twice ? larger(across, 1.0) : 1.0));
 }
@@ -130,5 +167,7 @@ void prepare_product(LocalProduct<T>& product, ConstArray storage, int64_t size,
     default:
       prepare_border(product, factor, scratch);
       product.norm = border_norm(product);
+      bring_into_form(product, product.wide, product.border(), product.layout.dim, scratch);
+      bring_into_form(product, product.thin, product.layout.dim, product.border(), scratch);
   }
 }

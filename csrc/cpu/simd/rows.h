@@ -107,7 +107,13 @@ SINGD_INLINE void bring_rows(const RowsView& rows, int64_t first, int64_t count,
     const bool is_pair = r + 1 < count;
     const BFloat16* upper = row_start(rows, data, first + r) + begin;
     const BFloat16* lower = is_pair ? row_start(rows, data, first + r + 1) + begin : upper;
-    for (int64_t j = 0; j < width; j += 32) {
+    const int64_t whole = smaller(features, width) / 32 * 32;
+    for (int64_t j = 0; is_pair && j < whole; j += 32) {
+      const __m512i above = _mm512_loadu_si512(upper + j), below = _mm512_loadu_si512(lower + j);
+      _mm512_storeu_si512(to + j, zip_low(above, below));
+      _mm512_storeu_si512(to + j + 16, zip_high(above, below));
+    }
+    for (int64_t j = is_pair ? whole : 0; j < width; j += 32) {
       const uint32_t loaded = first_lanes(features - j), paired = is_pair ? loaded : 0;
       const __m512i above = _mm512_maskz_loadu_epi16(loaded, upper + j);
       const __m512i below = _mm512_maskz_loadu_epi16(paired, lower + j);

@@ -1,6 +1,30 @@
 // The step of a panel of W: its gradient is brought into scratch, multiplied by C C^T from the left
 // and K K^T from the right, and written (write.h) in the same visit.
 
+// C <- A B and what becomes of the old C, with a matrix of P as A, its terms from number `first`
+// on, or as B. On tiles C has room for whole ones, and `exact` bfloat16 numbers in B cost less.
+template <class T>
+void multiply_from_left(int64_t rows, int64_t columns, int64_t depth, const T* p, int64_t p_stride,
+                        int64_t first, const T* b, int64_t b_stride, [[maybe_unused]] bool exact,
+                        T* c, int64_t c_stride, Before<T> before) {
+#if SINGD_TILES
+  const Planes planes = left_planes(p, p_stride).from(first / 2);
+  multiply_tiles_from_left(rows, columns, depth, planes, b, b_stride, exact, c, c_stride, before);
+#else
+  multiply<T>(rows, columns, depth, {p + first, p_stride, 1}, b, b_stride, c, c_stride, before);
+#endif
+}
+template <class T>
+void multiply_from_right(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_stride,
+                         const T* p, int64_t p_stride, T* c, int64_t c_stride, Before<T> before) {
+#if SINGD_TILES
+  multiply_tiles_from_right(rows, columns, depth, a, a_stride, right_planes(p, p_stride), c,
+                            c_stride, before);
+#else
+  multiply<T>(rows, columns, depth, {a, a_stride, 1}, p, p_stride, c, c_stride, before);
+#endif
+}
+
 // One row that all rows of a panel take a multiple of: row i has factors[i stride] of it.
 template <class T>
 struct SharedRow {
@@ -76,7 +100,7 @@ template <class T>
 double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* products,
                              T* scratch) {
   const LocalProduct<T>& left = layer.left;
-  const int64_t wide = padded(layer.rows), stride = padded(layer.columns);
+  const int64_t wide = left.stride_of(layer.rows), stride = padded(layer.columns);
   auto most = magnitude_bits(T(0));
   for (int64_t begin = panel.row_begin; begin < panel.row_end; begin += kThinRows) {
     const int64_t end = smaller(begin + kThinRows, panel.row_end);
@@ -84,9 +108,10 @@ double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* p
       const Panel square{begin, end, column, smaller(column + kThinColumns, layer.columns)};
       load_gradient<T>(layer, square, nullptr, nullptr, scratch, square.stride());
       most = larger(most, largest_bits(scratch, square.scratch()));
-      multiply<T>(left.border(), padded(square.column_end - column), end - begin,
-                  {left.wide + begin, wide, 1}, scratch, square.stride(), products + column, stride,
-                  begin > panel.row_begin ? kAdd<T> : kOverwrite<T>);
+      multiply_from_left(left.border(), padded(square.column_end - column), end - begin, left.wide,
+                         wide, begin, scratch, square.stride(), layer.options.unscale == 1,
+                         products + column, stride,
+                         begin > panel.row_begin ? kAdd<T> : kOverwrite<T>);
       for_each_arrow_row(layer, begin, end, [&](int64_t i, int64_t r) {
         __builtin_memcpy(layer.border_rows + r * stride + column,
                          scratch + (i - begin) * square.stride(),
@@ -155,48 +180,54 @@ void load_scaled(const StepLayer<T>& layer, const Panel& panel, T* x) {
   load_gradient<T>(layer, panel, left.diagonal, one ? &shared : nullptr, x, panel.stride());
 }
 
-// x <- C C^T G for the panel; x holds the gradient, its rows already scaled by a diagonal. Returns
-// the array that has the result.
+// A border on the left: x <- C C^T G for the panel, whose rows x has, already scaled by the
+// diagonal.
 template <class T>
-T* multiply_left(const StepLayer<T>& layer, const Panel& panel, T* x, T* other) {
+void multiply_left_border(const StepLayer<T>& layer, const Panel& panel, T* x) {
   const LocalProduct<T>& left = layer.left;
   const int64_t stride = panel.stride(), width = padded(panel.column_end - panel.column_begin);
-  if (left.kind == LocalKind::kBlocks) {
-    for_each_block(left.layout, [&](int64_t begin, int64_t size, int64_t, int64_t at) {
-      if (begin < panel.row_begin || begin >= panel.row_end) return;
-      const int64_t row = (begin - panel.row_begin) * stride;
-      multiply<T>(size, width, size, {left.blocks + at, padded(size), 1}, x + row, stride,
-                  other + row, stride, kOverwrite<T>);
-    });
-    return other;
-  }
-  if (!left.has_border()) return x;
   const int64_t rows = panel.row_end - panel.row_begin, b = left.border();
-  const int64_t all = padded(layer.columns), thin = padded(b);
+  const int64_t all = padded(layer.columns), thin = left.stride_of(b);
   if (b > 1) {  // a border of one row was added as the gradient was loaded
-    multiply<T>(rows, width, b, {left.thin + panel.row_begin * thin, thin, 1},
-                border_coefficients(layer) + panel.column_begin, all, x, stride, kAdd<T>);
+    multiply_from_left(rows, width, b, left.thin + panel.row_begin * thin, thin, 0,
+                       border_coefficients(layer) + panel.column_begin, all, false, x, stride,
+                       kAdd<T>);
   }
   for_each_arrow_row(layer, panel.row_begin, panel.row_end, [&](int64_t i, int64_t r) {
     __builtin_memcpy(x + (i - panel.row_begin) * stride,
                      layer.border_products + r * all + panel.column_begin,
                      static_cast<std::size_t>(width) * sizeof(T));
   });
-  return x;
+}
+
+// Blocks on the left: to <- C C^T x for the panel's rows.
+template <class T>
+void multiply_left_blocks(const StepLayer<T>& layer, const Panel& panel, const T* x, T* to,
+                          int64_t to_stride) {
+  const LocalProduct<T>& left = layer.left;
+  const int64_t stride = panel.stride(), width = padded(panel.column_end - panel.column_begin);
+  for_each_block(left, [&](int64_t begin, int64_t size, int64_t, int64_t at) {
+    if (begin < panel.row_begin || begin >= panel.row_end) return;
+    const int64_t row = begin - panel.row_begin;
+    multiply_from_left(size, width, size, left.blocks + at, left.stride_of(size), 0,
+                       x + row * stride, stride, layer.options.unscale == 1, to + row * to_stride,
+                       to_stride, kOverwrite<T>);
+  });
 }
 
 // Blocks are written a whole number of vectors wide, over the beginning of the next block, which
 // is written after it; the stride leaves room behind the last.
 template <class T>
-T* multiply_right_blocks(const StepLayer<T>& layer, const Panel& panel, T* x, T* other) {
+void multiply_right_blocks(const StepLayer<T>& layer, const Panel& panel, const T* x, T* to,
+                           int64_t to_stride) {
   const int64_t stride = panel.stride(), rows = panel.row_end - panel.row_begin;
-  for_each_block(layer.right.layout, [&](int64_t begin, int64_t size, int64_t, int64_t at) {
+  const LocalProduct<T>& right = layer.right;
+  for_each_block(right, [&](int64_t begin, int64_t size, int64_t, int64_t at) {
     if (begin < panel.column_begin || begin >= panel.column_end) return;
     const int64_t column = begin - panel.column_begin;
-    multiply<T>(rows, padded(size), size, {x + column, stride, 1}, layer.right.blocks + at,
-                padded(size), other + column, stride, kOverwrite<T>);
+    multiply_from_right(rows, padded(size), size, x + column, stride, right.blocks + at,
+                        right.stride_of(size), to + column, to_stride, kOverwrite<T>);
   });
-  return other;
 }
 
 // Columns of a border up to which dot products are faster than whole vectors of padded columns.
@@ -223,26 +254,28 @@ template <class T>
 void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch) {
   const LocalProduct<T>& right = layer.right;
   if (right.border() == 1) return multiply_right_one(layer, panel, x);
-  const int64_t d = layer.columns, b = right.border(), thin = padded(b), wide = padded(d);
+  const int64_t d = layer.columns, b = right.border(), thin = right.stride_of(b);
+  const int64_t width = padded(b), wide = right.stride_of(d), all = padded(d);
   const int64_t stride = panel.stride(), rows = panel.row_end - panel.row_begin;
   const int64_t head = right.layout.head, tail = d - right.layout.tail;
   const bool arrow = right.kind == LocalKind::kRowBorder;
-  T *products = scratch, *coefficients = scratch + rows * thin;
+  T *products = scratch, *coefficients = scratch + scratch_rows(layer, panel) * width;
   if (b <= kFewColumns) {
-    multiply_few<T>(rows, b, d, x, stride, right.wide, wide, products, thin);
+    multiply_few<T>(rows, b, d, x, stride, right.wide, wide, products, width);
   } else {
-    multiply<T>(rows, thin, d, {x, stride, 1}, right.thin, thin, products, thin, kOverwrite<T>);
+    multiply_from_right(rows, width, d, x, stride, right.thin, thin, products, width,
+                        kOverwrite<T>);
   }
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t r = 0; arrow && r < b; ++r) {
-      coefficients[i * thin + r] = x[i * stride + (r < head ? r : r + d - b)];
+      coefficients[i * width + r] = x[i * stride + (r < head ? r : r + d - b)];
     }
   }
-  multiply<T>(rows, wide, b, {arrow ? coefficients : products, thin, 1}, right.wide, wide, x,
-              stride, {true, right.diagonal});
+  multiply_from_right(rows, all, b, arrow ? coefficients : products, width, right.wide, wide, x,
+                      stride, {true, right.diagonal});
   for (int64_t i = 0; arrow && i < rows; ++i) {
     for (int64_t r = 0; r < b; ++r) {
-      x[i * stride + (r < head ? r : r + tail - head)] = products[i * thin + r];
+      x[i * stride + (r < head ? r : r + tail - head)] = products[i * width + r];
     }
   }
 }
@@ -262,6 +295,32 @@ bool panel_is_finite(const Panel& panel, const T* x, const T* column_scale) {
   return most < kInfinityBits<T>;
 }
 
+// C C^T G of a panel, times K K^T where that has blocks, to `to`: in pieces that stay in the first
+// cache between these products. scratch: 2 * piece_scratch.
+template <class T>
+void precondition_blocks(const StepLayer<T>& layer, const Panel& panel, T* to, T* scratch) {
+  const bool left = layer.left.kind == LocalKind::kBlocks;
+  const bool right = layer.right.kind == LocalKind::kBlocks;
+  const int64_t width = piece_columns(layer);
+  for (int64_t begin = panel.column_begin; begin < panel.column_end; begin += width) {
+    Panel piece = panel;
+    piece.column_begin = begin;
+    piece.column_end = smaller(begin + width, panel.column_end);
+    T *x = scratch, *other = scratch + piece_scratch(layer, panel);
+    T* result = to + begin - panel.column_begin;
+    load_scaled(layer, piece, x);
+    if (layer.left.has_border()) multiply_left_border(layer, piece, x);
+    if (left && right) {
+      multiply_left_blocks(layer, piece, x, other, piece.stride());
+      multiply_right_blocks(layer, piece, other, result, panel.stride());
+    } else if (left) {
+      multiply_left_blocks(layer, piece, x, result, panel.stride());
+    } else {
+      multiply_right_blocks(layer, piece, x, result, panel.stride());
+    }
+  }
+}
+
 template <class T>
 bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, T* scratch) {
   if (!check_only && is_pointwise(layer)) {
@@ -269,20 +328,17 @@ bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, 
     if (layer.options.stream) end_streams();
     return true;
   }
-  T *x = scratch, *other = scratch + panel.scratch();
-  load_scaled(layer, panel, x);
-  T* result = multiply_left(layer, panel, x, other);
-  other = result == x ? other : x;
-  const T* column_scale = nullptr;
-  if (layer.right.kind == LocalKind::kBlocks) {
-    result = multiply_right_blocks(layer, panel, result, other);
-  } else if (layer.right.has_border()) {
-    multiply_right_border(layer, panel, result, scratch + 2 * panel.scratch());
+  T *x = scratch, *more = scratch + panel_scratch(layer, panel);
+  if (has_blocks(layer)) {
+    precondition_blocks(layer, panel, x, more);
   } else {
-    column_scale = layer.right.diagonal;
+    load_scaled(layer, panel, x);
+    if (layer.left.has_border()) multiply_left_border(layer, panel, x);
   }
-  if (check_only) return panel_is_finite(panel, result, column_scale);
-  write_panel(layer, panel, result, column_scale);
+  if (layer.right.has_border()) multiply_right_border(layer, panel, x, more);
+  const T* column_scale = layer.right.has_border() ? nullptr : layer.right.diagonal;
+  if (check_only) return panel_is_finite(panel, x, column_scale);
+  write_panel(layer, panel, x, column_scale);
   if (layer.options.stream) end_streams();
   return true;
 }

@@ -103,7 +103,8 @@ void mirror_rows(T* square, int64_t dim, int64_t begin, int64_t end) {
   }
 }
 
-void mirror(void* square, int64_t element_size, int64_t dim, int64_t begin, int64_t end) {
+[[maybe_unused]] void mirror(void* square, int64_t element_size, int64_t dim, int64_t begin,
+                             int64_t end) {
   switch (element_size) {
     case 8:
       return mirror_rows(static_cast<double*>(square), dim, begin, end);

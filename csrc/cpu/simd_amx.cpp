@@ -1,0 +1,74 @@
+// Products on AMX tiles, for processors that have them beside AVX-512 with bfloat16 products:
+// statistics of bfloat16 rows, and steps of layers that are stored in bfloat16.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                          \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,prefer-vector-width=512")
+#endif
+
+#define SINGD_BFLOAT16_PRODUCTS 1
+#define SINGD_TILES 1
+#define SINGD_VECTOR_BYTES 64
+#define SINGD_TILE_ROWS 6
+#define SINGD_TILE_VECTORS 4
+#define SINGD_MOST_TILE_ROWS 12
+
+namespace singd::cpu::amx {
+namespace {
+
+// clang-format off: in the order of what uses what
+#include "simd/vector.h"
+#include "simd/transpose.h"
+#include "simd/product.h"
+#include "simd/tiles.h"
+#include "simd/prepare.h"
+#include "simd/rows.h"
+#include "simd/gram.h"
+#include "simd/write.h"
+#include "simd/step.h"
+// clang-format on
+
+void blocks(const RowsView& rows, const Layout& layout, const Panel& part, float* sums,
+            float* scratch) {
+  with_tiles([&] {
+    block_statistic<float, Pair>(rows, layout, part, sums, scratch);
+    return true;
+  });
+}
+
+void border(const RowsView& rows, const Layout& layout, const float* e, const Panel& part,
+            float* sums, float* scratch) {
+  with_tiles([&] {
+    border_statistic<float, Pair>(rows, layout, e, part, sums, scratch);
+    return true;
+  });
+}
+
+double thin(const StepLayer<float>& layer, const Panel& panel, float* products, float* scratch) {
+  return with_tiles([&] { return thin_products(layer, panel, products, scratch); });
+}
+
+bool step(const StepLayer<float>& layer, const Panel& panel, bool check_only, float* scratch) {
+  return with_tiles([&] { return step_panel(layer, panel, check_only, scratch); });
+}
+
+}  // namespace
+
+const GramKernels<float> gram_kernels{blocks, border};
+const StepKernels<float> step_kernels{prepare_product<float>,  load_unscaled<float>,
+                                      largest_gradient<float>, thin,
+                                      add_products<float>,     step};
+
+}  // namespace singd::cpu::amx
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,189 @@
+// The products on AMX tiles, with tiles that are emulated: all of csrc/cpu/simd_amx.cpp but the
+// instructions themselves, which the Python tests run where the processor has them.
+#define SINGD_EMULATED_TILES 1
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "../cpu/simd_amx.cpp"
+#include "../structures/spec.h"
+#include "check.h"
+
+#if defined(__x86_64__)
+namespace {
+
+using namespace singd;
+using namespace singd::cpu;
+using namespace amx;
+using namespace singd::tests;
+
+constexpr double kPlanes = 1.0 / (1 << 15);    // of the sum of |terms|, twice what is left out
+constexpr double kRounding = 1.0 / (1 << 20);  // rounded sums of float32
+
+struct Matrix {
+  int64_t rows, columns, stride;
+  std::vector<float> numbers;
+
+  Matrix(int64_t r, int64_t c, int64_t s, int64_t more_rows = 0)
+      : rows(r), columns(c), stride(s), numbers(static_cast<size_t>((r + more_rows) * s)) {}
+  float* data() { return numbers.data(); }
+  float& at(int64_t i, int64_t j) { return numbers[static_cast<size_t>(i * stride + j)]; }
+};
+
+uint32_t state = 1;
+float random_number() {
+  state = state * 1664525 + 1013904223;
+  return static_cast<float>(state >> 8) / (1 << 24) - 0.5f;
+}
+float rounded(float x) { return widen(Narrow<BFloat16>::of(x)); }
+
+void fill(Matrix& m, bool exact = false) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    for (int64_t j = 0; j < m.columns; ++j) {
+      m.at(i, j) = exact ? rounded(random_number()) : random_number();
+    }
+  }
+}
+
+// Of C against scale * old C + A B.
+void compare(Matrix& c, Matrix& old, double scale, Matrix& a, Matrix& b, const std::string& what) {
+  double worst = 0;
+  for (int64_t i = 0; i < c.rows; ++i) {
+    for (int64_t j = 0; j < c.columns; ++j) {
+      double sum = scale * old.at(i, j), size = std::abs(sum);
+      for (int64_t p = 0; p < a.columns; ++p) {
+        const double term = double(a.at(i, p)) * b.at(p, j);
+        sum += term;
+        size += std::abs(term);
+      }
+      worst = std::max(worst, std::abs(c.at(i, j) - sum) / size);
+    }
+  }
+  check(worst <= kPlanes, what + ": error " + std::to_string(worst));
+}
+
+void products(int64_t rows, int64_t columns, int64_t depth) {
+  const std::string what =
+      std::to_string(rows) + " x " + std::to_string(depth) + " x " + std::to_string(columns);
+  const int64_t wide = padded(columns), deep = whole_depths(depth);
+  std::vector<float> scale(static_cast<size_t>(wide), 0.75f);
+  for (const bool exact : {false, true}) {
+    Matrix a(rows, depth, deep, whole_depths(rows) - rows), b(depth, columns, wide);
+    Matrix old(rows, columns, wide, 15);
+    fill(a);
+    fill(b, exact);
+    fill(old);
+    Matrix kept = a, row = a, c = old;
+    split_left(kept.data(), whole_depths(rows), deep, row.data());
+    const Planes planes = left_planes(kept.data(), deep);
+    const auto run = [&](Before<float> before) {
+      c = old;
+      multiply_tiles_from_left(rows, wide, depth, planes, b.data(), wide, exact, c.data(), wide,
+                               before);
+    };
+    run(kOverwrite<float>);
+    compare(c, old, 0, a, b, "from the left " + what);
+    run(kAdd<float>);
+    compare(c, old, 1, a, b, "from the left, added, " + what);
+    run({true, scale.data()});
+    compare(c, old, 0.75, a, b, "from the left, scaled, " + what);
+  }
+  const int64_t stride = whole_depths(columns);
+  Matrix a(rows, depth, padded(depth) + kPadding), b(depth, columns, stride, deep - depth);
+  Matrix old(rows, columns, wide, 15);
+  fill(a);
+  fill(b);
+  fill(old);
+  for (int64_t i = 0; i < rows; ++i) a.at(i, depth) = 1e30f;  // behind the last term
+  Matrix kept = b, c = old;
+  split_right(kept.data(), deep, stride);
+  multiply_tiles_from_right(rows, wide, depth, a.data(), a.stride,
+                            right_planes(kept.data(), stride), c.data(), wide, kOverwrite<float>);
+  compare(c, old, 0, a, b, "from the right " + what);
+  c = old;
+  multiply_tiles_from_right(rows, wide, depth, a.data(), a.stride,
+                            right_planes(kept.data(), stride), c.data(), wide,
+                            {true, scale.data()});
+  compare(c, old, 0.75, a, b, "from the right, scaled, " + what);
+}
+
+// Sums of a statistic of `rows` rows of bfloat16 numbers, and a column of ones, against float64.
+void statistics(const std::string& spec, int64_t dim, int64_t rows) {
+  const std::string what =
+      spec + " of " + std::to_string(rows) + " rows, d = " + std::to_string(dim);
+  const Layout layout = make_layout(spec, dim);
+  const int64_t features = dim - 1, b = layout.head + layout.tail, k = layout.block;
+  std::vector<uint16_t> stored(static_cast<size_t>(rows * features));
+  for (uint16_t& x : stored) x = Narrow<BFloat16>::of(random_number()).bits;
+  const auto x = [&](int64_t r, int64_t j) {
+    return j == features ? 1.0 : double(widen(BFloat16{stored[size_t(r * features + j)]}));
+  };
+  RowsView view{};
+  view.array = {stored.data(), Scalar::kBFloat16};
+  view.shared_stride = features;
+  view.feature_stride = 1;
+  view.count = view.shared = rows;
+  view.features = features;
+  view.scale = view.one = 1;
+  std::vector<float> sums(static_cast<size_t>((dim + b + k + 1) * padded(std::max(dim, k))));
+  std::vector<float> scratch(
+      static_cast<size_t>(kChunkDepth * (kChunkColumns + k + padded(b) + 64)));
+  const Panel all{0, rows, 0, dim};
+  const auto compare_sum = [&](double got, int64_t i, int64_t j) {
+    double sum = 0, size = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      sum += x(r, i) * x(r, j);
+      size += std::abs(x(r, i) * x(r, j));
+    }
+    check_close(got, sum, kRounding * size,
+                what + " at " + std::to_string(i) + ", " + std::to_string(j));
+  };
+  if (k > 0) {
+    amx::gram_kernels.blocks(view, layout, all, sums.data(), scratch.data());
+    for (int64_t begin = 0; begin < dim; begin += k) {
+      const int64_t size = std::min(k, dim - begin);
+      const float* block = sums.data() + begin / k * k * padded(k);
+      for (int64_t i = 0; i < size; ++i) {
+        for (int64_t j = i; j < size; ++j) {
+          compare_sum(block[i * padded(size) + j], begin + i, begin + j);
+        }
+      }
+    }
+    return;
+  }
+  amx::gram_kernels.border(view, layout, nullptr, all, sums.data(), scratch.data());
+  for (int64_t r = 0; r <= b; ++r) {
+    const int64_t i = r < layout.head ? r : dim - b + r;
+    for (int64_t j = 0; j < dim; ++j) {
+      compare_sum(sums[static_cast<size_t>(r * padded(dim) + j)], r < b ? i : j, j);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  if (!__builtin_cpu_supports("avx512bf16")) {
+    std::printf("skipped: this processor has no AVX-512 with bfloat16 products\n");
+    return 0;
+  }
+  for (const int64_t rows : {1, 15, 16, 17, 30, 33}) {
+    for (const int64_t columns : {1, 16, 30, 33, 100}) {
+      for (const int64_t depth : {1, 2, 30, 31, 32, 33, 129, 160}) products(rows, columns, depth);
+    }
+  }
+  for (const int64_t rows : {1, 2, 31, 127, 128, 129, 300}) {
+    statistics("block_diagonal:30", 100, rows);
+    statistics("block_diagonal:30", 31, rows);
+    statistics("block_diagonal:64", 130, rows);
+    statistics("block_diagonal:100", 120, rows);
+    statistics("hierarchical:15,15", 100, rows);
+    statistics("rank_triu:24", 97, rows);
+  }
+  return failures;
+}
+#else
+int main() { return 0; }
+#endif
