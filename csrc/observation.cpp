@@ -3,6 +3,7 @@
 #include "observation.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/SafePyObject.h>
 #include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/engine.h>
@@ -14,6 +15,7 @@
 
 #include <memory>
 #include <optional>
+#include <utility>
 
 namespace py = pybind11;
 
@@ -104,12 +106,22 @@ bool accumulates(const py::iterable& parameters) {
   return false;
 }
 
+// Zeros for the sums of two factors.
+std::pair<at::Tensor, at::Tensor> empty_statistics(const at::Tensor& K, const at::Tensor& C) {
+  const auto zeros = [](const at::Tensor& factor) {
+    const bool is_double = factor.scalar_type() == at::kDouble;
+    return at::zeros(factor.sizes(), factor.options().dtype(is_double ? at::kDouble : at::kFloat));
+  };
+  return {zeros(K), zeros(C)};
+}
+
 }  // namespace
 
 void define_observation(py::module_& m) {
   m.def("observe", &observe, py::arg("output"), py::arg("x"), py::arg("receiver"),
         py::arg("active"));
   m.def("accumulates", &accumulates, py::arg("parameters"));
+  m.def("empty_statistics", &empty_statistics, py::arg("K"), py::arg("C"));
 }
 
 }  // namespace singd

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import _C
 from .attention import AttentionHook, Projection
 from .layers import Layer, State
 from .moves import follow
@@ -111,10 +112,8 @@ def _accumulate(
     if not _begin_pass(optimizer, layer, state, backward_pass):
         return
     if "statistic_K" not in state:
-        for factor in ("K", "C"):
-            old = state[factor]
-            dtype = torch.float64 if old.dtype == torch.float64 else torch.float32
-            state[f"statistic_{factor}"] = torch.zeros_like(old, dtype=dtype)
+        sums = _C.empty_statistics(state["K"], state["C"])
+        state["statistic_K"], state["statistic_C"] = sums
     batch, shared = layer.accumulate_(module, state, x, g, options.structures, reduce)
     state["rows"] = state.get("rows", 0) + batch * (min(1, shared) if reduce else shared)
     _count_loss_terms(layer, state, options.loss_average, batch, shared)

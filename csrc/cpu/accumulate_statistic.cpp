@@ -20,10 +20,12 @@ void accumulate_statistic_(at::Tensor& statistic, const at::Tensor& rows, const 
   const Layout layout = checked_statistic(op, statistic, rows, factor, dim, structure, ones_column);
   const auto dtype = statistic.scalar_type();
   const RowsView view = rows_view(rows, checked_shared(op, shared));
-  const at::Tensor k = factor.to(dtype);
+  // The others keep what K does to U for later.
+  const bool needs_factor = !layout.is_local() || layout.transposed;
+  const at::Tensor k = needs_factor ? factor.to(dtype) : factor;
   dispatch_compute(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const T* storage = k.const_data_ptr<T>();
+    const T* storage = needs_factor ? k.const_data_ptr<T>() : nullptr;
     T* sums = statistic.mutable_data_ptr<T>();
     if (layout.is_local()) return LocalStatistic<T>(view, layout, storage, sums).add();
     visit_whole(layout, [&](const auto& family) {
