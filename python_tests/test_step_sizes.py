@@ -94,6 +94,7 @@ def test_step(width: int, bias: bool, dtype: torch.dtype, unscale: bool) -> None
 def test_step_of_many_tiles(specs: tuple[str, str], dtype: torch.dtype) -> None:
     """Several tiles, strips of rows and splits of columns; rows move in vectors."""
     check_step(*specs, 300, 601, True, dtype, False)
+    check_step(*specs, 690, 37, False, dtype, False)  # four uneven shares of thin products
 
 
 def test_an_overflow_in_the_last_row_alone_is_found() -> None:

@@ -100,10 +100,12 @@ SINGD_INLINE void multiply_tiles() {
 
 #endif
 
+// (Masks of ones, here and below: without, GCC 12 warns of its own header.)
+
 // The transpose of 16 rows of 16 words; it may take their place.
 SINGD_INLINE void transpose_tile(const uint32_t* from, int64_t from_stride, uint32_t* to,
                                  int64_t to_stride) {
-  __m512i rows[16], pairs[16];  // masks of ones: without, GCC 12 warns of its own header
+  __m512i rows[16], pairs[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * from_stride);
   // Words, pairs of words and then fours of them change places.
@@ -135,28 +137,26 @@ SINGD_INLINE void transpose_tile(const uint32_t* from, int64_t from_stride, uint
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, pairs[i]);
 }
 
-using Numbers16 = Vector<uint32_t>;  // the bits of float32 numbers
+using Floats = Vector<float>;
+using Words = Vector<uint32_t>;
 
-SINGD_INLINE Numbers16 load_bits(const float* from, int64_t count) {
-  return (Numbers16)_mm512_maskz_loadu_ps(static_cast<__mmask16>(first_lanes(count)), from);
+// Two vectors rounded to bfloat16, the second behind the first. NaN stays NaN.
+SINGD_INLINE Words rounded(const Floats& a, const Floats& b) {
+  return (Words)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
 }
 
-// The planes of numbers as float32 bits, of which the upper half counts: what is nearest in
-// bfloat16, and what is nearest to the rest. A carry goes into the exponent.
-SINGD_INLINE Numbers16 high_of(const Numbers16& x) { return (x + 0x8000u) & 0xffff0000u; }
-SINGD_INLINE Numbers16 low_of(const Numbers16& x, const Numbers16& high) {
-  return (Numbers16)((Vector<float>)x - (Vector<float>)high) + 0x8000u;
+// The first or second half of such numbers, as float32.
+template <int kHalf>
+SINGD_INLINE Floats half_of(const Words& numbers) {
+  const __m256i half = _mm512_maskz_extracti64x4_epi64(0xf, (__m512i)numbers, kHalf);
+  return (Floats)((Words)_mm512_maskz_cvtepu16_epi32(0xffff, half) << 16);
 }
 
-// The upper halves of two vectors' lanes: all of the first, then of the second, or in turns.
-SINGD_INLINE Numbers16 halves_in_line(const Numbers16& a, const Numbers16& b) {
-  const __m512i order =
-      _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
-                       25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-  return (Numbers16)_mm512_permutex2var_epi16((__m512i)a, order, (__m512i)b);
-}
-SINGD_INLINE Numbers16 halves_in_turns(const Numbers16& a, const Numbers16& b) {
-  return (a >> 16) | (b & 0xffff0000u);
+// The numbers of both halves in turns.
+SINGD_INLINE Words in_turns(const Words& numbers) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Words)_mm512_permutexvar_epi16(order, (__m512i)numbers);
 }
 
 // Planes of an operand: those of a left one are rows of bfloat16 numbers, of a right one rows of
@@ -181,18 +181,25 @@ SINGD_INLINE Planes right_planes(const float* matrix, int64_t stride) {
 
 // 32 numbers of a row to the planes of a left operand.
 SINGD_INLINE void split_row(const float* from, int64_t count, uint32_t* high, uint32_t* low) {
-  const Numbers16 a = load_bits(from, count), b = load_bits(from + 16, count - 16);
-  const Numbers16 upper_a = high_of(a), upper_b = high_of(b);
-  store(high, halves_in_line(upper_a, upper_b));
-  store(low, halves_in_line(low_of(a, upper_a), low_of(b, upper_b)));
+  const auto first = static_cast<__mmask16>(first_lanes(count));
+  const auto second = static_cast<__mmask16>(first_lanes(count - 16));
+  const auto a = (Floats)_mm512_maskz_loadu_ps(first, from);
+  const auto b = (Floats)_mm512_maskz_loadu_ps(second, from + 16);
+  const Words upper = rounded(a, b);
+  store(high, upper);
+  store(low, rounded(a - half_of<0>(upper), b - half_of<1>(upper)));
 }
 
 // 16 columns of two rows to the planes of a right operand.
-SINGD_INLINE void split_pair(const Numbers16& a, const Numbers16& b, uint32_t* high,
-                             uint32_t* low) {
-  const Numbers16 upper_a = high_of(a), upper_b = high_of(b);
-  store(high, halves_in_turns(upper_a, upper_b));
-  store(low, halves_in_turns(low_of(a, upper_a), low_of(b, upper_b)));
+SINGD_INLINE void split_pair(const Floats& a, const Floats& b, uint32_t* high, uint32_t* low) {
+  const Words upper = in_turns(rounded(a, b));
+  store(high, upper);
+  store(low, in_turns(rounded(a - (Floats)(upper << 16), b - (Floats)(upper & 0xffff0000u))));
+}
+
+// The same of bfloat16 numbers, whose low plane is zero.
+SINGD_INLINE void pair_up(const Floats& a, const Floats& b, uint32_t* high) {
+  store(high, ((Words)a >> 16) | ((Words)b & 0xffff0000u));
 }
 
 // A matrix [rows, stride] in its own place, as left_planes and right_planes find it. The stride and
@@ -210,8 +217,7 @@ SINGD_INLINE void split_right(float* matrix, int64_t rows, int64_t stride) {
   for (int64_t i = 0; i < rows; i += 2, matrix += 2 * stride) {
     for (int64_t j = 0; j < stride; j += 16) {
       float *a = matrix + j, *b = a + stride;
-      split_pair((Numbers16)load<float>(a), (Numbers16)load<float>(b), as<uint32_t>(a),
-                 as<uint32_t>(b));
+      split_pair(load<float>(a), load<float>(b), as<uint32_t>(a), as<uint32_t>(b));
     }
   }
 }
@@ -317,10 +323,10 @@ inline void multiply_tiles_from_left(int64_t rows, int64_t columns, int64_t dept
         const float* next = row + b_stride;
         for (int64_t v = 0; v < width; v += 16) {
           const bool has_row = 2 * p < deep, has_next = 2 * p + 1 < deep;
-          const Numbers16 x = has_row ? (Numbers16)load<float>(row + v) : Numbers16{};
-          const Numbers16 y = has_next ? (Numbers16)load<float>(next + v) : Numbers16{};
+          const Floats x = has_row ? load<float>(row + v) : Floats{};
+          const Floats y = has_next ? load<float>(next + v) : Floats{};
           if (exact) {
-            store(high[p] + v, halves_in_turns(x, y));
+            pair_up(x, y, high[p] + v);
           } else {
             split_pair(x, y, high[p] + v, low[p] + v);
           }
