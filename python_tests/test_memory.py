@@ -54,6 +54,17 @@ def test_the_kept_product_equals_two_products(structures: tuple[str, str]) -> No
     torch.testing.assert_close(final(1), final(4), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(("T", "kept"), [(1, False), (2, True)])
+def test_products_of_sparse_factors_are_kept_where_a_step_without_update_follows(
+    T: int, kept: bool
+) -> None:
+    net = nn.Linear(6, 4).double()
+    optimizer = SINGD(net, structures=("diagonal", "block_diagonal:2"), T=T)
+    train_step(net, optimizer, 0)
+    products = optimizer._calls[0].products
+    assert (products._memory.on(torch.device("cpu")).numel() > 0) == kept
+
+
 @pytest.mark.parametrize("structures", [DENSE, ("diagonal", "block_diagonal:2")])
 def test_outcomes_and_workspace_are_the_same_memory_in_every_step(
     structures: tuple[str, str],

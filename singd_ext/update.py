@@ -82,6 +82,8 @@ def update_parameters(
     weights, biases, grad_weights, grad_biases, K, C, skipped, momenta, bias_momenta = columns
     outcomes, workspace = calls.parameters.of(weights)
     dims = [x.dim_K for x in layers], [x.dim_C for x in layers]
+    # With T = 1 none is of use in the next step, and a backward pass has other uses for memory.
+    products = calls.products.of(K + C, workspace.device) if options.T > 1 else None
     ops.preconditioned_update_(
         weights,
         biases,
@@ -103,7 +105,7 @@ def update_parameters(
         rounding_key=_rounding_key(options, step),
         outcomes=outcomes,
         workspace=workspace,
-        products=calls.products.of(K + C, workspace.device),
+        products=products,
     )
     for i, layer in enumerate(layers):
         if layer.is_copied and gradients[i][0] is not None:

@@ -295,8 +295,8 @@ bool panel_is_finite(const Panel& panel, const T* x, const T* column_scale) {
   return most < kInfinityBits<T>;
 }
 
-// C C^T G of a panel, times K K^T where that has blocks, to `to`: in pieces that stay in the first
-// cache between these products. scratch: 2 * piece_scratch.
+// C C^T G of a panel, times K K^T where that has blocks, to `to`: in pieces that stay in the near
+// caches between these products. scratch: 2 * piece_scratch.
 template <class T>
 void precondition_blocks(const StepLayer<T>& layer, const Panel& panel, T* to, T* scratch) {
   const bool left = layer.left.kind == LocalKind::kBlocks;
