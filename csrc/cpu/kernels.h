@@ -71,7 +71,7 @@ struct LocalProduct {
 
   SINGD_INLINE_EVERYWHERE int64_t border() const { return layout.head + layout.tail; }
   // The side of a block, or the width of a border.
-  SINGD_INLINE_EVERYWHERE int64_t unit() const {
+  SINGD_INLINE_EVERYWHERE int64_t width() const {
     return kind == LocalKind::kBlocks ? layout.block : border();
   }
   // Rows and columns in memory of a matrix of P that has n of them.

@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <deque>
 #include <limits>
 #include <type_traits>
 #include <utility>
@@ -20,6 +19,7 @@
 
 #include "arena.h"
 #include "kernels.h"
+#include "shares.h"
 
 namespace singd::cpu {
 
@@ -108,12 +108,6 @@ class LocalStep {
     bool writes;
   };
 
-  // What a thread does of a group. Lines of their own: threads count in them.
-  struct alignas(64) Share {
-    std::vector<Task> tasks;
-    std::atomic<size_t> next{0};
-  };
-
   // Layers [begin, end).
   struct Group {
     size_t begin = 0, end = 0;
@@ -151,7 +145,7 @@ class LocalStep {
       }
     }
     const auto fills = [](const LocalProduct<T>& p) {
-      return p.is_pointwise() || fills_tiles(p.unit());
+      return p.is_pointwise() || fills_tiles(p.width());
     };
     return fills(layer.left) && fills(layer.right);
   }
@@ -222,6 +216,7 @@ class LocalStep {
   static int64_t unit(const LocalProduct<T>& product) {
     return product.kind == LocalKind::kBlocks ? product.layout.block : 1;
   }
+
   LocalProduct<T>& product(size_t factor) {
     StepLayer<T>& layer = layers_[factor / 2];
     return factor % 2 == 0 ? layer.left : layer.right;
@@ -277,7 +272,7 @@ class LocalStep {
 
   static void allocate(LocalProduct<T>& product, Arena& arena) {
     const int64_t d = product.layout.dim, k = product.layout.block;
-    // Tiles may read on from the last row; and so kept planes have another size than numbers.
+    // So that kept planes have another size than numbers, and do not pass for them.
     const int64_t behind = product.form == Form::kNumbers ? 0 : kTileDepth;
     if (product.kind == LocalKind::kDiagonal || product.has_border()) {
       product.diagonal = arena.take<T>(padded(d));
@@ -329,41 +324,22 @@ class LocalStep {
     const int64_t work = elements(group.begin, group.end) + elements(next.begin, next.end);
     const size_t most = static_cast<size_t>(work / kGrain) + 1;
     const size_t threads = std::min(static_cast<size_t>(at::get_num_threads()), most);
-    shares_.resize(std::max(shares_.size(), threads));
-    for (size_t t = 0; t < threads; ++t) {
-      shares_[t].tasks.clear();
-      shares_[t].next = 0;
-      share_out(group, first_write_, t, threads, true);
-      share_out(next, first_read_, t, threads, false);
-    }
-    at::parallel_for(0, static_cast<int64_t>(threads), 1, [&](int64_t from, int64_t to) {
-      for (size_t t = static_cast<size_t>(from); t < static_cast<size_t>(to); ++t) {
-        for (size_t i = 0; i < threads; ++i) run_share(shares_[(t + i) % threads]);
+    shares_.begin(threads);
+    share_out(group, first_write_, true);
+    share_out(next, first_read_, false);
+    shares_.run([&](const Task& task) {
+      if (task.writes) {
+        write(task.layer, write_tasks_[task.index]);
+      } else {
+        read(layers_[task.layer], read_tasks_[task.index]);
       }
     });
   }
 
-  // Layers begin their shares in turn, so that those with fewer tasks than threads are spread.
-  void share_out(const Group& group, const std::vector<size_t>& first, size_t t, size_t threads,
-                 bool writes) {
+  void share_out(const Group& group, const std::vector<size_t>& first, bool writes) {
     for (size_t layer = group.begin; layer < group.end; ++layer) {
-      const size_t count = first[layer + 1] - first[layer], turn = layer % threads;
-      const size_t last = first[layer] + (count * (t + 1) + turn) / threads;
-      for (size_t i = first[layer] + (count * t + turn) / threads; i < last; ++i) {
-        shares_[t].tasks.push_back({layer, i, writes});
-      }
-    }
-  }
-
-  // What is left of a share: a thread that is done with its own helps the others.
-  void run_share(Share& share) {
-    for (size_t i = share.next++; i < share.tasks.size(); i = share.next++) {
-      const auto [layer, task, writes] = share.tasks[i];
-      if (writes) {
-        write(layer, write_tasks_[task]);
-      } else {
-        read(layers_[layer], read_tasks_[task]);
-      }
+      shares_.add(first[layer], first[layer + 1] - first[layer], layer,
+                  [&](size_t index) { return Task{layer, index, writes}; });
     }
   }
 
@@ -415,7 +391,7 @@ class LocalStep {
   std::vector<Panel> write_tasks_;
   std::vector<size_t> first_read_, first_write_;  // of every layer, and one past the last
   std::vector<Group> groups_;
-  std::deque<Share> shares_;
+  Shares<Task> shares_;
   std::vector<char> writes_;
   int64_t scratch_ = 0;  // of one thread
   T* memory_ = nullptr;
