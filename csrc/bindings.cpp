@@ -6,6 +6,7 @@
 
 #include "build_info.h"
 #include "cpu/kernels.h"
+#include "gatherer.h"
 #include "observation.h"
 #include "structures/spec.h"
 
@@ -42,4 +43,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_tiles", [] { return singd::cpu::tile_step() != nullptr; });
   m.def("cpu_threads", &singd::cpu::threads);
   singd::define_observation(m);
+  singd::define_gatherer(m);
 }

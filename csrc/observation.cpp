@@ -2,10 +2,6 @@
 // leave nothing of Python's in the caches: in Python, each of these lines took microseconds.
 #include "observation.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros.h>
-#include <c10/core/SafePyObject.h>
-#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -46,22 +42,9 @@ class Kept {
   std::optional<torch::autograd::SavedVariable> packed_;
 };
 
-// A weak reference to a Python object, which any thread may drop.
-class WeakReference {
- public:
-  explicit WeakReference(const py::object& object)
-      : reference_(py::weakref(object).release().ptr(), getPyInterpreter()) {}
-  py::object get() const {
-    return py::reinterpret_borrow<py::object>(reference_.ptr(getPyInterpreter()))();
-  }
-
- private:
-  c10::SafePyObject reference_;
-};
-
 // What waits at an output for its gradient.
 struct Delivery {
-  WeakReference receiver;
+  std::shared_ptr<Receiver> receiver;
   Kept input;
   int outer_pass;  // that runs a segment of a reentrant checkpoint again, or -1
 
@@ -69,33 +52,46 @@ struct Delivery {
     {
       const py::gil_scoped_acquire gil;
       const at::NoGradGuard no_grad;
-      const py::object target = receiver.get();
-      if (!target.is_none()) {
-        const int pass = torch::autograd::get_current_graph_task_id();
-        target.attr("receive")(input.tensor(), gradient, outer_pass == -1 ? pass : outer_pass);
-      }
+      const int pass = torch::autograd::get_current_graph_task_id();
+      receiver->receive(input.tensor(), gradient, outer_pass == -1 ? pass : outer_pass);
     }
     // As autograd does, even if the user goes on holding the loss.
     if (!torch::autograd::get_current_graph_task_keep_graph()) input.release();
   }
 };
 
-void observe(const at::Tensor& output, const at::Tensor& x, const py::object& receiver,
+// A receiver that is a Python object.
+class PythonReceiver : public Receiver {
+ public:
+  explicit PythonReceiver(const py::object& object) : object_(object) {}
+  void receive(const at::Tensor& x, const at::Tensor& g, int64_t backward_pass) override {
+    const py::object target = object_.get();
+    if (!target.is_none()) target.attr("receive")(x, g, backward_pass);
+  }
+
+ private:
+  WeakReference object_;
+};
+
+}  // namespace
+
+void observe(const at::Tensor& output, const at::Tensor& x, std::shared_ptr<Receiver> receiver,
              bool active) {
-  Kept input(x.detach());
+  Kept input(x.variable_data());  // detached, past the dispatcher
   if (!active) return;
-  const auto delivery = std::make_shared<Delivery>(Delivery{
-      WeakReference(receiver), std::move(input), torch::autograd::get_current_graph_task_id()});
+  const auto delivery = std::make_shared<Delivery>(
+      Delivery{std::move(receiver), std::move(input),
+               static_cast<int>(torch::autograd::get_current_graph_task_id())});
   output.register_hook([delivery](const at::Tensor& gradient) { delivery->deliver(gradient); });
 }
 
-bool accumulates(const py::iterable& parameters) {
+bool accumulates(const std::vector<WeakTensor>& parameters) {
   const auto* nodes = torch::autograd::get_current_graph_task_nodes_in_graph();
   const auto* chosen = torch::autograd::get_current_graph_task_exec_info();
   if (nodes == nullptr || chosen == nullptr) return false;  // no backward pass is running
-  for (const py::handle& item : parameters) {
-    const auto parameter = item.cast<at::Tensor>();
-    if (!parameter.requires_grad()) continue;
+  for (const WeakTensor& item : parameters) {
+    const at::Tensor parameter = item.get();
+    if (!parameter.defined() || !parameter.requires_grad()) continue;
     const auto accumulator = torch::autograd::impl::grad_accumulator(parameter);
     if (!accumulator || nodes->count(accumulator.get()) == 0) continue;
     if (chosen->empty()) return true;  // backward() of everything
@@ -106,22 +102,13 @@ bool accumulates(const py::iterable& parameters) {
   return false;
 }
 
-// Zeros for the sums of two factors.
-std::pair<at::Tensor, at::Tensor> empty_statistics(const at::Tensor& K, const at::Tensor& C) {
-  const auto zeros = [](const at::Tensor& factor) {
-    const bool is_double = factor.scalar_type() == at::kDouble;
-    return at::zeros(factor.sizes(), factor.options().dtype(is_double ? at::kDouble : at::kFloat));
-  };
-  return {zeros(K), zeros(C)};
-}
-
-}  // namespace
-
 void define_observation(py::module_& m) {
-  m.def("observe", &observe, py::arg("output"), py::arg("x"), py::arg("receiver"),
-        py::arg("active"));
-  m.def("accumulates", &accumulates, py::arg("parameters"));
-  m.def("empty_statistics", &empty_statistics, py::arg("K"), py::arg("C"));
+  m.def(
+      "observe",
+      [](const at::Tensor& output, const at::Tensor& x, const py::object& receiver, bool active) {
+        observe(output, x, std::make_shared<PythonReceiver>(receiver), active);
+      },
+      py::arg("output"), py::arg("x"), py::arg("receiver"), py::arg("active"));
 }
 
 }  // namespace singd

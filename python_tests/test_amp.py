@@ -98,13 +98,13 @@ def test_autocast_keeps_one_copy_of_an_input(name: str, monkeypatch: pytest.Monk
     layer = make()
     optimizer = SINGD(nn.Sequential(layer), structures=("diagonal", "diagonal"), T=1)
     taken: list[Tensor] = []
-    receive = OutputHook.receive
+    input_of = OutputHook.input_of
 
-    def see(self: OutputHook, x: Tensor, *rest: Any) -> None:
-        taken.append(x)
-        receive(self, x, *rest)
+    def see(self: OutputHook, *call: Any) -> Tensor:
+        taken.append(input_of(self, *call))
+        return taken[-1]
 
-    monkeypatch.setattr(OutputHook, "receive", see)
+    monkeypatch.setattr(OutputHook, "input_of", see)
     original = torch.randn(shape)
     with memory.measure(torch.device("cpu")) as found, torch.autocast("cpu", torch.bfloat16):
         x = original.clone()

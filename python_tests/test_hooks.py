@@ -5,7 +5,6 @@ import gc
 import io
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from nets import (
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from singd_ext import SINGD, curvature
+from singd_ext import SINGD
 
 pytestmark = [pytest.mark.filterwarnings("error")]
 
@@ -63,42 +62,59 @@ def test_activations_are_freed_by_the_backward_pass_though_the_loss_is_held() ->
     assert loss.grad_fn is not None
 
 
-@pytest.fixture
-def outputs(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """All that is observed from now on."""
-    seen: list[Tensor] = []
-    observe = curvature.observe
+def is_observed(model: nn.Sequential, x: Tensor) -> bool:
+    """Whether a forward pass keeps x, which autograd does not need of a layer with W frozen."""
+    model[0].weight.requires_grad_(False)
+    h = x.clone()
+    storage = StorageWeakRef(h.untyped_storage())
+    y = model[0](h)
+    model[0].weight.requires_grad_(True)
+    del h
+    gc.collect()
+    assert y.requires_grad
+    return not storage.expired()
 
-    def noted(output: Tensor, *rest: Any, **options: Any) -> None:
-        seen.append(output)
-        observe(output, *rest, **options)
 
-    monkeypatch.setattr(curvature, "observe", noted)
-    return seen
-
-
-def test_output_is_observed_only_on_steps_that_update_the_factors(outputs: list[Tensor]) -> None:
+def test_output_is_observed_only_on_steps_that_update_the_factors() -> None:
     model, optimizer = trained([], T=3)
     observed = []
     for seed in range(7):
-        optimizer.zero_grad()
-        y = model[2](model[1](model[0](inputs(seed=seed))))
-        observed.append(any(output is y for output in outputs))
-        y.square().mean().backward()
-        assert bool(statistics_names(optimizer)) == observed[-1]
-        optimizer.step()
+        observed.append(is_observed(model, inputs(seed=seed)))
+        train(model, optimizer, [seed])
     assert observed == [True, False, False, True, False, False, True]
 
 
-def test_remove_hooks_ends_observation_and_keeps_the_factors(outputs: list[Tensor]) -> None:
+def test_statistics_are_there_only_on_steps_that_update_the_factors() -> None:
+    model, optimizer = trained([], T=3)
+    gathered = []
+    for seed in range(7):
+        backward(model, optimizer, inputs(seed=seed))
+        gathered.append(bool(statistics_names(optimizer)))
+        optimizer.step()
+    assert gathered == [True, False, False, True, False, False, True]
+
+
+def test_a_changed_T_counts_from_the_next_forward_pass_on() -> None:
+    model, optimizer = trained([0, 1], T=3)
+    assert not is_observed(model, inputs())
+    optimizer.param_groups[0]["T"] = 2
+    assert is_observed(model, inputs())
+    optimizer.param_groups[0]["T"] = 0
+    with pytest.raises(ValueError, match="T"):
+        model(inputs())
+
+
+def test_remove_hooks_ends_observation_and_keeps_the_factors() -> None:
     model, optimizer = trained([0])
+    assert is_observed(model, inputs())
     backward(model, optimizer, inputs(seed=9))
     before = snapshot(model, optimizer)
+    y = model(inputs())  # a graph that carries its hooks
     optimizer.remove_hooks()
     assert not statistics_names(optimizer)
-    outputs.clear()
-    model(inputs())
-    assert not outputs
+    y.sum().backward()
+    assert not statistics_names(optimizer)
+    assert not is_observed(model, inputs())
     train(model, optimizer, [1])
     after = snapshot(model, optimizer)
     assert torch.equal(after["0.weight: K"], before["0.weight: K"])
@@ -116,6 +132,20 @@ def test_optimizer_is_freed_when_dropped_and_the_model_goes_on() -> None:
     y.sum().backward()
     loss_of(model, inputs()).backward()
     assert model[0].weight.grad is not None
+
+
+def test_state_that_was_replaced_by_a_checkpoint_is_freed() -> None:
+    model, optimizer = trained([0])
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, [1])
+    replaced = [
+        weakref.ref(optimizer.state[model[0].weight][key]) for key in ("momentum_buffer", "m_C")
+    ]
+    optimizer.load_state_dict(saved)
+    gc.collect()
+    assert [reference() for reference in replaced] == [None, None]
+    train(model, optimizer, [1])
+    assert_bitwise(snapshot(model, optimizer), snapshot(*trained(range(2))))
 
 
 def _copied(model: nn.Module) -> nn.Module:

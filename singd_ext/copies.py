@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .curvature import install_hooks
+from .curvature import gather, install_hooks
 from .fallback import is_own
 from .hyperparameters import Hyperparameters
 from .memory import GroupCalls
@@ -44,6 +44,7 @@ def take_up(optimizer: SINGD) -> None:
                 "copied first: take the optimizer out of the layer"
             )
         layer.forget()
+        gather(optimizer._gatherer, layer)
     if observes:
         optimizer._handles += install_hooks(optimizer, optimizer._layers)
     optimizer._mark_due()

@@ -13,20 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
-from . import _C
+from . import _C, ops
 from .attention import AttentionHook, Projection
+from .kinds import LayerKind, has_linear_rows
 from .layers import Layer, State
 from .moves import follow
-from .observation import (
-    accumulates,
-    cast_input,
-    multiplies_input,
-    observe,
-    observe_traced,
-    register,
-)
+from .observation import cast_input, multiplies_input, observe_traced, register
 
 if TYPE_CHECKING:
     from .optimizer import SINGD
@@ -53,6 +48,10 @@ class OutputHook:
         )
         self._layer, self._module = layer, module
         self._may_cast = module is not None and multiplies_input(module)
+        self._receiver: _C.LayerReceiver | None = None
+        if optimizer is not None and layer is not None:
+            is_first = type(layer.kind).call_input is LayerKind.call_input
+            self._receiver = _C.LayerReceiver(optimizer._gatherer, layer.index, self, is_first)
         self.key = register(self)
 
     def __reduce__(self) -> tuple[type[OutputHook], tuple[()]]:
@@ -61,26 +60,32 @@ class OutputHook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Tensor | None:
+        if is_compiling():
+            return self._traced(args, kwargs, output)
+        if self._receiver is not None:
+            self._receiver.watch(args, kwargs, output)
+        return None
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
         layer = self._layer
         if layer is None or not torch.is_grad_enabled():
             return None
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"layer '{layer.name}' returns {type(output).__name__}; SINGD needs layers that "
-                "return a tensor: exclude this one with `params`"
-            )
-        if torch.compiler.is_compiling():
-            if layer.due and output.requires_grad:
-                return observe_traced(
-                    output, layer.kind.call_input(args, kwargs).detach(), self.key
-                )
+        self.check_output(output)
+        if not layer.due or not output.requires_grad:
             return None
-        if output.requires_grad and (optimizer := self.wants()) is not None:
-            x = layer.kind.call_input(args, kwargs)
-            if self._may_cast:
-                x = cast_input(output, x)
-            observe(output, x, self, active=not optimizer.is_paused)
-        return None
+        return observe_traced(output, layer.kind.call_input(args, kwargs).detach(), self.key)
+
+    def check_output(self, output: Any) -> None:
+        """Check what the module returned.
+
+        Raises:
+            TypeError: Naming the layer, if it is no tensor.
+        """
+        if self._layer is not None and not isinstance(output, Tensor):
+            raise TypeError(
+                f"layer '{self._layer.name}' returns {type(output).__name__}; SINGD needs layers "
+                "that return a tensor: exclude this one with `params`"
+            )
 
     def wants(self) -> SINGD | None:
         """Return the optimizer if the next factor update needs the forward pass that runs."""
@@ -94,65 +99,61 @@ class OutputHook:
         """Whether compiled models are to be observed at the moment."""
         return self._layer is not None and self._layer.due
 
+    def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Return the input of a call, where that may be another than the first argument."""
+        assert self._layer is not None
+        x = self._layer.kind.call_input(args, kwargs)
+        return cast_input(output, x) if self._may_cast else x
+
     def receive(self, x: Tensor, g: Tensor, backward_pass: int, /) -> None:
         """Add one call's input and output gradient to the layer's statistics."""
+        if self._receiver is not None:
+            self._receiver.receive(x, g, backward_pass)
+
+    def add_rows(self, x: Tensor, g: Tensor) -> tuple[int, int]:
+        """Add the rows of a layer other than Linear; return its (batch, shared) sizes."""
         optimizer = self._optimizer()
-        if optimizer is None or optimizer.is_paused:
-            return
-        if self._layer is not None and self._module is not None:
-            _accumulate(optimizer, self._layer, self._module, x, g, backward_pass)
+        assert optimizer is not None and self._layer is not None and self._module is not None
+        options = optimizer._checked[self._layer.group]  # since the pass began
+        state = self._layer.entries(optimizer.state)
+        reduce = options.kfac_approx == "reduce"
+        return self._layer.accumulate_(self._module, state, x, g, options.structures, reduce)
 
 
-def _accumulate(
-    optimizer: SINGD, layer: Layer, module: nn.Module, x: Tensor, g: Tensor, backward_pass: int
-) -> None:
-    options = optimizer.options_in_pass(layer.group, backward_pass)
-    reduce = options.kfac_approx == "reduce"
-    state = layer.entries(optimizer.state)
-    if not _begin_pass(optimizer, layer, state, backward_pass):
-        return
-    if "statistic_K" not in state:
-        sums = _C.empty_statistics(state["K"], state["C"])
-        state["statistic_K"], state["statistic_C"] = sums
-    batch, shared = layer.accumulate_(module, state, x, g, options.structures, reduce)
-    state["rows"] = state.get("rows", 0) + batch * (min(1, shared) if reduce else shared)
-    _count_loss_terms(layer, state, options.loss_average, batch, shared)
+def gatherer_of(optimizer: SINGD) -> _C.Gatherer:
+    """Return what gathers the statistics of an optimizer's layers, of which it knows none yet."""
+    return _C.Gatherer(optimizer, _begin_pass)
 
 
-def _begin_pass(optimizer: SINGD, layer: Layer, state: State, backward_pass: int) -> bool:
-    """Note the current backward pass; return whether it counts.
+def gather(gatherer: _C.Gatherer, layer: Layer) -> None:
+    """Let the gatherer know of a layer."""
+    layer.index = gatherer.add(
+        layer.group,
+        layer.parameters,
+        layer.kind.prefix,
+        layer.dim_K,
+        layer.dim_C,
+        layer.bias is not None,
+        layer.weight is not None and has_linear_rows(layer.kind),
+    )
 
-    It does if it adds to the layer's gradients. Where earlier passes have left none, these were
-    cleared (by `model.zero_grad()`, say), and their statistics go the same way.
+
+def _begin_pass(optimizer: SINGD) -> None:
+    """Tell the gatherer what layers have to know in the backward pass that begins.
+
+    Raises:
+        ValueError: For an option that was changed to a bad value.
     """
-    if backward_pass != layer.last_pass:
-        layer.last_pass, layer.counted_terms = backward_pass, 0
-        layer.pass_counts = accumulates(layer.parameters)
+    gatherer = optimizer._gatherer
+    gatherer.set_operators(ops.namespace())
+    for group in optimizer._checked:
+        options = optimizer.options(group)
+        gatherer.set_options(
+            group, *options.structures, options.kfac_approx == "reduce", options.loss_average
+        )
+    for layer in optimizer._layers:
         follow(optimizer, layer)
-        if (
-            layer.pass_counts
-            and "statistic_K" in state
-            and all(p.grad is None for p in layer.parameters)
-        ):
-            drop_statistics(state)
-    return layer.pass_counts
-
-
-def _count_loss_terms(
-    layer: Layer, state: State, loss_average: str | None, batch: int, shared: int
-) -> None:
-    """Add up the terms that the loss averages over, so that micro-batches make one big batch.
-
-    Uses of a layer within one backward pass see the same terms: they are counted once. A loss that
-    is a sum has the factor 1, however many passes there are.
-    """
-    if loss_average is None:
-        state["loss_terms"] = 1
-        return
-    terms = batch * shared if loss_average == "batch+sequence" else batch
-    more = max(0, terms - layer.counted_terms)
-    state["loss_terms"] = state.get("loss_terms", 0) + more
-    layer.counted_terms += more
+        gatherer.bind(layer.index, optimizer.state[layer.parameters[0]])
 
 
 def install_hooks(optimizer: SINGD, layers: Iterable[Layer]) -> list[RemovableHandle]:

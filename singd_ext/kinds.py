@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter
 
-from . import ops
+from . import _C, ops
 from .convolution import (
     Conv,
     average_groups,
@@ -105,17 +105,21 @@ class LinearKind(LayerKind):
     """`nn.Linear` with any leading dimensions: the first is the batch, the others are shared."""
 
     def gradient_rows(self, module: nn.Module, g: Tensor) -> Tensor:
-        if g.ndim == 3:
-            return g
-        if g.ndim == 1:
-            g = g.unsqueeze(0)
-        return g.reshape(g.shape[0], prod(g.shape[1:-1]), g.shape[-1])
+        return _C.linear_rows(g)
 
     def accumulate_input_(
         self, module: nn.Module, statistic: Statistic, x: Tensor, reduce: bool
     ) -> None:
         rows = self.gradient_rows(module, x)  # inputs and outputs have the same layout
         statistic.add(rows, "mean" if reduce else "expand")
+
+
+def has_linear_rows(kind: LayerKind) -> bool:
+    """Whether inputs and output gradients become rows as those of `nn.Linear` do."""
+    return (
+        type(kind).gradient_rows is LinearKind.gradient_rows
+        and type(kind).accumulate_input_ is LinearKind.accumulate_input_
+    )
 
 
 class Conv1DKind(LinearKind):

@@ -54,9 +54,7 @@ class Layer:
     weight: Parameter | None
     bias: Parameter | None
     group: int  # index of the parameter group
-    last_pass: int = -1  # the backward pass that last added to the statistics
-    counted_terms: int = 0  # loss terms counted in it
-    pass_counts: bool = False  # whether it adds to the layer's gradients
+    index: int = -1  # among those whose statistics are gathered
     tied: dict[str, nn.Module] = field(default_factory=dict)  # further modules with the same W
     parameters: list[Parameter] = field(init=False)  # those trained; the first has the state
     due: bool = False  # whether compiled models observe it at the moment
@@ -86,7 +84,6 @@ class Layer:
 
     def forget(self) -> None:
         """Drop what belongs to the original and not to a copy of it."""
-        self.last_pass = -1
         self.due = False
         self.product_K, self.product_C = FactorProduct(), FactorProduct()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -91,14 +90,6 @@ def cast_input(output: Tensor, x: Tensor) -> Tensor:
         return saved.detach()
     is_flat = saved.numel() == x.numel() and saved.shape[-1] == x.shape[-1]
     return saved.detach().view(x.shape) if is_flat and saved.is_contiguous() else x
-
-
-def accumulates(parameters: Iterable[Tensor]) -> bool:
-    """Whether the running backward pass adds to the `grad` of any of these parameters.
-
-    `autograd.grad` does not, nor does `backward(inputs=...)` for the parameters it leaves out.
-    """
-    return _C.accumulates(parameters)
 
 
 # ---------------------------------------------------------------- compiled models

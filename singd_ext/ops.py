@@ -21,6 +21,11 @@ _ops = torch.ops.singd_ext
 # that every layer or every step calls are called by their overload.
 
 
+def namespace() -> str:
+    """Return the name of the operators that run: those of the emulator, in its tests."""
+    return _ops.name
+
+
 def project(symmetric: Tensor, structure: str) -> Tensor:
     """Return the storage of Π(S), the weighted extraction of Table 1, for a symmetric S [d, d]."""
     return _ops.project(symmetric, structure)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import copies
+from . import _C, copies
 from ._warnings import warn_user
 from .checkpoint import checked_state, restore_state, saved_group
 from .clipping import divisors
@@ -22,7 +22,7 @@ from .construction import (
     untrained_names,
     warn_untrained,
 )
-from .curvature import drop_statistics, install_hooks
+from .curvature import drop_statistics, gather, gatherer_of, install_hooks
 from .fallback import OWN, Factory, Fallback, Group, check_new_parameters, is_own, tensor_of
 from .groups import listed, split_group
 from .hyperparameters import (
@@ -183,6 +183,7 @@ class SINGD(torch.optim.Optimizer):
         self._calls[index] = GroupCalls(self._warned)
         for layer in layers:
             self._layers.append(layer)
+            gather(self._gatherer, layer)
             complete_state(self.state, layer, options)
         self._handles += install_hooks(self, layers)
         self._mark_due()
@@ -210,7 +211,7 @@ class SINGD(torch.optim.Optimizer):
         self._handles: list[Any] = []
         self._checked: dict[int, Hyperparameters] = {}  # of the groups that SINGD trains itself
         self._calls: dict[int, GroupCalls] = {}
-        self._passes: dict[int, int] = {}  # the backward pass in which a group's options were seen
+        self._gatherer = gatherer_of(self)
         self._curvature_scale: float | None = None
         self._warned: set[str] = set()
         self._pauses = 0
@@ -276,19 +277,12 @@ class SINGD(torch.optim.Optimizer):
                 complete_state(self.state, layer, options)
         return options
 
-    def options_in_pass(self, group: int, backward_pass: int) -> Hyperparameters:
-        """Return the same, looked at once a backward pass: its layers' hooks ask one by one."""
-        if self._passes.get(group) != backward_pass:
-            self._passes[group] = backward_pass
-            return self.options(group)
-        return self._checked[group]
-
     def factors_due(self, group: int) -> bool:
         """Whether the next step of this group updates the factors."""
         current = self.param_groups[group]
         if current["T"] is not self._checked[group].T:
             self.options(group)
-        return current["steps"] % current["T"] == 0
+        return _C.is_due(current)
 
     @property
     def is_paused(self) -> bool:
@@ -302,13 +296,16 @@ class SINGD(torch.optim.Optimizer):
         For backward passes that add to the gradients but are no part of the loss, such as
         regularizers. Evaluation and `torch.autograd.grad` need no such care. May be nested.
         """
-        self._pauses += 1
-        self._mark_due()
+        self._pause(1)
         try:
             yield
         finally:
-            self._pauses -= 1
-            self._mark_due()
+            self._pause(-1)
+
+    def _pause(self, more: int) -> None:
+        self._pauses += more
+        self._gatherer.paused = self.is_paused
+        self._mark_due()
 
     def _mark_due(self) -> None:
         """Set the flags that compiled models read: their code is specialized on each value."""
@@ -354,6 +351,7 @@ class SINGD(torch.optim.Optimizer):
         self._count_steps(1)
         if not is_on_host(scales.found_inf):
             self._void_steps.note(scales.found_inf)
+            self._gatherer.unsettled = True
         self._mark_due()
         return loss
 
@@ -371,6 +369,7 @@ class SINGD(torch.optim.Optimizer):
         retried at once instead of T steps later. Earlier steps are over by then.
         """
         if not self._void_steps:
+            self._gatherer.unsettled = False
             return
         own = [self.param_groups[index] for index in self._checked]
         matters = any(g["T"] > 1 and g["steps"] % g["T"] <= 1 for g in own)
@@ -417,5 +416,6 @@ class SINGD(torch.optim.Optimizer):
         saved = [group for group in checked["param_groups"] if not is_own(group)]
         loaded = self._fallback.loaded(self._fallback_groups(), saved, checked["state"])
         super().load_state_dict(checked)
+        self._gatherer.unbind()
         restore_state(self, checked, lr_cov, *loaded)
         self._mark_due()

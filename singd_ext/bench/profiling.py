@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .. import curvature, ops
+from .. import ops
 from . import presets, timing
 from .clock import Clock, Mark
 from .contender import Contender, Setting, check_dtypes, checked_device
@@ -28,15 +28,14 @@ from .rivals import ours, pair
 Say = Callable[[str], None]
 
 GROUP, WHOLE, REST = "profile", "training step", "rest"
-# What a phase is called, and the function that is wrapped. A phase inside another is not counted
+# What a phase is called, and the operator that is its phase. A phase inside another is not counted
 # as part of that one.
-WRAPPED: dict[str, tuple[Any, str]] = {
-    "hook": (curvature, "_accumulate"),
-    "statistic": (ops, "accumulate_statistic_"),
-    "factor update": (ops, "update_factors_"),
-    "parameter update": (ops, "preconditioned_update_"),
+OPERATORS = {
+    "statistic": "accumulate_statistic_",
+    "factor update": "update_factors_",
+    "parameter update": "preconditioned_update_",
 }
-PHASES = ("forward", "backward", "hook", "statistic", "step", "factor update", "parameter update")
+PHASES = ("forward", "backward", "statistic", "step", "factor update", "parameter update")
 
 
 @dataclass(frozen=True)
@@ -127,23 +126,30 @@ class Ranges:
 
 @contextmanager
 def wrapped(ranges: Callable[[str], AbstractContextManager[None]]) -> Iterator[None]:
-    """Let the functions of `WRAPPED` run in ranges."""
-    before = {phase: getattr(owner, name) for phase, (owner, name) in WRAPPED.items()}
+    """Let the operators of `OPERATORS` run in ranges.
 
-    def inside(phase: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
+    Those of layers are called from C++. So all are exchanged for operators of another namespace,
+    whose kernels are in Python, as the emulator exchanges them for its own.
+    """
+    before = ops._ops
+
+    def inside(phase: str, operator: torch._ops.OpOverload) -> Callable[..., None]:
+        def call(*args: Any, **kwargs: Any) -> None:
             with ranges(phase):
-                return before[phase](*args, **kwargs)
+                operator(*args, **kwargs)
 
         return call
 
-    for phase, (owner, name) in WRAPPED.items():
-        setattr(owner, name, inside(phase))
-    try:
-        yield
-    finally:
-        for phase, (owner, name) in WRAPPED.items():
-            setattr(owner, name, before[phase])
+    with torch.library._scoped_library("singd_profiled", "DEF") as own:
+        for phase, name in OPERATORS.items():
+            operator = getattr(before, name).default
+            own.define(str(operator._schema).removeprefix(f"{before.name}::"))
+            own.impl(name, inside(phase, operator), "CompositeExplicitAutograd")
+        ops._ops = torch.ops.singd_profiled
+        try:
+            yield
+        finally:
+            ops._ops = before
 
 
 def run(
