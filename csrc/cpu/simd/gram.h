@@ -146,12 +146,70 @@ SINGD_INLINE void add_border(int64_t border, int64_t width, int64_t depth, const
   multiply<T, In>(border, width, depth, {e, 1, thin}, x, stride, sums, sums_stride, kAdd<T>);
 }
 
+// The last four rows of the first vector's, by both vectors, and kRows rows of the second one's, by
+// that one: together they keep the processor as busy as a whole tile, which neither does alone.
+template <class T, class In, int kRows>
+SINGD_INLINE void add_corner(const In* x, int64_t stride, int64_t depth, int64_t rows, T* sum) {
+  constexpr int kLane = kLanes<T>, kUpper = 4;
+  Vector<T> upper[kUpper][2], lower[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kUpper; ++r) upper[r][0] = upper[r][1] = Vector<T>{};
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) lower[r] = Vector<T>{};
+  for (int64_t p = 0; p < depth; ++p, x += stride) {
+    const Vector<In> left = load<In>(x), right = load<In>(x + kLane);
+#pragma GCC unroll 4
+    for (int r = 0; r < kUpper; ++r) {
+      const Vector<In> factor = splat(x[kLane - kUpper + r]);
+      add_product(upper[r][0], factor, left);
+      add_product(upper[r][1], factor, right);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) add_product(lower[r], splat(x[kLane + r]), right);
+  }
+  const auto add = [](T* to, const Vector<T>& v) { store<T>(to, load<T>(to) + v); };
+#pragma GCC unroll 4
+  for (int r = 0; r < kUpper; ++r) {
+    T* to = sum + (kLane - kUpper + r) * 2 * kLane;
+    add(to, upper[r][0]);
+    add(to + kLane, upper[r][1]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    if (r < rows) add(sum + (kLane + r) * 2 * kLane + kLane, lower[r]);
+  }
+}
+
+// sum += X^T X for a block that is two vectors wide.
+template <class T, class In>
+SINGD_INLINE void add_two_vectors(const In* x, int64_t stride, int64_t depth, int64_t size,
+                                  T* sum) {
+  constexpr int64_t kLane = kLanes<T>;
+  const int64_t rows = size - kLane;
+  SINGD_COUNT(multiply_adds, depth * (4 * 2 + rows) * kLane);
+  multiply<T, In>(kLane - 4, 2 * kLane, depth, {x, 1, stride}, x, stride, sum, 2 * kLane, kAdd<T>);
+  switch ((rows + 3) / 4) {
+    case 1:
+      return add_corner<T, In, 4>(x, stride, depth, rows, sum);
+    case 2:
+      return add_corner<T, In, 8>(x, stride, depth, rows, sum);
+    case 3:
+      return add_corner<T, In, 12>(x, stride, depth, rows, sum);
+    default:
+      return rows <= 14 ? add_corner<T, In, 14>(x, stride, depth, rows, sum)
+                        : add_corner<T, In, 16>(x, stride, depth, rows, sum);
+  }
+}
+
 // sum += X^T X for a block X [depth, size] of scratch: of each vector's rows the columns from that
 // vector on, since the rest is symmetric. What a vector takes from columns behind the block is
 // multiplied too, and not used.
 template <class T, class In>
 SINGD_INLINE void add_block(const In* x, int64_t stride, int64_t depth, int64_t size, T* sum) {
   const int64_t width = padded(size);
+  if (kLanes<T> == 16 && width == 2 * kLanes<T>) {
+    return add_two_vectors(x, stride, depth, size, sum);
+  }
   for (int64_t at = 0; at < size; at += kLanes<T>) {
     multiply<T, In>(smaller<int64_t>(kLanes<T>, size - at), width - at, depth, {x + at, 1, stride},
                     x + at, stride, sum + at * (width + 1), width, kAdd<T>);
