@@ -162,6 +162,86 @@ void statistics(const std::string& spec, int64_t dim, int64_t rows) {
   }
 }
 
+// NaN where functions called next have their arrays.
+__attribute__((noinline)) void poison_stack() {
+  volatile float numbers[1 << 14];
+  for (volatile float& x : numbers) x = NAN;
+}
+
+// C C^T G K K^T of blocks on both sides, with a bias behind the weight, against float64.
+void squares(int64_t rows, int64_t columns, int64_t left_block, int64_t right_block) {
+  const std::string what = "blocks of " + std::to_string(left_block) + " and " +
+                           std::to_string(right_block) + ", " + std::to_string(rows) + " x " +
+                           std::to_string(columns);
+  const int64_t gap = 5, stride = columns - 1 + gap;
+  std::vector<uint16_t> weight(static_cast<size_t>(rows * stride)), bias(static_cast<size_t>(rows));
+  for (auto* numbers : {&weight, &bias}) {
+    for (uint16_t& x : *numbers) x = Narrow<BFloat16>::of(random_number()).bits;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < gap; ++j) weight[size_t(i * stride + columns - 1 + j)] = 0x7fc0;
+  }
+  StepLayer<float> layer;
+  layer.parts[0].gradient = {weight.data(), Scalar::kBFloat16};
+  layer.parts[0].width = columns - 1;
+  layer.parts[0].gradient_stride = stride;
+  layer.parts[1].gradient = {bias.data(), Scalar::kBFloat16};
+  layer.parts[1].begin = columns - 1;
+  layer.parts[1].width = layer.parts[1].gradient_stride = 1;
+  layer.num_parts = 2;
+  layer.rows = rows;
+  layer.columns = columns;
+  layer.options = {0, 0, 0, 1};
+  std::vector<float> memory[2], factors[2], scratch(4096);
+  const auto prepare = [&](int side, LocalProduct<float>& product, int64_t dim, int64_t block,
+                           Form form) {
+    product.kind = LocalKind::kBlocks;
+    product.form = form;
+    product.layout = make_layout("block_diagonal:" + std::to_string(block), dim);
+    const int64_t area = whole_depths(block) * whole_depths(block);
+    memory[side].assign(static_cast<size_t>((dim / block + 1) * area), NAN);
+    product.blocks = memory[side].data();
+    factors[side].resize(static_cast<size_t>(dim * block));
+    for (float& x : factors[side]) x = random_number();
+    prepare_blocks(product, factors[side].data(), scratch.data());
+  };
+  prepare(0, layer.left, rows, left_block, Form::kLeftPlanes);
+  prepare(1, layer.right, columns, right_block, Form::kRightPlanes);
+  // P[i, j] of a side.
+  const auto product = [&](int side, int64_t dim, int64_t k, int64_t i, int64_t j) {
+    const int64_t begin = i / k * k, size = std::min(k, dim - begin);
+    const float* f = factors[side].data() + begin * k;
+    double sum = 0;
+    for (int64_t p = 0; i / k == j / k && p < size; ++p) {
+      sum += double(f[(i - begin) * size + p]) * f[(j - begin) * size + p];
+    }
+    return sum;
+  };
+  const Panel panel{0, rows, 0, columns};
+  std::vector<float> x(static_cast<size_t>((rows + 15) * panel.stride()));
+  poison_stack();
+  check(precondition_squares(layer, panel, x.data()), what + " are no squares");
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      double sum = 0, size = 0;
+      for (int64_t a = i / left_block * left_block; a < rows && a / left_block == i / left_block;
+           ++a) {
+        const double left = product(0, rows, left_block, i, a);
+        for (int64_t b = j / right_block * right_block;
+             b < columns && b / right_block == j / right_block; ++b) {
+          const BFloat16 g{b + 1 < columns ? weight[size_t(a * stride + b)] : bias[size_t(a)]};
+          const double term = left * double(widen(g)) * product(1, columns, right_block, b, j);
+          sum += term;
+          size += std::abs(term);
+        }
+      }
+      // P is rounded to float32 sums and to planes; its terms may cancel within it.
+      check_close(x[size_t(i * panel.stride() + j)], sum, 4 * kPlanes * size + 1e-4,
+                  what + " at " + std::to_string(i) + ", " + std::to_string(j));
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -182,6 +262,9 @@ int main() {
     statistics("hierarchical:15,15", 100, rows);
     statistics("rank_triu:24", 97, rows);
   }
+  squares(70, 100, 30, 32);
+  squares(33, 31, 32, 30);
+  squares(61, 65, 30, 24);
   return failures;
 }
 #else

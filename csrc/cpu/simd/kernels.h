@@ -12,6 +12,7 @@ namespace {
 #include "gram.h"
 #include "statistics.h"
 #include "write.h"
+#include "tile_blocks.h"
 #include "step.h"
 #include "factors.h"
 #include "momentum.h"

@@ -299,6 +299,7 @@ bool panel_is_finite(const Panel& panel, const T* x, const T* column_scale) {
 // caches between these products. scratch: 2 * piece_scratch.
 template <class T>
 void precondition_blocks(const StepLayer<T>& layer, const Panel& panel, T* to, T* scratch) {
+  if (precondition_squares(layer, panel, to)) return;
   const bool left = layer.left.kind == LocalKind::kBlocks;
   const bool right = layer.right.kind == LocalKind::kBlocks;
   const int64_t width = piece_columns(layer);
