@@ -32,6 +32,21 @@ def test_rows_at_the_edges_of_passes(spec: str, dtype: torch.dtype, rows: int) -
         assert_close_to_truth(ours, rival, truth, factor=4.0, floor=16.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_of_every_size_up_to_two_vectors(dtype: torch.dtype) -> None:
+    for size in range(1, 34):
+        spec, dim = f"block_diagonal:{size}", 3 * size - 1
+        x, k = random(1, 70, dim, dtype=dtype), StructuredMatrix.eye(spec, dim, dtype).data
+        statistic = torch.zeros_like(k, dtype=torch.float32)
+        ops.accumulate_statistic_(statistic, x, k, dim, spec)
+        truth, rival = (
+            StructuredMatrix(spec, dim, ops.extract(w[0].T @ w[0], spec)).to_dense()
+            for w in (x.double(), x.float())
+        )
+        ours = StructuredMatrix(spec, dim, statistic).to_dense()
+        assert_close_to_truth(ours, rival, truth, factor=4.0, floor=16.0)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_bfloat16_rows_give_what_their_float32_copies_give(spec: str) -> None:
     """Rows of batches that are expanded, permuted, sliced, or begin at any byte pair."""

@@ -1,5 +1,6 @@
 // The products on AMX tiles, with tiles that are emulated: all of csrc/cpu/simd_amx.cpp but the
-// instructions themselves, which the Python tests run where the processor has them.
+// instructions themselves, which the Python tests run where the processor has them. And the
+// statistics of csrc/cpu/simd_bfloat16.cpp, which Intel's processors have but leave to others.
 #define SINGD_EMULATED_TILES 1
 #include <cmath>
 #include <cstdint>
@@ -7,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/simd_bfloat16.cpp"
+// Behind the kernels without tiles.
 #include "../cpu/simd_amx.cpp"
 #include "../structures/spec.h"
 #include "check.h"
@@ -110,9 +113,10 @@ void products(int64_t rows, int64_t columns, int64_t depth) {
 }
 
 // Sums of a statistic of `rows` rows of bfloat16 numbers, and a column of ones, against float64.
-void statistics(const std::string& spec, int64_t dim, int64_t rows) {
-  const std::string what =
-      spec + " of " + std::to_string(rows) + " rows, d = " + std::to_string(dim);
+void statistics(const GramKernels<float>& kernels, const std::string& spec, int64_t dim,
+                int64_t rows) {
+  const std::string what = (&kernels == &amx::gram_kernels ? "on tiles " : "on vectors ") + spec +
+                           " of " + std::to_string(rows) + " rows, d = " + std::to_string(dim);
   const Layout layout = make_layout(spec, dim);
   const int64_t features = dim - 1, b = layout.head + layout.tail, k = layout.block;
   std::vector<uint16_t> stored(static_cast<size_t>(rows * features));
@@ -141,7 +145,7 @@ void statistics(const std::string& spec, int64_t dim, int64_t rows) {
                 what + " at " + std::to_string(i) + ", " + std::to_string(j));
   };
   if (k > 0) {
-    amx::gram_kernels.blocks(view, layout, all, sums.data(), scratch.data());
+    kernels.blocks(view, layout, all, sums.data(), scratch.data());
     for (int64_t begin = 0; begin < dim; begin += k) {
       const int64_t size = std::min(k, dim - begin);
       const float* block = sums.data() + begin / k * k * padded(k);
@@ -153,7 +157,7 @@ void statistics(const std::string& spec, int64_t dim, int64_t rows) {
     }
     return;
   }
-  amx::gram_kernels.border(view, layout, nullptr, all, sums.data(), scratch.data());
+  kernels.border(view, layout, nullptr, all, sums.data(), scratch.data());
   for (int64_t r = 0; r <= b; ++r) {
     const int64_t i = r < layout.head ? r : dim - b + r;
     for (int64_t j = 0; j < dim; ++j) {
@@ -255,12 +259,16 @@ int main() {
     }
   }
   for (const int64_t rows : {1, 2, 31, 127, 128, 129, 300}) {
-    statistics("block_diagonal:30", 100, rows);
-    statistics("block_diagonal:30", 31, rows);
-    statistics("block_diagonal:64", 130, rows);
-    statistics("block_diagonal:100", 120, rows);
-    statistics("hierarchical:15,15", 100, rows);
-    statistics("rank_triu:24", 97, rows);
+    for (const auto* kernels : {&amx::gram_kernels, &avx512_bfloat16::kernels}) {
+      statistics(*kernels, "block_diagonal:30", 100, rows);
+      statistics(*kernels, "block_diagonal:30", 31, rows);
+      statistics(*kernels, "block_diagonal:21", 60, rows);
+      statistics(*kernels, "block_diagonal:64", 130, rows);
+      statistics(*kernels, "block_diagonal:100", 120, rows);
+      statistics(*kernels, "hierarchical:15,15", 100, rows);
+      statistics(*kernels, "rank_triu:24", 97, rows);
+      statistics(*kernels, "rank_triu:1", 97, rows);
+    }
   }
   squares(70, 100, 30, 32);
   squares(33, 31, 32, 30);
