@@ -3,6 +3,8 @@
 Where the processor has no AMX, and on the other backends, these are steps like all others.
 """
 
+from collections.abc import Callable
+
 import calls
 import pytest
 import torch
@@ -58,24 +60,36 @@ def canceling(spec: str, dim: int) -> Tensor:
     return StructuredMatrix.extract(spec, masks.member(spec, dense).float()).data
 
 
+def spreading(spec: str, dim: int) -> Tensor:
+    """The same with rows in the middle that take a difference of the first or the last two."""
+    dense = torch.eye(dim, dtype=torch.float64)
+    for first, second in ((0, 1), (dim - 1, dim - 2)):
+        dense[first, first] = dense[second, second] = 1.5
+        for middle in (5, 20, 30):  # one at least is in no border
+            dense[first, middle] = dense[middle, first] = 1.0
+            dense[second, middle] = dense[middle, second] = -1.0
+    return StructuredMatrix.extract(spec, masks.member(spec, dense).float()).data
+
+
+@pytest.mark.parametrize("factor", [canceling, spreading])
 @pytest.mark.parametrize("scale", [None, 3.0])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("spec", WIDE)
 def test_a_difference_of_gradients_is_not_that_of_rounded_ones(
-    spec: str, side: str, scale: float | None
+    spec: str, side: str, scale: float | None, factor: Callable[[str, int], Tensor]
 ) -> None:
     """P G has g₀ − g₁ of gradients that are close: what is summed is rounded at the end alone."""
     d = 40
     structures = ("diagonal", spec) if side == "left" else (spec, "diagonal")
     dims = (d, 37) if side == "right" else (37, d)
     factors = [
-        torch.ones(n) if s == "diagonal" else canceling(s, n)
+        torch.ones(n) if s == "diagonal" else factor(s, n)
         for s, n in zip(structures, dims, strict=True)
     ]
-    gradient = torch.ones(dims[1], dims[0], dtype=torch.bfloat16)
-    first, second = (gradient[0], gradient[1]) if side == "left" else gradient.T[:2]
-    first.fill_(1 + 2**-7)
-    second.fill_(1)
+    gradient = torch.zeros(dims[1], dims[0], dtype=torch.bfloat16)
+    rows = gradient if side == "left" else gradient.T
+    rows[[0, -1]] = 1 + 2**-7
+    rows[[1, -2]] = 1
     weight = torch.zeros_like(gradient)
     ops.preconditioned_update_(
         [weight], [torch.empty(0)], [], [], [torch.zeros((), dtype=torch.int64)],

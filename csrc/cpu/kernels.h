@@ -112,7 +112,8 @@ struct StepLayer {
   int64_t rows = 0, columns = 0;
   LocalProduct<T> left, right;  // C C^T and K K^T
   // With a border on the left: the rows P[B, :] G, and for an arrowhead the rows G[B, :] too.
-  T *border_products = nullptr, *border_rows = nullptr;  // [border, padded(columns)] each
+  // [border, padded(columns)] each; with tiles there is room for whole ones.
+  T *border_products = nullptr, *border_rows = nullptr;
   StepOptions options;
 };
 
@@ -173,6 +174,9 @@ struct StepKernels {
   double (*thin)(const StepLayer<T>& layer, const Panel& panel, T* products, T* scratch);
   // Adds such products to border_products.
   void (*add_products)(const StepLayer<T>& layer, const T* products);
+  // When all are there: brings the rows that a border on the left spreads over the others into the
+  // form in which `step` takes them.
+  void (*finish_border)(const StepLayer<T>& layer);
   // The step of a panel; with `check_only`, only whether its preconditioned gradient is finite.
   // scratch: step_scratch.
   bool (*step)(const StepLayer<T>& layer, const Panel& panel, bool check_only, T* scratch);

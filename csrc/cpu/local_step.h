@@ -261,7 +261,9 @@ class LocalStep {
     for (size_t i = group.begin; i < group.end; ++i) {
       StepLayer<T>& layer = layers_[i];
       if (!layer.left.has_border()) continue;
-      const int64_t size = (layer.left.border() + layer.left.overshoot()) * padded(layer.columns);
+      const int64_t b = layer.left.border();
+      const int64_t rows = std::max(b + layer.left.overshoot(), layer.left.rows_of(b));
+      const int64_t size = rows * padded(layer.columns);
       for (size_t task = first_read_[i]; task < first_read_[i + 1]; ++task) {
         read_tasks_[task].products = arena.take<T>(size);
       }
@@ -359,6 +361,7 @@ class LocalStep {
     for (size_t i = first_read_[index] + 1; i < first_read_[index + 1]; ++i) {
       if (layer.left.has_border()) kernels_.add_products(layer, read_tasks_[i].products);
     }
+    if (layer.left.has_border()) kernels_of(layer).finish_border(layer);
     return is_finite(index);
   }
 

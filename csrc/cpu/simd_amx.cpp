@@ -50,9 +50,13 @@ bool step(const StepLayer<float>& layer, const Panel& panel, bool check_only, fl
 }  // namespace
 
 const GramKernels<float> gram_kernels{blocks, border};
-const StepKernels<float> step_kernels{prepare_product<float>,  load_unscaled<float>,
-                                      largest_gradient<float>, thin,
-                                      add_products<float>,     step};
+const StepKernels<float> step_kernels{prepare_product<float>,
+                                      load_unscaled<float>,
+                                      largest_gradient<float>,
+                                      thin,
+                                      add_products<float>,
+                                      finish_border<float>,
+                                      step};
 
 }  // namespace singd::cpu::amx
 

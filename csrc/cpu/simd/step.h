@@ -166,8 +166,45 @@ void add_products(const StepLayer<T>& layer, const T* products) {
 
 // The rows of G, or of P[B, :] G, that a border on the left spreads over all rows.
 template <class T>
-const T* border_coefficients(const StepLayer<T>& layer) {
+T* border_coefficients(const StepLayer<T>& layer) {
   return layer.left.kind == LocalKind::kRowBorder ? layer.border_rows : layer.border_products;
+}
+
+// These rows as tiles take them: once a layer, since all panels have a share of them.
+template <class T>
+void finish_border([[maybe_unused]] const StepLayer<T>& layer) {
+#if SINGD_TILES
+  const int64_t b = layer.left.border(), stride = padded(layer.columns);
+  if (layer.left.form == Form::kNumbers) return;
+  zero_behind(layer.left, border_coefficients(layer), b, stride);
+  split_right(border_coefficients(layer), layer.left.rows_of(b), stride);
+#endif
+}
+
+// x <- x + P[:, B] times these rows, for the columns of a panel; x has room for whole tiles.
+template <class T>
+void add_border_rows(const StepLayer<T>& layer, const Panel& panel, T* x) {
+  const LocalProduct<T>& left = layer.left;
+  const int64_t stride = panel.stride(), width = padded(panel.column_end - panel.column_begin);
+  const int64_t rows = panel.row_end - panel.row_begin, b = left.border();
+  const int64_t all = padded(layer.columns), thin = left.stride_of(b);
+  const T *by = left.thin + panel.row_begin * thin, *spread = border_coefficients(layer);
+#if SINGD_TILES
+  SINGD_COUNT(multiply_adds, rows * width * b);
+  Planes right = right_planes(spread, all).from(panel.column_begin);
+  // Rows of a bfloat16 gradient have no low plane.
+  if (left.kind == LocalKind::kRowBorder && layer.options.unscale == 1) right.low = nullptr;
+  for (int64_t i = 0; i < rows; i += kSide) {
+    for (int64_t j = 0; j < width; j += kSide) {
+      const Planes columns{right.high + j, right.low == nullptr ? nullptr : right.low + j,
+                           right.stride};
+      multiply_square(rows - i, width - j, thin / kTileDepth, left_planes(by + i * thin, thin),
+                      columns, x + i * stride + j, stride, true);
+    }
+  }
+#else
+  multiply<T>(rows, width, b, {by, thin, 1}, spread + panel.column_begin, all, x, stride, kAdd<T>);
+#endif
 }
 
 // Brings the gradient of a panel, which is all there is to a diagonal on the left.
@@ -184,15 +221,10 @@ void load_scaled(const StepLayer<T>& layer, const Panel& panel, T* x) {
 // diagonal.
 template <class T>
 void multiply_left_border(const StepLayer<T>& layer, const Panel& panel, T* x) {
-  const LocalProduct<T>& left = layer.left;
   const int64_t stride = panel.stride(), width = padded(panel.column_end - panel.column_begin);
-  const int64_t rows = panel.row_end - panel.row_begin, b = left.border();
-  const int64_t all = padded(layer.columns), thin = left.stride_of(b);
-  if (b > 1) {  // a border of one row was added as the gradient was loaded
-    multiply_from_left(rows, width, b, left.thin + panel.row_begin * thin, thin, 0,
-                       border_coefficients(layer) + panel.column_begin, all, false, x, stride,
-                       kAdd<T>);
-  }
+  const int64_t all = padded(layer.columns);
+  // A border of one row was added as the gradient was loaded.
+  if (layer.left.border() > 1) add_border_rows(layer, panel, x);
   for_each_arrow_row(layer, panel.row_begin, panel.row_end, [&](int64_t i, int64_t r) {
     __builtin_memcpy(x + (i - panel.row_begin) * stride,
                      layer.border_products + r * all + panel.column_begin,
@@ -351,6 +383,6 @@ void load_unscaled(const StepLayer<T>& layer, const Panel& panel, T* to, int64_t
 
 template <class T>
 constexpr StepKernels<T> step_kernels() {
-  return {prepare_product<T>, load_unscaled<T>, largest_gradient<T>,
-          thin_products<T>,   add_products<T>,  step_panel<T>};
+  return {prepare_product<T>, load_unscaled<T>, largest_gradient<T>, thin_products<T>,
+          add_products<T>,    finish_border<T>, step_panel<T>};
 }
