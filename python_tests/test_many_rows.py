@@ -68,6 +68,26 @@ def test_bfloat16_rows_give_what_their_float32_copies_give(spec: str) -> None:
         assert ours.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("spec", ["triu_toeplitz", "tril_toeplitz"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_toeplitz_products_of_more_rows_than_are_transformed_together(
+    spec: str, side: str, dtype: torch.dtype
+) -> None:
+    dim, other = 301, 1003
+    k = random_member(spec, dim, dtype)
+    x = random(*((dim, other) if side == "left" else (other, dim)), dtype=dtype)
+    for transpose in (False, True):
+        ours = ops.structured_matmul(k.data, dim, spec, x, side=side, transpose=transpose)
+        dense = k.to_dense().T if transpose else k.to_dense()
+        rival, truth = (
+            matrix @ y if side == "left" else y @ matrix
+            for matrix, y in ((dense, x), (dense.double(), x.double()))
+        )
+        # As every transform, these round in proportion to the largest numbers of a row.
+        assert_close_to_truth(ours, rival, truth, factor=8.0, floor=16.0)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_bfloat16_row_that_is_not_finite_shows(spec: str, value: float) -> None:

@@ -222,7 +222,10 @@ struct StatisticKernels {
   // Rows of S = X V, V [dim, padded(border)]; scratch: kProductRows * padded(dim).
   void (*border_rows)(const RowsView& rows, const Layout& layout, const T* v, int64_t first,
                       int64_t count, T* s, T* scratch);
-  // The transpose of `from` [rows, columns], padded with zeros.
+  // The transpose of `from` [rows, columns].
+  void (*turn)(const T* from, int64_t rows, int64_t columns, int64_t from_stride, T* to,
+               int64_t to_stride);
+  // The same, padded with zeros.
   void (*transpose)(const T* from, int64_t rows, int64_t columns, int64_t from_stride, T* to,
                     int64_t to_stride);
   void (*add)(const T* from, int64_t count, T* to);

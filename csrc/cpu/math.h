@@ -5,12 +5,11 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/conj_physical.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/fft_irfft.h>
 #include <ATen/ops/fft_rfft.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/mul.h>
 #include <ATen/ops/view_as_real.h>
 #include <ATen/ops/zeros.h>
 
@@ -47,6 +46,9 @@ struct AtenMath {
   // Measured on one AVX-512 core in float32: the statistic is as fast either way at d = 512, K X at
   // 384 and X K at about 200; at 256 all of them together are faster through the copy.
   static constexpr int64_t kDirectToeplitz = 256;
+  // Numbers that are transformed at a time: a spectrum of that size stays in a cache, where one of
+  // a whole matrix is new memory for every call.
+  static constexpr int64_t kTransformed = int64_t{1} << 18;
   // Elements of elementwise work below which a further thread costs more than it saves.
   static constexpr int64_t kGrain = 32768;
   // Columns of a symmetric product at a time: narrower ones save more, wider ones are faster.
@@ -125,21 +127,33 @@ struct AtenMath {
   template <class T>
   static void convolve(const T* a, int64_t d, Side side, bool causal, const T* x, T* y,
                        int64_t other) {
-    if (other == 0) return;
-    if (side == Side::kLeft) {  // FFTs along columns are several times slower than two transposes
-      const at::Tensor rows = tensor(MatrixView<const T>{x, other}, d, other, 1).t().contiguous();
-      const at::Tensor out = at::empty_like(rows);
-      convolve(a, d, Side::kRight, causal, rows.const_data_ptr<T>(), out.mutable_data_ptr<T>(),
-               other);
-      tensor(MatrixView<T>{y, other}, d, other, 1).copy_(out.t());
-      return;
-    }
     const int64_t n = fft_length(d);
     at::Tensor kernel = at::fft_rfft(tensor(MatrixView<const T>{a, d}, 1, d, 1), n, 1);
     if (!causal) kernel = at::conj_physical(kernel);
-    const at::Tensor spectrum = at::fft_rfft(tensor(MatrixView<const T>{x, d}, other, d, 1), n, 1);
-    tensor(MatrixView<T>{y, d}, other, d, 1)
-        .copy_(at::fft_irfft(at::mul(spectrum, kernel), n, 1).narrow(1, 0, d));
+    const int64_t many = std::max<int64_t>(1, kTransformed / n);
+    const auto turn = kernels().statistic<T>().turn;
+    for (int64_t first = 0; first < other; first += many) {
+      const int64_t count = std::min(many, other - first);
+      const auto transform = [&](const at::Tensor& rows) {
+        return at::fft_irfft(at::fft_rfft(rows, n, 1).mul_(kernel), n, 1);
+      };
+      if (side == Side::kRight) {
+        const at::Tensor rows = tensor(MatrixView<const T>{x + first * d, d}, count, d, 1);
+        tensor(MatrixView<T>{y + first * d, d}, count, d, 1).copy_(transform(rows).narrow(1, 0, d));
+        continue;
+      }
+      // FFTs along columns are several times slower than two transposes.
+      const at::Tensor rows = at::empty({count, d}, at::TensorOptions().dtype(scalar_type<T>()));
+      T* turned = rows.mutable_data_ptr<T>();
+      parallel_for(count, d, [&](int64_t begin, int64_t end) {
+        turn(x + first + begin, d, end - begin, other, turned + begin * d, d);
+      });
+      const at::Tensor result = transform(rows).contiguous();
+      const T* numbers = result.const_data_ptr<T>();
+      parallel_for(d, count, [&](int64_t begin, int64_t end) {
+        turn(numbers + begin, count, end - begin, n, y + begin * other + first, other);
+      });
+    }
   }
 
   // out[l] += sum over the m rows of sum_i y[i] y[i + l]. Power spectra are summed in float64:

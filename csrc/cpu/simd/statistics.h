@@ -106,7 +106,7 @@ void finish_column_border(const Layout& layout, const T* factor, const T* v, con
 
 template <class T>
 constexpr StatisticKernels<T> statistic_kernels() {
-  return {load_rows<T>,     diagonal_statistic<T>, gram_kernels<T, T>(),
-          border_rows<T>,   transpose_padded<T>,   add_numbers<T>,
-          finish_blocks<T>, finish_row_border<T>,  finish_column_border<T>};
+  return {load_rows<T>,         diagonal_statistic<T>,  gram_kernels<T, T>(), border_rows<T>,
+          transpose_rows<T>,    transpose_padded<T>,    add_numbers<T>,       finish_blocks<T>,
+          finish_row_border<T>, finish_column_border<T>};
 }
