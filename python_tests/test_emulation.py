@@ -4,6 +4,7 @@ A short list that the sanitized library and the mutation tests run as well.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import backends
 import calls
@@ -11,7 +12,10 @@ import pytest
 import torch
 from reference.masks import SPECS
 from tolerance import assert_close_to_truth
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from singd_ext import SINGD
 
 pytestmark = pytest.mark.skipif(
     backends.missing("cuda-emulated") is not None,
@@ -161,3 +165,26 @@ def test_many_orders_of_the_threads_give_the_same_bits(spec: str) -> None:
         with backends.use("cuda-emulated", seed):
             for ours, first in zip(results(), expected, strict=True):
                 assert torch.equal(ours, first), f"seed {seed}"
+
+
+def test_hooks_call_the_emulated_operators() -> None:
+    """Layers are called from C++, which must not go past the exchange of the operators."""
+    called: set[str] = set()
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            called.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    layer = nn.Linear(3, 2)
+    optimizer = SINGD(layer, T=1, structures=("diagonal", "diagonal"))
+    for backend, namespace in (("cuda-emulated", "singd_emulated"), ("cpu", "singd_ext")):
+        called.clear()
+        with backends.use(backend), Calls():
+            layer(torch.ones(4, 3)).sum().backward()
+        optimizer.zero_grad()
+        assert {name for name in called if name.startswith("singd")} == {
+            f"{namespace}.accumulate_statistic_.default"
+        }

@@ -19,33 +19,10 @@
 
 #include "arena.h"
 #include "kernels.h"
+#include "local_product.h"
 #include "shares.h"
 
 namespace singd::cpu {
-
-// A factor with local products: its storage of `size` numbers.
-struct LocalFactor {
-  LocalKind kind = LocalKind::kIdentity;
-  Layout layout;
-  ConstArray storage;
-  int64_t size = 0;
-
-  LocalFactor() = default;
-  LocalFactor(const Layout& l, ConstArray numbers, int64_t count)
-      : kind(kind_of(l)), layout(l), storage(numbers), size(count) {}
-
- private:
-  static LocalKind kind_of(const Layout& layout) {
-    switch (layout.family) {
-      case Family::kDiagonal:
-        return LocalKind::kDiagonal;
-      case Family::kBlockDiagonal:
-        return LocalKind::kBlocks;
-      default:
-        return layout.transposed ? LocalKind::kColumnBorder : LocalKind::kRowBorder;
-    }
-  }
-};
 
 template <class T>
 class LocalStep {
@@ -224,7 +201,7 @@ class LocalStep {
 
   void allocate_products(Arena& arena) {
     norms_ = arena.take<double>(factors_.size());
-    for (size_t i = 0; i < factors_.size(); ++i) allocate(product(i), arena);
+    for (size_t i = 0; i < factors_.size(); ++i) allocate_product(product(i), arena);
   }
 
   void allocate(Arena& arena) {
@@ -269,24 +246,6 @@ class LocalStep {
       }
       layer.border_products = read_tasks_[first_read_[i]].products;
       layer.border_rows = arena.take<T>(size);
-    }
-  }
-
-  static void allocate(LocalProduct<T>& product, Arena& arena) {
-    const int64_t d = product.layout.dim, k = product.layout.block;
-    // So that kept planes have another size than numbers, and do not pass for them.
-    const int64_t behind = product.form == Form::kNumbers ? 0 : kTileDepth;
-    if (product.kind == LocalKind::kDiagonal || product.has_border()) {
-      product.diagonal = arena.take<T>(padded(d));
-    }
-    if (product.kind == LocalKind::kBlocks) {
-      const auto area = [&](int64_t n) { return product.rows_of(n) * product.stride_of(n); };
-      product.blocks = arena.take<T>(d / k * area(k) + area(d % k) + behind);
-    }
-    if (product.has_border()) {
-      const int64_t b = product.border();
-      product.thin = arena.take<T>(product.rows_of(d) * product.stride_of(b) + behind);
-      product.wide = arena.take<T>(product.rows_of(b) * product.stride_of(d) + behind);
     }
   }
 
