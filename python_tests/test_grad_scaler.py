@@ -234,10 +234,11 @@ def test_void_step_does_not_count(unscale: bool, at: int) -> None:
     _assert_equal_run(snapshot(model, optimizer), _unscaled_run(T=3))
 
 
+@pytest.mark.parametrize("cleared_by", ["optimizer", "model"])
 @pytest.mark.parametrize("T", [1, 2, 3, 4])
 @pytest.mark.parametrize("void", [{0}, {1}, {2, 3}, {0, 1, 5}])
 def test_step_that_is_void_on_a_device_does_not_count_either(
-    void: set[int], T: int, monkeypatch: pytest.MonkeyPatch
+    void: set[int], T: int, cleared_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host learns afterwards what a flag on a GPU says; here a CPU's is treated as one."""
     monkeypatch.setattr("singd_ext.optimizer.is_set_on_host", lambda _: False)
@@ -245,7 +246,7 @@ def test_step_that_is_void_on_a_device_does_not_count_either(
     model, optimizer = _make(T=T)
     seeds = iter(range(STEPS))
     for step in range(STEPS + len(void)):
-        optimizer.zero_grad()
+        (optimizer if cleared_by == "optimizer" else model).zero_grad()
         x = inputs(seed=9 if step in void else next(seeds), dtype=torch.float32)
         loss_of(model, x).backward()
         optimizer.found_inf = torch.tensor(float(step in void))
