@@ -230,10 +230,12 @@ struct StatisticKernels {
                     int64_t to_stride);
   void (*add)(const T* from, int64_t count, T* to);
   // From sums to the statistic, which they are added to: of the blocks in columns [begin, end), of
-  // a row border, and of a column border, with scratch: border * padded(border).
+  // rows [begin, end) of a row border, and of a column border, with scratch: border *
+  // padded(border).
   void (*finish_blocks)(const Layout& layout, const T* sums, int64_t begin, int64_t end,
                         T* statistic);
-  void (*finish_row_border)(const Layout& layout, const T* sums, T* statistic);
+  void (*finish_row_border)(const Layout& layout, const T* sums, int64_t begin, int64_t end,
+                            T* statistic);
   void (*finish_column_border)(const Layout& layout, const T* factor, const T* v, const T* sums,
                                T* statistic, T* scratch);
 };

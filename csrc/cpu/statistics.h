@@ -39,15 +39,21 @@ class LocalStatistic {
 
   int64_t border() const { return layout_.head + layout_.tail; }
 
+  // What was summed up: sums of `splits` shares of the rows, `stride` apart.
+  struct Parts {
+    T* sums;
+    int64_t splits, stride;
+  };
+
   // sum(part, sums) for rectangles of X, in threads: adds to sums of `size` numbers, which those of
-  // the same rows share. Returns the sums of all, in an order that the number of threads decides.
+  // the same rows share.
   //
   // Rows are split first: a thread that has whole rows reads memory as it lies there, and mostly
   // what it wrote itself when these rows were computed. Each split has sums of its own, and there
   // are as many splits as keep these a small part of X. Columns are split among what threads are
   // left, in whole units.
   template <class Function>
-  T* sum_in_parts(int64_t unit, int64_t size, int64_t work, Function sum) const {
+  Parts sum_in_parts(int64_t unit, int64_t size, int64_t work, Function sum) const {
     const int64_t d = layout_.dim, m = rows_.count, units = (d + unit - 1) / unit;
     const int64_t useful = std::max<int64_t>(1, m * d * work / kLeastWork);
     const int64_t threads = std::min<int64_t>(at::get_num_threads(), useful);
@@ -55,18 +61,33 @@ class LocalStatistic {
     const int64_t strips = std::clamp<int64_t>(threads / splits, 1, units);
     const int64_t stride = padded(size);
     T* all = thread_scratch<T, Sums>(splits * stride);
-    std::fill_n(all, splits * stride, T(0));
+    if (strips > 1) std::fill_n(all, splits * stride, T(0));
     at::parallel_for(0, splits * strips, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t split = i / strips, strip = i % strips;
         const Panel part{m * split / splits, m * (split + 1) / splits,
                          units * strip / strips * unit,
                          std::min(d, units * (strip + 1) / strips * unit)};
-        sum(part, all + split * stride);
+        T* own = all + split * stride;
+        if (strips == 1) std::fill_n(own, stride, T(0));
+        sum(part, own);
       }
     });
-    for (int64_t split = 1; split < splits; ++split) kernels_.add(all + split * stride, size, all);
-    return all;
+    return {all, splits, stride};
+  }
+
+  // finish(first, last, sums) for shares of `count` pieces of `size` sums, in threads: the sums of
+  // all splits, in an order that the number of threads decides.
+  template <class Function>
+  void add_up(const Parts& parts, int64_t count, int64_t size, Function finish) const {
+    const int64_t least = std::max<int64_t>(1, kLeastSums / size);
+    at::parallel_for(0, count, least, [&](int64_t first, int64_t last) {
+      for (int64_t split = 1; split < parts.splits; ++split) {
+        kernels_.add(parts.sums + split * parts.stride + first * size, (last - first) * size,
+                     parts.sums + first * size);
+      }
+      finish(first, last, parts.sums);
+    });
   }
 
   // Scratch for rows of a chunk, with so many columns more.
@@ -75,23 +96,29 @@ class LocalStatistic {
   }
 
   void add_diagonal() const {
-    const T* sums = sum_in_parts(kPadding, padded(layout_.dim), 1, [&](const Panel& part, T* to) {
-      kernels_.diagonal(rows_, part, to,
-                        chunk_scratch(std::max<int64_t>(0, layout_.dim / kChunkDepth)));
+    const int64_t d = layout_.dim;
+    const Parts parts = sum_in_parts(kPadding, padded(d), 1, [&](const Panel& part, T* to) {
+      kernels_.diagonal(rows_, part, to, chunk_scratch(std::max<int64_t>(0, d / kChunkDepth)));
     });
-    kernels_.add(sums, layout_.dim, statistic_);
+    add_up(parts, d, 1, [&](int64_t first, int64_t last, const T* sums) {
+      kernels_.add(sums + first, last - first, statistic_ + first);
+    });
   }
 
   void add_blocks() const {
     const int64_t d = layout_.dim, k = layout_.block, blocks = (d + k - 1) / k;
-    const T* sums = sum_in_parts(k, blocks * k * padded(k), k, [&](const Panel& part, T* to) {
+    const int64_t area = k * padded(k);
+    const Parts parts = sum_in_parts(k, blocks * area, k, [&](const Panel& part, T* to) {
       gram_.blocks(rows_, layout_, part, to, chunk_scratch(k));
     });
-    kernels_.finish_blocks(layout_, sums, 0, d, statistic_);
+    add_up(parts, blocks, area, [&](int64_t first, int64_t last, const T* sums) {
+      kernels_.finish_blocks(layout_, sums, first * k, std::min(d, last * k), statistic_);
+    });
   }
 
-  // E^T X and column squares; where E [rows, padded(border)] is null it is the border columns of X.
-  T* border_sums(const T* e) const {
+  // E^T X and behind its rows the column squares; where E [rows, padded(border)] is null it is the
+  // border columns of X.
+  Parts border_sums(const T* e) const {
     const GramKernels<T>& gram = e == nullptr ? gram_ : kernels_.gram;
     const int64_t size = (border() + 1) * padded(layout_.dim);
     return sum_in_parts(kPadding, size, border() + 1, [&](const Panel& part, T* to) {
@@ -100,7 +127,10 @@ class LocalStatistic {
   }
 
   void add_row_border() const {
-    kernels_.finish_row_border(layout_, border_sums(nullptr), statistic_);
+    add_up(border_sums(nullptr), border() + 1, padded(layout_.dim),
+           [&](int64_t first, int64_t last, const T* sums) {
+             kernels_.finish_row_border(layout_, sums, first, last, statistic_);
+           });
   }
 
   // S = X K[:, B] first, then S^T X; K is applied to that small matrix from the right at the end.
@@ -114,7 +144,9 @@ class LocalStatistic {
       kernels_.border_rows(rows_, layout_, v, begin, end - begin, s,
                            thread_scratch<T>(kProductRows * padded(d)));
     });
-    kernels_.finish_column_border(layout_, factor_, v, border_sums(s), statistic_, scratch);
+    const Parts parts = border_sums(s);
+    add_up(parts, b + 1, padded(d), [](int64_t, int64_t, const T*) {});
+    kernels_.finish_column_border(layout_, factor_, v, parts.sums, statistic_, scratch);
   }
 
   static const GramKernels<T>& gram_kernels(const RowsView& rows, int64_t width) {
@@ -127,9 +159,9 @@ class LocalStatistic {
     return kernels().statistic<T>().gram;
   }
 
-  // Multiplications below which a further thread costs more than it saves, and how many times as
-  // large as the sums of a split its rows are at least.
-  static constexpr int64_t kLeastWork = 1 << 15, kLeastShare = 4;
+  // Multiplications, and sums added up, below which a further thread costs more than it saves, and
+  // how many times as large as the sums of a split its rows are at least.
+  static constexpr int64_t kLeastWork = 1 << 15, kLeastSums = 1 << 13, kLeastShare = 4;
 
   const RowsView& rows_;
   const Layout& layout_;

@@ -76,7 +76,7 @@ template <class T>
 bool diagonal_candidate(const FactorTask& task, double beta, bool second_order) {
   const Numbers<T> n(task);
   for (int64_t j = 0; j < task.size; ++j) {
-    T e = static_cast<T>(-beta * static_cast<double>(n.h[j]));
+    T e = static_cast<T>(-beta) * n.h[j];
     if (second_order) e += e * e / 2;
     n.gram[j] = n.k[j] + n.k[j] * e;
   }
@@ -103,7 +103,7 @@ bool border_candidate(const FactorTask& task, double beta, bool second_order, T*
   const Numbers<T> n(task);
   const Border<T> b(task.layout);
   T *e = n.gram, *product = scratch, *rest = scratch + task.size;
-  copy_scaled(n.h, task.size, -beta, e);
+  copy_scaled(n.h, task.size, static_cast<T>(-beta), e);
   if (second_order) {
     multiply_borders(b, e, e, product, rest);
     for (int64_t i = 0; i < task.size; ++i) e[i] += product[i] / 2;

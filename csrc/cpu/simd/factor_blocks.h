@@ -3,36 +3,29 @@
 // its trace is the sum of the entries of K times those of U K: U K is kept instead of H, and one
 // product by K^T makes the momentum
 //
-//   m = s (K^T (h_scale U K + gram_scale K) - I) + alpha1 m
+//   m = s (K^T (h_scale U K + gram_scale K) - I) + alpha1 m      K + K E = K - beta1 K (m - beta1 m^2 / 2)
 
-// Rows of `size` numbers to rows `stride` apart, with zeros between. Readable behind the last row.
+// The block of a stored array from slot `at`, times `scale`, in padded rows. These are read a whole
+// number of vectors wide, but where that would be behind the array.
 template <class T>
-SINGD_INLINE void pad_rows(const T* from, int64_t size, int64_t stride, T* to) {
-  for (int64_t i = 0; i < size; ++i) {
-    for (int64_t j = 0; j < stride; j += kLanes<T>) {
-      store<T>(to + i * stride + j, load<T>(from + i * size + j));
+void load_block(const Array& array, int64_t numbers, int64_t at, int64_t size, T scale, T* to) {
+  const int64_t stride = padded(size);
+  with_type(ConstArray{array.data, array.type}, [&](const auto* stored) {
+    for (int64_t i = 0; i < size; ++i, at += size, to += stride) {
+      load_row(stored + at, smaller(stride, numbers - at), scale, to);
+      for (int64_t j = size; j < stride; ++j) to[j] = T(0);
     }
-    for (int64_t j = size; j < stride; ++j) to[i * stride + j] = T(0);
-  }
-}
-
-// The block of a stored array from slot `at`, padded. scratch: size^2 + kPadding.
-template <class T>
-void load_block(const Array& array, int64_t at, int64_t size, T* to, T* scratch) {
-  with_type(ConstArray{array.data, array.type},
-            [&](const auto* stored) { load_row(stored + at, size * size, T(1), scratch); });
-  for (int64_t i = 0; i < kPadding; ++i) scratch[size * size + i] = T(0);
-  pad_rows(scratch, size, padded(size), to);
+  });
 }
 
 template <class T>
-void block_curvature(FactorTask& task, const T* u, T* scratch) {
+void block_curvature(FactorTask& task, const T* u) {
   const Numbers<T> n(task);
   double h = 0, gram = 0;
   for_each_block(task.layout, [&](int64_t, int64_t size, int64_t at, int64_t to) {
     const int64_t stride = padded(size);
     T *k = n.k + to, *uk = n.h + to;
-    load_block(task.factor, at, size, k, scratch);
+    load_block(task.factor, task.size, at, size, T(1), k);
     multiply<T>(size, stride, size, {u + at, size, 1}, k, stride, uk, stride, kOverwrite<T>);
     h += static_cast<double>(dot_product(k, uk, size * stride));
     gram += static_cast<double>(dot_product(k, k, size * stride));
@@ -41,15 +34,17 @@ void block_curvature(FactorTask& task, const T* u, T* scratch) {
   task.mean_trace_gram = gram / static_cast<double>(task.layout.dim);
 }
 
+// alpha1 m - s I of a block, in the place of its U K.
 template <class T>
-void add_old_block(const FactorTask& task, double alpha1, int64_t at, int64_t size, T* m,
-                   T* scratch) {
-  const int64_t area = size * padded(size);
-  load_block(task.momentum, at, size, scratch, scratch + area);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < area; ++i) {
-    m[i] += static_cast<T>(alpha1 * static_cast<double>(scratch[i]));
+void load_old_momentum(const FactorTask& task, const FactorOptions& o, int64_t at, int64_t size,
+                       T* m) {
+  const int64_t stride = padded(size);
+  if (task.momentum.data != nullptr) {
+    load_block(task.momentum, task.size, at, size, static_cast<T>(o.alpha1), m);
+  } else {
+    for (int64_t i = 0; i < size * stride; ++i) m[i] = T(0);
   }
+  for (int64_t i = 0; i < size; ++i) m[i * (stride + 1)] -= static_cast<T>(o.momentum_scale());
 }
 
 // The new momentum in the place of U K, its norms and its largest entry.
@@ -57,37 +52,29 @@ template <class T>
 Norms block_momenta(const FactorTask& task, const FactorTask& partner, const FactorOptions& o,
                     double* largest, T* scratch) {
   const Numbers<T> n(task);
-  const double s = o.momentum_scale();
-  const double h_scale = s * task.scale * (o.kfac_like ? 1.0 : partner.mean_trace_h);
-  const double gram_scale = s * o.damping * (o.kfac_like ? 1.0 : partner.mean_trace_gram);
+  const MomentumTerms terms(task, partner, o);
+  const T h_scale = static_cast<T>(terms.h), gram_scale = static_cast<T>(terms.gram);
   Norms norms;
   auto most = magnitude_bits(T(0));
   for_each_block(task.layout, [&](int64_t, int64_t size, int64_t at, int64_t to) {
     const int64_t stride = padded(size), area = size * stride;
     T *k = n.k + to, *m = n.h + to;
 #pragma GCC ivdep
-    for (int64_t i = 0; i < area; ++i) {
-      scratch[i] = static_cast<T>(h_scale * static_cast<double>(m[i]) +
-                                  gram_scale * static_cast<double>(k[i]));
-    }
-    multiply<T>(size, stride, size, {k, 1, stride}, scratch, stride, m, stride, kOverwrite<T>);
-    for (int64_t i = 0; i < size; ++i) m[i * (stride + 1)] -= static_cast<T>(s);
-    if (task.momentum.data != nullptr) add_old_block(task, o.alpha1, at, size, m, scratch);
-    double* column_sums = reinterpret_cast<double*>(scratch);
-    for (int64_t j = 0; j < stride; ++j) column_sums[j] = 0;
-    for (int64_t i = 0; i < size; ++i) norms.add_row(m + i * stride, stride, column_sums);
-    norms.add_columns(column_sums, stride);
+    for (int64_t i = 0; i < area; ++i) scratch[i] = h_scale * m[i] + gram_scale * k[i];
+    load_old_momentum(task, o, at, size, m);
+    multiply<T>(size, stride, size, {k, 1, stride}, scratch, stride, m, stride, kAdd<T>);
+    norms.add_block(m, size, stride);
     if (o.normalize_lr_cov) most = larger(most, largest_bits(m, area));
   });
   *largest = static_cast<double>(magnitude_of(most));
   return norms;
 }
 
-// Padded rows, plus those of `add` where given, to slots from `at`; whether all are finite. A row
-// is written a whole number of vectors wide, over the beginning of the next one, which is written
+// Padded rows times `scale`, plus those of `add` where given, to slots from `at`; whether all are
+// finite. A row is written a whole number of vectors wide, over the beginning of the next one, which is written
 // after it; there is room behind the last.
 template <class T>
-bool store_block(const T* from, const T* add, int64_t at, int64_t size, const Array& array,
+bool store_block(const T* from, T scale, const T* add, int64_t at, int64_t size, const Array& array,
                  const RoundingKey& key) {
   const int64_t stride = padded(size);
   bool finite = true;
@@ -98,7 +85,9 @@ bool store_block(const T* from, const T* add, int64_t at, int64_t size, const Ar
       const T* other = add != nullptr ? add + i * stride : row;
       const int64_t slot = at + i * size;
       Stored* to = stored + slot;
-      const auto value = [&](int64_t j) { return add != nullptr ? row[j] + other[j] : row[j]; };
+      const auto value = [&](int64_t j) {
+        return add != nullptr ? other[j] + scale * row[j] : row[j];
+      };
       if (key.enabled) {
         for (int64_t j = 0; j < size; ++j) to[j] = Stochastic<Stored>::of(value(j), key, slot + j);
       } else {
@@ -124,14 +113,14 @@ void block_candidate(FactorTask& task, const FactorTask& partner, const FactorOp
   for_each_block(task.layout, [&](int64_t, int64_t size, int64_t at, int64_t to) {
     const int64_t stride = padded(size), area = size * stride;
     const T *k = n.k + to, *m = n.h + to;
-    T *e = scratch, *product = scratch + area;
-    copy_scaled(m, area, -beta, e);
+    T *e = scratch, *product = scratch + area, scale = static_cast<T>(-beta);
     if (o.expm_order == 2) {
-      multiply<T>(size, stride, size, {e, stride, 1}, e, stride, product, stride, kOverwrite<T>);
-      for (int64_t i = 0; i < area; ++i) e[i] += product[i] / 2;
+      multiply<T>(size, stride, size, {m, stride, 1}, m, stride, product, stride, kOverwrite<T>);
+      for (int64_t i = 0; i < area; ++i) e[i] = m[i] + scale * product[i] / 2;
     }
-    multiply<T>(size, stride, size, {k, stride, 1}, e, stride, product, stride, kOverwrite<T>);
-    task.finite &= store_block<T>(product, k, at, size, task.next_factor, key);
-    task.finite &= store_block<T>(m, nullptr, at, size, task.next_momentum, momentum_key);
+    multiply<T>(size, stride, size, {k, stride, 1}, o.expm_order == 2 ? e : m, stride, product,
+                stride, kOverwrite<T>);
+    task.finite &= store_block<T>(product, scale, k, at, size, task.next_factor, key);
+    task.finite &= store_block<T>(m, T(1), nullptr, at, size, task.next_momentum, momentum_key);
   });
 }

@@ -28,9 +28,9 @@ double mean_diagonal(const Layout& layout, const T* numbers) {
 }
 
 template <class T>
-SINGD_INLINE void copy_scaled(const T* from, int64_t count, double scale, T* to) {
+SINGD_INLINE void copy_scaled(const T* from, int64_t count, T scale, T* to) {
 #pragma GCC ivdep
-  for (int64_t j = 0; j < count; ++j) to[j] = static_cast<T>(static_cast<double>(from[j]) * scale);
+  for (int64_t j = 0; j < count; ++j) to[j] = scale * from[j];
 }
 
 // ---- H = Pi(K^T U K) and Pi(K^T K) ----
@@ -87,13 +87,13 @@ struct Border {
       const T* row = from + r * wide;
       T* out = to + r * d;
       const int64_t end = d - tail;
-      copy_scaled(row + head, interior(), 2, out + head);
+      copy_scaled(row + head, interior(), T(2), out + head);
       if (is_tail) {
         for (int64_t j = 0; j < head; ++j) out[j] = T(0);
       } else {
-        copy_scaled(row, head, 1, out);
+        copy_scaled(row, head, T(1), out);
       }
-      copy_scaled(row + end, tail, is_tail ? 1 : 2, out + end);
+      copy_scaled(row + end, tail, T(is_tail ? 1 : 2), out + end);
     }
   }
 };
@@ -144,7 +144,7 @@ void column_border_curvature(const FactorTask& task, const T* u, T* scratch) {
     __builtin_memcpy(rows + r * b.wide, u + r * b.d, sizeof(T) * static_cast<size_t>(b.d));
   }
   b.store_weighted(rows, n.h);
-  copy_scaled(b.diagonal(u), b.interior(), 1, n.h + b.border * b.d);
+  copy_scaled(b.diagonal(u), b.interior(), T(1), n.h + b.border * b.d);
   transpose_padded(n.k, b.border, b.d, b.d, transposed, thin);
   multiply<T>(b.border, thin, b.d, {n.k, b.d, 1}, transposed, thin, core, thin, kOverwrite<T>);
   const T* diagonal = b.diagonal(n.k);

@@ -180,14 +180,47 @@ SINGD_INLINE void add_corner(const In* x, int64_t stride, int64_t depth, int64_t
   }
 }
 
+// The other rows of the first vector's, by both vectors. Where `copy` is given, it becomes X, whose
+// rows are there two vectors apart.
+template <class T, class In>
+SINGD_INLINE void add_upper(const In* x, int64_t stride, int64_t depth, In* copy, T* sum) {
+  constexpr int kLane = kLanes<T>, kRows = kLane - 4;
+  Vector<T> sums[kRows][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Vector<T>{};
+  for (int64_t p = 0; p < depth; ++p, x += stride) {
+    const Vector<In> left = load<In>(x), right = load<In>(x + kLane);
+    if (copy != nullptr) {
+      store<In>(copy + 2 * kLane * p, left);
+      store<In>(copy + 2 * kLane * p + kLane, right);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const Vector<In> factor = splat(x[r]);
+      add_product(sums[r][0], factor, left);
+      add_product(sums[r][1], factor, right);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+    T* to = sum + r * 2 * kLane;
+    store<T>(to, load<T>(to) + sums[r][0]);
+    store<T>(to + kLane, load<T>(to + kLane) + sums[r][1]);
+  }
+}
+
 // sum += X^T X for a block that is two vectors wide.
 template <class T, class In>
-SINGD_INLINE void add_two_vectors(const In* x, int64_t stride, int64_t depth, int64_t size,
-                                  T* sum) {
+SINGD_INLINE void add_two_vectors(const In* x, int64_t stride, int64_t depth, int64_t size, T* sum,
+                                  In* copy = nullptr) {
   constexpr int64_t kLane = kLanes<T>;
   const int64_t rows = size - kLane;
-  SINGD_COUNT(multiply_adds, depth * (4 * 2 + rows) * kLane);
-  multiply<T, In>(kLane - 4, 2 * kLane, depth, {x, 1, stride}, x, stride, sum, 2 * kLane, kAdd<T>);
+  SINGD_COUNT(multiply_adds, depth * (kLane * 2 + rows) * kLane);
+  add_upper<T, In>(x, stride, depth, copy, sum);
+  if (copy != nullptr) {
+    x = copy;
+    stride = 2 * kLane;
+  }
   switch ((rows + 3) / 4) {
     case 1:
       return add_corner<T, In, 4>(x, stride, depth, rows, sum);
@@ -207,8 +240,8 @@ SINGD_INLINE void add_two_vectors(const In* x, int64_t stride, int64_t depth, in
 template <class T, class In>
 SINGD_INLINE void add_block(const In* x, int64_t stride, int64_t depth, int64_t size, T* sum) {
   const int64_t width = padded(size);
-  if (kLanes<T> == 16 && width == 2 * kLanes<T>) {
-    return add_two_vectors(x, stride, depth, size, sum);
+  if constexpr (kLanes<T> == 16) {
+    if (width == 2 * kLanes<T>) return add_two_vectors(x, stride, depth, size, sum);
   }
   for (int64_t at = 0; at < size; at += kLanes<T>) {
     multiply<T, In>(smaller<int64_t>(kLanes<T>, size - at), width - at, depth, {x + at, 1, stride},
@@ -218,10 +251,39 @@ SINGD_INLINE void add_block(const In* x, int64_t stride, int64_t depth, int64_t 
 
 #endif
 
+// Blocks of two vectors of rows that need no conversion: multiplied where they are, and copied to
+// scratch on the way, where they are multiplied again. Returns the first column of what is left.
+template <class T>
+int64_t add_plain_blocks(const RowsView& rows, const Layout& layout, const Panel& part, T* sums,
+                         T* scratch) {
+  const int64_t k = layout.block, width = padded(k), first = part.column_begin;
+  const int64_t readable = (rows.features - first - width + k) / k;  // blocks, as whole vectors
+  const int64_t blocks = smaller((part.column_end - first) / k, readable);
+  const bool plain = rows.array.type == kScalar<T> && rows.feature_stride == 1 && !rows.reduce &&
+                     rows.scale == 1 && part.row_end <= rows.shared;
+  if (!plain || width != 2 * kLanes<T> || blocks <= 0) return first;
+  const T* data = static_cast<const T*>(rows.array.data);
+  for_each_chunk<T>(part.row_begin, part.row_end, [&](int64_t row, int64_t count) {
+    const T* x = row_start(rows, data, row) + first;
+    ask_for_rows(rows, row, count, first, first + blocks * k);
+    SINGD_COUNT(elements, count * blocks * k);
+    for (int64_t i = 0; i < blocks; ++i) {
+      add_two_vectors<T, T>(x + i * k, rows.shared_stride, count, k,
+                            sums + (first / k + i) * k * width, scratch);
+    }
+  });
+  return first + blocks * k;
+}
+
 template <class T, class In>
-void block_statistic(const RowsView& rows, const Layout& layout, const Panel& part, T* sums,
+void block_statistic(const RowsView& rows, const Layout& layout, const Panel& whole, T* sums,
                      T* scratch) {
   const int64_t k = layout.block, area = k * padded(k);
+  Panel part = whole;
+  if constexpr (kLanes<T> == 16 && kRowsTogether<In> == 1) {
+    part.column_begin = add_plain_blocks(rows, layout, part, sums, scratch);
+    if (part.column_begin >= part.column_end) return;
+  }
   In* x = as<In>(scratch);
   for_each_chunk<In>(part.row_begin, part.row_end, [&](int64_t first, int64_t count) {
     for_each_panel(part, k, [&](int64_t begin, int64_t end) {

@@ -3,17 +3,14 @@
 
 // ---- A bound of the spectral norm: min(Frobenius, sqrt(1-norm infinity-norm)) ----
 
-typedef uint64_t DoubleBits __attribute__((vector_size(SINGD_VECTOR_BYTES)));
-
 SINGD_INLINE Vector<double> load_magnitudes(const double* from) {
-  return (Vector<double>)((DoubleBits)load(from) & 0x7fffffffffffffffull);
+  return magnitudes<double>(load(from));
 }
 SINGD_INLINE Vector<double> load_magnitudes(const float* from) {
   typedef float Half __attribute__((vector_size(SINGD_VECTOR_BYTES / 2)));
   Half half;
   __builtin_memcpy(&half, from, sizeof half);
-  const Vector<double> wide = __builtin_convertvector(half, Vector<double>);
-  return (Vector<double>)((DoubleBits)wide & 0x7fffffffffffffffull);
+  return magnitudes<double>(__builtin_convertvector(half, Vector<double>));
 }
 
 // Sums of float64: the largest of rows and of columns, and that of all squares.
@@ -40,6 +37,14 @@ struct Norms {
       column_sums[j] += value;
     }
     rows = larger(rows, sum);
+  }
+
+  // A block: padded rows, with sums of T, which are short.
+  template <class T>
+  void add_block(const T* x, int64_t size, int64_t stride) {
+    rows = larger(rows, static_cast<double>(largest_row_sum(x, size, stride, stride)));
+    columns = larger(columns, static_cast<double>(largest_column_sum(x, size, stride, stride)));
+    squares += static_cast<double>(dot_product(x, x, size * stride));
   }
 
   // Entries that are alone in their row.
@@ -81,9 +86,6 @@ struct Norms {
 // Numbers that are converted at a time.
 constexpr int64_t kChunk = 256;
 
-template <class T>
-constexpr Scalar kScalar = sizeof(T) == sizeof(double) ? Scalar::kFloat64 : Scalar::kFloat32;
-
 // Numbers of an array from `first` on: where they lie, or converted in a chunk.
 template <class T>
 SINGD_INLINE const T* numbers_of(const Array& array, int64_t first, int64_t count, T* chunk) {
@@ -112,25 +114,24 @@ void momentum_slots(const FactorTask& task, const MomentumTerms& terms, double w
   const bool is_dense = task.layout.family == Family::kDense;
   T* m = static_cast<T*>(task.h);
   const T* h = is_dense ? static_cast<const T*>(task.statistic.data) : m;
-  const double h_scale = weight * terms.h, gram_scale = weight * terms.gram;
+  const T h_scale = static_cast<T>(weight * terms.h);
+  const T gram_scale = static_cast<T>(weight * terms.gram);
+  const T alpha1 = static_cast<T>(terms.old), one = static_cast<T>(identity);
   T gram_chunk[kChunk], old_chunk[kChunk];
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t count = smaller(kChunk, end - first);
     const T* gram = numbers_of(task.gram, first, count, gram_chunk);
     const auto fresh = [&](int64_t j) {
-      return h_scale * static_cast<double>(h[first + j]) +
-             gram_scale * static_cast<double>(gram[j]) - identity;
+      return h_scale * h[first + j] + gram_scale * gram[j] - one;
     };
     if (task.momentum.data == nullptr) {
 #pragma GCC ivdep
-      for (int64_t j = 0; j < count; ++j) m[first + j] = static_cast<T>(fresh(j));
+      for (int64_t j = 0; j < count; ++j) m[first + j] = fresh(j);
       continue;
     }
     const T* old = numbers_of(task.momentum, first, count, old_chunk);
 #pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j) {
-      m[first + j] = static_cast<T>(fresh(j) + terms.old * static_cast<double>(old[j]));
-    }
+    for (int64_t j = 0; j < count; ++j) m[first + j] = fresh(j) + alpha1 * old[j];
   }
 }
 

@@ -1,37 +1,32 @@
 // P = F F^T of a diagonal, block-diagonal or bordered factor, laid out for products with it.
 
 // The largest sum of |entries| of a row, or of a column; rows end in zeros up to a whole vector.
-// The sums are rounded, which the factor makes up for.
-constexpr double kRounded = 1.001;
-
 template <class T>
-double largest_row_sum(const T* matrix, int64_t rows, int64_t columns, int64_t stride) {
+T largest_row_sum(const T* matrix, int64_t rows, int64_t columns, int64_t stride) {
   T most = 0;
   for (int64_t i = 0; i < rows; ++i) {
     Vector<T> sums = {};
     for (int64_t j = 0; j < columns; j += kLanes<T>) {
-      const Vector<T> v = load<T>(matrix + i * stride + j);
-      sums += v < 0 ? -v : v;
+      sums += magnitudes<T>(load<T>(matrix + i * stride + j));
     }
     most = larger(most, lane_sum<T>(sums));
   }
-  return kRounded * static_cast<double>(most);
+  return most;
 }
 
 template <class T>
-double largest_column_sum(const T* matrix, int64_t rows, int64_t columns, int64_t stride) {
+T largest_column_sum(const T* matrix, int64_t rows, int64_t columns, int64_t stride) {
   Vector<T> most = {};
   for (int64_t j = 0; j < columns; j += kLanes<T>) {
     Vector<T> sums = {};
     for (int64_t i = 0; i < rows; ++i) {
-      const Vector<T> v = load<T>(matrix + i * stride + j);
-      sums += v < 0 ? -v : v;
+      sums += magnitudes<T>(load<T>(matrix + i * stride + j));
     }
     most = most < sums ? sums : most;
   }
   T all = 0;
   for (int lane = 0; lane < kLanes<T>; ++lane) all = larger(all, most[lane]);
-  return kRounded * static_cast<double>(all);
+  return all;
 }
 
 template <class T>
@@ -90,7 +85,7 @@ SINGD_INLINE void bring_into_form(const LocalProduct<T>&, T*, int64_t, int64_t, 
 
 template <class T>
 void prepare_blocks(LocalProduct<T>& product, const T* factor, T* scratch) {
-  double most = 0;
+  T most = 0;
   for_each_block(product, [&](int64_t, int64_t size, int64_t from, int64_t to) {
     const int64_t stride = product.stride_of(size);
     T* square = product.blocks + to;
@@ -101,7 +96,7 @@ void prepare_blocks(LocalProduct<T>& product, const T* factor, T* scratch) {
     most = larger(most, largest_column_sum(square, size, size, stride));  // symmetric
     bring_into_form(product, square, size, size, scratch);
   });
-  product.norm = most;
+  product.norm = static_cast<double>(most);
 }
 
 // The stored R = [E; D] has the dense rows E = R[B, :] and the diagonal D on the interior.
@@ -144,30 +139,31 @@ template <class T>
 double border_norm(const LocalProduct<T>& product) {
   const int64_t d = product.layout.dim, b = product.border();
   const int64_t stride = product.stride_of(d);
-  const double across = largest_row_sum(product.wide, b, d, stride);
+  const double across = static_cast<double>(largest_row_sum(product.wide, b, d, stride));
   double diagonal = 0;
   for (int64_t j = 0; j < d; ++j) diagonal = larger(diagonal, double(product.diagonal[j]));
-  const double along = largest_column_sum(product.wide, b, d, stride);
+  const double along = static_cast<double>(largest_column_sum(product.wide, b, d, stride));
   const bool twice = product.kind == LocalKind::kColumnBorder;
   return larger(across, diagonal + along * (twice ? larger(across, 1.0) : 1.0));
 }
+
+// A norm is made of rounded sums, which the factor makes up for.
+constexpr double kRounded = 1.001;
 
 template <class T>
 void prepare_product(LocalProduct<T>& product, ConstArray storage, int64_t size, T* scratch) {
   with_type(storage, [&](const auto* numbers) { load_row(numbers, size, T(1), scratch); });
   const T* factor = scratch;
   scratch += size;
-  switch (product.kind) {
-    case LocalKind::kIdentity:
-      return;
-    case LocalKind::kDiagonal:
-      return prepare_diagonal(product, factor);
-    case LocalKind::kBlocks:
-      return prepare_blocks(product, factor, scratch);
-    default:
-      prepare_border(product, factor, scratch);
-      product.norm = border_norm(product);
-      bring_into_form(product, product.wide, product.border(), product.layout.dim, scratch);
-      bring_into_form(product, product.thin, product.layout.dim, product.border(), scratch);
+  if (product.kind == LocalKind::kDiagonal) {
+    prepare_diagonal(product, factor);
+  } else if (product.kind == LocalKind::kBlocks) {
+    prepare_blocks(product, factor, scratch);
+  } else if (product.has_border()) {
+    prepare_border(product, factor, scratch);
+    product.norm = border_norm(product);
+    bring_into_form(product, product.wide, product.border(), product.layout.dim, scratch);
+    bring_into_form(product, product.thin, product.layout.dim, product.border(), scratch);
   }
+  product.norm *= kRounded;
 }

@@ -129,16 +129,18 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, Operand<In> a, const
   }
 }
 
-template <class T>
-SINGD_INLINE T lane_sum(const Vector<T>& v) {
-  T lanes[kLanes<T>];
-  store<T>(lanes, v);
-#pragma GCC unroll 4
-  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+// The sum of a vector's numbers, half by half.
+template <class T, int kBytes = SINGD_VECTOR_BYTES>
+SINGD_INLINE T lane_sum(const Vector<T, kBytes>& v) {
+  if constexpr (kBytes == sizeof(T)) {
+    return v[0];
+  } else {
+    struct alignas(kBytes) Halves {
+      Vector<T, kBytes / 2> low, high;
+    };
+    const auto halves = __builtin_bit_cast(Halves, v);
+    return lane_sum<T, kBytes / 2>(halves.low + halves.high);
   }
-  return lanes[0];
 }
 
 // The dot product of two rows of whole vectors.

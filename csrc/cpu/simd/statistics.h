@@ -76,12 +76,16 @@ void border_rows(const RowsView& rows, const Layout& layout, const T* v, int64_t
   }
 }
 
-// The statistic of a row border: the sums as they are, squares on the interior alone.
+// The statistic of a row border, or rows [begin, end) of it: the sums as they are, and behind the
+// border's rows squares on the interior alone.
 template <class T>
-void finish_row_border(const Layout& layout, const T* sums, T* statistic) {
+void finish_row_border(const Layout& layout, const T* sums, int64_t begin, int64_t end,
+                       T* statistic) {
   const int64_t d = layout.dim, b = layout.head + layout.tail, wide = padded(d);
-  for (int64_t r = 0; r < b; ++r) add_numbers(sums + r * wide, d, statistic + r * d);
-  add_numbers(sums + b * wide + layout.head, d - b, statistic + b * d);
+  for (int64_t r = begin; r < smaller(end, b); ++r) {
+    add_numbers(sums + r * wide, d, statistic + r * d);
+  }
+  if (end > b) add_numbers(sums + b * wide + layout.head, d - b, statistic + b * d);
 }
 
 // H[B, :] += T K and diag(H) += D^2 squares on the interior, for the column-bordered K = R^T with

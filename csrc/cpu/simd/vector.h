@@ -205,6 +205,9 @@ SINGD_INLINE void with_type(const ConstArray& array, Function f) {
   }
 }
 
+template <class T>
+constexpr Scalar kScalar = sizeof(T) == sizeof(double) ? Scalar::kFloat64 : Scalar::kFloat32;
+
 // to[j] = scale from[j].
 template <class Stored, class T>
 SINGD_INLINE void load_row(const Stored* from, int64_t count, T scale, T* to) {
@@ -271,6 +274,12 @@ SINGD_INLINE uint64_t magnitude_bits(double x) {
 }
 SINGD_INLINE float magnitude_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 SINGD_INLINE double magnitude_of(uint64_t bits) { return __builtin_bit_cast(double, bits); }
+
+template <class T>
+SINGD_INLINE Vector<T> magnitudes(const Vector<T>& v) {
+  using Bits = decltype(magnitude_bits(T(0)));
+  return (Vector<T>)((Vector<Bits>)v & (~Bits(0) >> 1));
+}
 
 // max |x|, as magnitude bits.
 template <class T>
