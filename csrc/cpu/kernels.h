@@ -163,7 +163,7 @@ SINGD_INLINE_EVERYWHERE int64_t step_scratch(const StepLayer<T>& layer, const Pa
 template <class T>
 struct StepKernels {
   // Fills a LocalProduct, whose arrays are allocated, from the factor's storage of `size` numbers;
-  // scratch: size + padded(block)^2 or dim * padded(border).
+  // scratch: size + stride_of(width)^2 or, with a border, a row of stride_of(dim) if that is more.
   void (*prepare)(LocalProduct<T>& product, ConstArray storage, int64_t size, T* scratch);
   // Rows of unscale G, `stride` apart.
   void (*load)(const StepLayer<T>& layer, const Panel& panel, T* to, int64_t stride);

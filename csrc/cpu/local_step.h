@@ -209,9 +209,10 @@ class LocalStep {
       StepLayer<T>& layer = layers_[i];
       for (const int side : {0, 1}) {
         const LocalProduct<T>& product = side == 0 ? layer.left : layer.right;
-        const int64_t block = product.stride_of(product.layout.block), square = block * block;
-        const int64_t strip = product.layout.dim * product.stride_of(product.border());
-        scratch_ = std::max(scratch_, factors_[2 * i + side].size + std::max(square, strip));
+        const int64_t side_of_square = product.stride_of(product.width());
+        const int64_t square = side_of_square * side_of_square;
+        const int64_t row = product.has_border() ? product.stride_of(product.layout.dim) : 0;
+        scratch_ = std::max(scratch_, factors_[2 * i + side].size + std::max(square, row));
       }
     }
     scratch_ = (scratch_ + 63) / 64 * 64;

@@ -27,12 +27,6 @@ double mean_diagonal(const Layout& layout, const T* numbers) {
   return sum / static_cast<double>(layout.dim);
 }
 
-template <class T>
-SINGD_INLINE void copy_scaled(const T* from, int64_t count, T scale, T* to) {
-#pragma GCC ivdep
-  for (int64_t j = 0; j < count; ++j) to[j] = scale * from[j];
-}
-
 // ---- H = Pi(K^T U K) and Pi(K^T K) ----
 
 template <class T>
@@ -123,6 +117,7 @@ void row_border_curvature(const FactorTask& task, const T* u, T* scratch) {
   for (int64_t r = 0; r < b.border; ++r) {
     const T *e = n.k + r * b.d + b.head, *v = product + r * b.wide + b.head;
     const T* u_row = u + r * b.d + b.head;
+#pragma GCC ivdep
     for (int64_t j = 0; j < b.interior(); ++j) {
       h[j] += e[j] * (v[j] + 2 * diagonal[j] * u_row[j]);
       gram[j] += e[j] * e[j];

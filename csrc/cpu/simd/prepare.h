@@ -31,12 +31,9 @@ T largest_column_sum(const T* matrix, int64_t rows, int64_t columns, int64_t str
 
 template <class T>
 void prepare_diagonal(LocalProduct<T>& product, const T* factor) {
-  T most = 0;
-  for (int64_t j = 0; j < product.layout.dim; ++j) {
-    product.diagonal[j] = factor[j] * factor[j];
-    most = larger(most, product.diagonal[j]);
-  }
-  product.norm = static_cast<double>(most);
+  const int64_t d = product.layout.dim;
+  for (int64_t j = 0; j < d; ++j) product.diagonal[j] = factor[j] * factor[j];
+  product.norm = static_cast<double>(magnitude_of(largest_bits(product.diagonal, d)));
 }
 
 // f(first row, rows, offset in the factor's storage, offset in memory where a block of so many rows
@@ -99,37 +96,41 @@ void prepare_blocks(LocalProduct<T>& product, const T* factor, T* scratch) {
   product.norm = static_cast<double>(most);
 }
 
-// The stored R = [E; D] has the dense rows E = R[B, :] and the diagonal D on the interior.
+// The stored R = [E; D] has the dense rows E = R[B, :] and the diagonal D on the interior. With a
+// column border F = R^T and P = E^T E + D^2: the thin matrix is E^T. With a row border F = R,
+// P[B, B] = E E^T and P[B, j] = E[:, j] D_j: the thin matrix is E^T first, for that product.
 template <class T>
 void prepare_border(LocalProduct<T>& product, const T* factor, T* scratch) {
   const Layout& layout = product.layout;
-  const int64_t d = layout.dim, b = product.border();
+  const int64_t d = layout.dim, b = product.border(), tail = d - layout.tail;
   const int64_t wide = product.stride_of(d), thin = product.stride_of(b);
   const T* interior = factor + b * d - layout.head;  // D of index j is interior[j]
   for (int64_t j = 0; j < padded(d); ++j) {
-    const bool inside = j >= layout.head && j < d - layout.tail;
+    const bool inside = j >= layout.head && j < tail;
     product.diagonal[j] = inside ? interior[j] * interior[j] : T(0);
   }
-  if (product.kind == LocalKind::kColumnBorder) {  // F = R^T: P = E^T E + D^2
-    for (int64_t r = 0; r < b; ++r) {
-      for (int64_t j = 0; j < wide; ++j)
-        product.wide[r * wide + j] = j < d ? factor[r * d + j] : T(0);
-    }
-  } else {  // P[B, B] = E E^T and P[B, j] = E[:, j] D_j
-    transpose_padded(factor, b, d, d, scratch, thin);
-    T* core = product.thin;  // overwritten below
-    multiply<T>(b, thin, d, {factor, d, 1}, scratch, thin, core, thin, kOverwrite<T>);
-    for (int64_t r = 0; r < b; ++r) {
-      T* row = product.wide + r * wide;
-      const T *e = factor + r * d, *square = core + r * thin;
-      for (int64_t j = 0; j < layout.head; ++j) row[j] = square[j];
-#pragma GCC ivdep
-      for (int64_t j = layout.head; j < d - layout.tail; ++j) row[j] = e[j] * interior[j];
-      for (int64_t j = d - layout.tail; j < d; ++j) row[j] = square[j - (d - b)];
-      for (int64_t j = d; j < wide; ++j) row[j] = T(0);
+  transpose_padded(factor, b, d, d, product.thin, thin);
+  const bool arrow = product.kind == LocalKind::kRowBorder;
+  T* core = scratch;
+  if (arrow) {
+    multiply<T>(b, thin, d, {factor, d, 1}, product.thin, thin, core, thin, kOverwrite<T>);
+    for (int64_t j = layout.head; j < tail; ++j) {
+      copy_scaled(product.thin + j * thin, thin, interior[j], product.thin + j * thin);
     }
   }
-  transpose_padded(product.wide, b, d, wide, product.thin, thin);
+  for (int64_t r = 0; r < b; ++r) {
+    const T* e = factor + r * d;
+    T* row = product.wide + r * wide;
+    for (int64_t j = 0; j < wide; ++j) row[j] = j < d ? e[j] : T(0);
+    if (!arrow) continue;
+    const T* square = core + r * thin;
+    for (int64_t j = 0; j < layout.head; ++j) row[j] = square[j];
+#pragma GCC ivdep
+    for (int64_t j = layout.head; j < tail; ++j) row[j] *= interior[j];
+    for (int64_t j = tail; j < d; ++j) row[j] = square[j - (d - b)];
+    const int64_t at = r < layout.head ? r : r + d - b;
+    copy_scaled(square, thin, T(1), product.thin + at * thin);
+  }
   zero_behind(product, product.wide, b, wide);
   zero_behind(product, product.thin, d, thin);
 }
@@ -140,8 +141,7 @@ double border_norm(const LocalProduct<T>& product) {
   const int64_t d = product.layout.dim, b = product.border();
   const int64_t stride = product.stride_of(d);
   const double across = static_cast<double>(largest_row_sum(product.wide, b, d, stride));
-  double diagonal = 0;
-  for (int64_t j = 0; j < d; ++j) diagonal = larger(diagonal, double(product.diagonal[j]));
+  const auto diagonal = static_cast<double>(magnitude_of(largest_bits(product.diagonal, d)));
   const double along = static_cast<double>(largest_column_sum(product.wide, b, d, stride));
   const bool twice = product.kind == LocalKind::kColumnBorder;
   return larger(across, diagonal + along * (twice ? larger(across, 1.0) : 1.0));
@@ -152,9 +152,12 @@ constexpr double kRounded = 1.001;
 
 template <class T>
 void prepare_product(LocalProduct<T>& product, ConstArray storage, int64_t size, T* scratch) {
-  with_type(storage, [&](const auto* numbers) { load_row(numbers, size, T(1), scratch); });
-  const T* factor = scratch;
-  scratch += size;
+  const T* factor = static_cast<const T*>(storage.data);
+  if (storage.type != kScalar<T>) {
+    with_type(storage, [&](const auto* numbers) { load_row(numbers, size, T(1), scratch); });
+    factor = scratch;
+    scratch += size;
+  }
   if (product.kind == LocalKind::kDiagonal) {
     prepare_diagonal(product, factor);
   } else if (product.kind == LocalKind::kBlocks) {

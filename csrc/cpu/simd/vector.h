@@ -215,6 +215,13 @@ SINGD_INLINE void load_row(const Stored* from, int64_t count, T scale, T* to) {
   for (int64_t j = 0; j < count; ++j) to[j] = scale * static_cast<T>(widen(from[j]));
 }
 
+// The same of numbers of T, where they may stay.
+template <class T>
+SINGD_INLINE void copy_scaled(const T* from, int64_t count, T scale, T* to) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < count; ++j) to[j] = scale * from[j];
+}
+
 // to[j] = scale from[j] + factor beside[j].
 template <class Stored, class T>
 SINGD_INLINE void load_row_beside(const Stored* from, int64_t count, T scale, T factor,
