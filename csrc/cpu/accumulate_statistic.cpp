@@ -5,6 +5,7 @@
 
 #include "../call_checks.h"
 #include "../structures/registry.h"
+#include "bfloat16_statistic.h"
 #include "math.h"
 #include "rows.h"
 #include "statistics.h"
@@ -19,7 +20,11 @@ void accumulate_statistic_(at::Tensor& statistic, const at::Tensor& rows, const 
   const char* op = "accumulate_statistic_";
   const Layout layout = checked_statistic(op, statistic, rows, factor, dim, structure, ones_column);
   const auto dtype = statistic.scalar_type();
-  const RowsView view = rows_view(rows, checked_shared(op, shared));
+  const Shared treatment = checked_shared(op, shared);
+  if (Bfloat16Statistic::takes(rows, factor, layout, treatment)) {
+    return Bfloat16Statistic(layout, statistic.mutable_data_ptr<float>()).add(rows, factor);
+  }
+  const RowsView view = rows_view(rows, treatment);
   // The others keep what K does to U for later.
   const bool needs_factor = !layout.is_local() || layout.transposed;
   const at::Tensor k = needs_factor ? factor.to(dtype) : factor;

@@ -67,6 +67,13 @@ const StepKernels<float>* tile_step() {
   return nullptr;
 }
 
+GramRows* tile_gram_rows() {
+#if defined(__x86_64__)
+  if (has_tiles()) return &amx::rows;
+#endif
+  return nullptr;
+}
+
 const GramKernels<float>* bfloat16_gram(int64_t width) {
 #if defined(__x86_64__)
   static const bool has_products =

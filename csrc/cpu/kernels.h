@@ -207,6 +207,11 @@ struct GramKernels {
   void (*border)(const RowsView& rows, const Layout& layout, const T* e, const Panel& part, T* sums,
                  T* scratch);
 };
+// Rows [begin, end) of X^T X, of padded(dim - begin) numbers each, those from the diagonal on;
+// scratch: kChunkDepth rows of padded(dim - begin) + kPadding.
+using GramRows = void(const RowsView& rows, int64_t dim, int64_t begin, int64_t end, float* sums,
+                      float* scratch);
+
 // Rows and columns that are brought to scratch at a time, which fits the first cache. A block that
 // is wider comes whole.
 inline constexpr int64_t kChunkDepth = 64, kChunkColumns = 96;
@@ -371,6 +376,7 @@ extern const GramKernels<float> kernels;
 namespace amx {
 extern const GramKernels<float> gram_kernels;
 extern const StepKernels<float> step_kernels;
+GramRows rows;
 }  // namespace amx
 #endif
 
@@ -382,6 +388,9 @@ const Kernels& kernels();
 // features lie side by side and are not added up. Null if the processor has no such products, or if
 // they are slow for blocks or borders of this width.
 const GramKernels<float>* bfloat16_gram(int64_t width);
+
+// The Gram matrix on tiles, of rows as above and of any width; null if the processor has no tiles.
+GramRows* tile_gram_rows();
 
 // Kernels that multiply on tiles, for layers whose matrices of P are planes; null if the processor
 // has no tiles.

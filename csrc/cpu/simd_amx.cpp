@@ -49,6 +49,14 @@ bool step(const StepLayer<float>& layer, const Panel& panel, bool check_only, fl
 
 }  // namespace
 
+void rows(const RowsView& view, int64_t dim, int64_t begin, int64_t end, float* sums,
+          float* scratch) {
+  with_tiles([&] {
+    gram_rows(view, dim, begin, end, sums, scratch);
+    return true;
+  });
+}
+
 const GramKernels<float> gram_kernels{blocks, border};
 const StepKernels<float> step_kernels{prepare_product<float>,
                                       load_unscaled<float>,

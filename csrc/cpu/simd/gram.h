@@ -100,18 +100,23 @@ SINGD_INLINE void add_strip(int64_t rows, int64_t columns, int64_t depth, const 
   }
 }
 
+// sums += rows [at, at + rows) of X^T X, from column `at` to `width`; up to 16 of them.
+SINGD_INLINE void add_gram_rows(const Pair* x, int64_t stride, int64_t depth, int64_t at,
+                                int64_t rows, int64_t width, float* sums) {
+  constexpr int64_t kTile = kTileRows * 16;
+  alignas(64) Pair left[kChunkDepth / kTileRows][kTile];
+  for (int64_t p = 0; p < depth; p += kTileRows) {
+    transpose_tile(x + p * stride + at, stride, left[p / kTileRows], 16);
+  }
+  add_strip(rows, width - at, depth, left[0], 16, kTile, x + at, stride, sums + at * (width + 1),
+            width);
+}
+
 // sum += X^T X for a block, as below.
 SINGD_INLINE void add_block(const Pair* x, int64_t stride, int64_t depth, int64_t size,
                             float* sum) {
-  constexpr int64_t kTile = kTileRows * 16;
-  alignas(64) Pair left[kChunkDepth / kTileRows][kTile];
-  const int64_t width = padded(size);
   for (int64_t at = 0; at < size; at += kTileRows) {
-    for (int64_t p = 0; p < depth; p += kTileRows) {
-      transpose_tile(x + p * stride + at, stride, left[p / kTileRows], 16);
-    }
-    add_strip(smaller(kTileRows, size - at), width - at, depth, left[0], 16, kTile, x + at, stride,
-              sum + at * (width + 1), width);
+    add_gram_rows(x, stride, depth, at, smaller(kTileRows, size - at), padded(size), sum);
   }
 }
 
@@ -239,17 +244,16 @@ SINGD_INLINE void add_two_vectors(const In* x, int64_t stride, int64_t depth, in
 // multiplied too, and not used.
 template <class T, class In>
 SINGD_INLINE void add_block(const In* x, int64_t stride, int64_t depth, int64_t size, T* sum) {
+  constexpr int64_t kLane = kLanes<T>;
   const int64_t width = padded(size);
-  if constexpr (kLanes<T> == 16) {
-    if (width == 2 * kLanes<T>) return add_two_vectors(x, stride, depth, size, sum);
+  if constexpr (kLane == 16) {
+    if (width == 2 * kLane) return add_two_vectors(x, stride, depth, size, sum);
   }
-  for (int64_t at = 0; at < size; at += kLanes<T>) {
-    multiply<T, In>(smaller<int64_t>(kLanes<T>, size - at), width - at, depth, {x + at, 1, stride},
-                    x + at, stride, sum + at * (width + 1), width, kAdd<T>);
+  for (int64_t at = 0; at < size; at += kLane) {
+    multiply<T, In>(smaller(kLane, size - at), width - at, depth, {x + at, 1, stride}, x + at,
+                    stride, sum + at * (width + 1), width, kAdd<T>);
   }
 }
-
-#endif
 
 // Blocks of two vectors of rows that need no conversion: multiplied where they are, and copied to
 // scratch on the way, where they are multiplied again. Returns the first column of what is left.
@@ -274,6 +278,7 @@ int64_t add_plain_blocks(const RowsView& rows, const Layout& layout, const Panel
   });
   return first + blocks * k;
 }
+#endif
 
 template <class T, class In>
 void block_statistic(const RowsView& rows, const Layout& layout, const Panel& whole, T* sums,
@@ -332,6 +337,23 @@ void border_statistic(const RowsView& rows, const Layout& layout, const T* given
     });
   });
 }
+
+#if SINGD_TILES
+// Rows [begin, end) of X^T X, of padded(dim - begin) numbers each, those from the diagonal on.
+inline void gram_rows(const RowsView& rows, int64_t dim, int64_t begin, int64_t end, float* sums,
+                      float* scratch) {
+  const int64_t width = padded(dim - begin), stride = width + kPadding;
+  auto* x = as<Pair>(scratch);
+  for_each_chunk<Pair>(0, rows.count, [&](int64_t first, int64_t count) {
+    const int64_t depth = depth_of<Pair>(count);
+    bring_rows(rows, first, count, begin, dim, x, stride, stride);
+    fill_tiles(x, depth, stride);
+    for (int64_t at = 0; at < end - begin; at += kTileRows) {
+      add_gram_rows(x, stride, depth, at, smaller(kTileRows, end - begin - at), width, sums);
+    }
+  });
+}
+#endif
 
 template <class T, class In>
 constexpr GramKernels<T> gram_kernels() {
