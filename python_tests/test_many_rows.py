@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 127, 129, 511, 513, 1029])
 def test_rows_at_the_edges_of_passes(spec: str, dtype: torch.dtype, rows: int) -> None:
-    for dim, ones_column in ((31, True), (130, False), (257, True)):
+    for dim, ones_column in ((31, True), (60, True), (130, False), (257, True)):
         x = random(1, rows, dim - ones_column, dtype=dtype)
         factor = random_member(spec, dim, dtype)
         statistic = torch.zeros_like(factor.data, dtype=torch.float32)
@@ -30,6 +30,28 @@ def test_rows_at_the_edges_of_passes(spec: str, dtype: torch.dtype, rows: int) -
             for wide in (torch.float64, torch.float32)
         )
         assert_close_to_truth(ours, rival, truth, factor=4.0, floor=16.0)
+
+
+@pytest.mark.parametrize("spec", ["dense", "tril", "triu_toeplitz", "tril_toeplitz"])
+@pytest.mark.parametrize("rows", [1, 127, 129, 513, 4099])
+def test_bfloat16_rows_of_whole_factors(spec: str, rows: int) -> None:
+    """Where the processor is fast at it, they are multiplied by K in bfloat16."""
+    for dim, ones_column in ((31, True), (32, False), (130, True), (257, False)):
+        x = random(rows, 1, dim - ones_column, dtype=torch.bfloat16)
+        x[-1] *= 64  # so that it would be missed
+        factor = random_member(spec, dim, torch.bfloat16)
+        statistic = torch.zeros_like(factor.data, dtype=torch.float32)
+        strided = torch.cat([x, x], dim=2)[..., : x.shape[2]]
+        for part in (x, strided):
+            ops.accumulate_statistic_(
+                statistic, part, factor.data, dim, spec, ones_column=ones_column
+            )
+        ours = curvature_of(statistic, factor, spec)
+        truth, rival = (
+            expected_curvature([x, strided], factor, spec, ones_column, "expand", dtype)
+            for dtype in (torch.float64, torch.bfloat16)
+        )
+        assert_close_to_truth(ours, rival, truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,5 +1,8 @@
-"""`update_factors_` on a CPU for factors whose products are torch's: dense, triangular, Toeplitz,
-and wide blocks and borders. Against the algorithm in dense float64, and what a refusal leaves."""
+"""`update_factors_` on a CPU against the algorithm in dense float64, and what a refusal leaves.
+
+Most of it is of factors whose products are torch's: dense, triangular, Toeplitz, and wide blocks
+and borders.
+"""
 
 from typing import Any
 
@@ -72,11 +75,18 @@ def expected(
 
 
 def check_update(
-    specs: tuple[str, str], dims: tuple[int, int], dtype: torch.dtype, **options: Any
+    specs: tuple[str, str],
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    first: float = 1,
+    **options: Any,
 ) -> None:
+    """One update; the first column of all rows is multiplied by `first`."""
     sides = list(zip(specs, dims, strict=True))
     state = [calls.factor(spec, d, seed, dtype) for seed, (spec, d) in enumerate(sides * 2)]
     rows = [calls.numbers(20, d, seed=9, dtype=dtype) / 4 for d in dims]
+    for x in rows:
+        x[:, 0] *= first
     statistics = []
     for x, factor, (spec, d) in zip(rows, state, sides):  # noqa: B905
         wide = torch.promote_types(dtype, torch.float32)
@@ -128,6 +138,22 @@ def test_other_factors_beside_dense_ones(
 ) -> None:
     """`diagonal` has the kernels' own products, and is committed together with the dense one."""
     check_update((spec, "dense"), (300, 290), dtype, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dims", [(1, 2), (30, 29), (63, 300)], ids=str)
+def test_factors_with_products_of_the_kernels(
+    dims: tuple[int, int], dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """With one large feature the Frobenius norm bounds a step, otherwise sums of rows do."""
+    for specs in (
+        ("block_diagonal:7", "block_diagonal:30"),
+        ("hierarchical:3,4", "rank_tril:2"),
+        ("rank_triu:1", "diagonal"),
+    ):
+        for first in (1, 4):
+            check_update(specs, dims, dtype, first=first, **options)
 
 
 def test_several_threads(threads: None) -> None:

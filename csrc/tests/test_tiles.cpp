@@ -2,6 +2,7 @@
 // instructions themselves, which the Python tests run where the processor has them. And the
 // statistics of csrc/cpu/simd_bfloat16.cpp, which Intel's processors have but leave to others.
 #define SINGD_EMULATED_TILES 1
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -144,6 +145,22 @@ void statistics(const GramKernels<float>& kernels, const std::string& spec, int6
     check_close(got, sum, kRounding * size,
                 what + " at " + std::to_string(i) + ", " + std::to_string(j));
   };
+  if (layout.family == Family::kDense) {
+    constexpr int64_t kStrip = 40;  // no whole number of tiles
+    scratch.resize(static_cast<size_t>(kChunkDepth * (padded(dim) + kPadding)));
+    sums.resize(static_cast<size_t>(kStrip * padded(dim)));
+    for (int64_t begin = 0; begin < dim; begin += kStrip) {
+      const int64_t end = std::min(dim, begin + kStrip), width = padded(dim - begin);
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      amx::rows(view, dim, begin, end, sums.data(), scratch.data());
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t j = i; j < dim; ++j) {
+          compare_sum(sums[size_t((i - begin) * width + j - begin)], i, j);
+        }
+      }
+    }
+    return;
+  }
   if (k > 0) {
     kernels.blocks(view, layout, all, sums.data(), scratch.data());
     for (int64_t begin = 0; begin < dim; begin += k) {
@@ -269,6 +286,8 @@ int main() {
       statistics(*kernels, "rank_triu:24", 97, rows);
       statistics(*kernels, "rank_triu:1", 97, rows);
     }
+    statistics(amx::gram_kernels, "dense", 33, rows);
+    statistics(amx::gram_kernels, "dense", 97, rows);
   }
   squares(70, 100, 30, 32);
   squares(33, 31, 32, 30);
