@@ -152,7 +152,7 @@ def test_factors_with_products_of_the_kernels(
         ("hierarchical:3,4", "rank_tril:2"),
         ("rank_triu:1", "diagonal"),
     ):
-        for first in (1, 4):
+        for first in (1, 4 if dtype == torch.float16 else 8):  # float16 would overflow
             check_update(specs, dims, dtype, first=first, **options)
 
 
