@@ -3,7 +3,9 @@
 // its trace is the sum of the entries of K times those of U K: U K is kept instead of H, and one
 // product by K^T makes the momentum
 //
-//   m = s (K^T (h_scale U K + gram_scale K) - I) + alpha1 m      K + K E = K - beta1 K (m - beta1 m^2 / 2)
+//   m = s (K^T (h_scale U K + gram_scale K) - I) + alpha1 m
+//
+// and the next K is K - beta1 K (m - beta1 m^2 / 2), the last term only with expm_order 2.
 
 // The block of a stored array from slot `at`, times `scale`, in padded rows. These are read a whole
 // number of vectors wide, but where that would be behind the array.
@@ -71,8 +73,8 @@ Norms block_momenta(const FactorTask& task, const FactorTask& partner, const Fac
 }
 
 // Padded rows times `scale`, plus those of `add` where given, to slots from `at`; whether all are
-// finite. A row is written a whole number of vectors wide, over the beginning of the next one, which is written
-// after it; there is room behind the last.
+// finite. A row is written a whole number of vectors wide, over the beginning of the next one,
+// which is written after it; there is room behind the last.
 template <class T>
 bool store_block(const T* from, T scale, const T* add, int64_t at, int64_t size, const Array& array,
                  const RoundingKey& key) {
