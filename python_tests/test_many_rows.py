@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reference import masks
 from test_operators import curvature_of, expected_curvature, random, random_member
 from tolerance import assert_close_to_truth
 
@@ -32,26 +33,50 @@ def test_rows_at_the_edges_of_passes(spec: str, dtype: torch.dtype, rows: int) -
         assert_close_to_truth(ours, rival, truth, factor=4.0, floor=16.0)
 
 
-@pytest.mark.parametrize("spec", ["dense", "tril", "triu_toeplitz", "tril_toeplitz"])
-@pytest.mark.parametrize("rows", [1, 127, 129, 513, 4099])
+# Of a factor of small integers: number, distance from the diagonal, and where it is.
+DIAGONALS = ((1, 0, 0), (-1, 1, 1), (1, 5, 5), (2, 1, -1), (-1, 3, -3))
+WHOLE = ("dense", "tril", "triu_toeplitz", "tril_toeplitz")
+
+
+@pytest.mark.parametrize("spec", WHOLE)
+@pytest.mark.parametrize("rows", [1, 127, 129, 513])
 def test_bfloat16_rows_of_whole_factors(spec: str, rows: int) -> None:
     """Where the processor is fast at it, they are multiplied by K in bfloat16."""
     for dim, ones_column in ((31, True), (32, False), (130, True), (257, False)):
         x = random(rows, 1, dim - ones_column, dtype=torch.bfloat16)
-        x[-1] *= 64  # so that it would be missed
         factor = random_member(spec, dim, torch.bfloat16)
         statistic = torch.zeros_like(factor.data, dtype=torch.float32)
+        ops.accumulate_statistic_(statistic, x, factor.data, dim, spec, ones_column=ones_column)
+        ours = curvature_of(statistic, factor, spec)
+        truth, rival = (
+            expected_curvature([x], factor, spec, ones_column, "expand", dtype)
+            for dtype in (torch.float64, torch.bfloat16)
+        )
+        assert_close_to_truth(ours, rival, truth)
+
+
+@pytest.mark.parametrize("spec", WHOLE)
+@pytest.mark.parametrize("rows", [1, 127, 129, 4097])
+def test_every_bfloat16_row_of_whole_factors_counts(spec: str, rows: int) -> None:
+    """Small integers are exact; FFTs of them are rounded to integers."""
+    for dim, ones_column in ((31, True), (32, False), (130, True), (257, False)):
+        x = random(rows, 1, dim - ones_column).sign().bfloat16()
         strided = torch.cat([x, x], dim=2)[..., : x.shape[2]]
+        dense = sum(c * torch.diag(torch.ones(dim - i), j) for c, i, j in DIAGONALS)
+        factor = StructuredMatrix.extract(spec, masks.member(spec, dense).bfloat16())
+        statistic = torch.zeros_like(factor.data, dtype=torch.float32)
         for part in (x, strided):
             ops.accumulate_statistic_(
                 statistic, part, factor.data, dim, spec, ones_column=ones_column
             )
-        ours = curvature_of(statistic, factor, spec)
-        truth, rival = (
-            expected_curvature([x, strided], factor, spec, ones_column, "expand", dtype)
-            for dtype in (torch.float64, torch.bfloat16)
+        y = (
+            torch.cat([x[:, 0], torch.ones(rows, 1)], 1)[:, :dim].double()
+            @ factor.to_dense().double()
         )
-        assert_close_to_truth(ours, rival, truth, factor=4.0, floor=16.0)
+        expected = 2 * y.T @ y
+        if "toeplitz" in spec:
+            expected = torch.stack([expected.diagonal(i).sum() for i in range(dim)])
+        assert torch.equal(statistic.round().double(), expected.flatten()), dim
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,7 +9,7 @@ from reference import masks
 from tolerance import assert_close_to_truth
 from torch import Tensor
 
-from singd_ext import StructuredMatrix, ops
+from singd_ext import _C, StructuredMatrix, ops
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -135,10 +135,10 @@ def test_accumulated_statistic_gives_the_projected_curvature(
             )
         ours = curvature_of(statistic, factor, spec)
         truth = expected_curvature(batches, factor, spec, ones_column, shared, torch.float64)
-        # Where a CPU is fast at it, it multiplies rows and factors as matrices in bfloat16.
-        whole = ("dense", "tril", "triu", "tril_toeplitz", "triu_toeplitz")
-        narrow = backend == "cpu" and shared == "expand" and spec in whole
-        rival_dtype = dtype if narrow and dim >= 32 else wide
+        # On tiles, rows and these factors are multiplied in bfloat16, as in torch (docs/cpu.md).
+        on_tiles = backend == "cpu" and _C.cpu_tiles() and dim >= 32 and shared == "expand"
+        whole = spec in ("dense", "tril", "triu", "tril_toeplitz", "triu_toeplitz")
+        rival_dtype = dtype if on_tiles and whole and dtype == torch.bfloat16 else wide
         rival = expected_curvature(batches, factor, spec, ones_column, shared, rival_dtype)
         assert_close_to_truth(ours, rival, truth, factor=4.0, floor=16.0)
 
