@@ -118,10 +118,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"step_cap": 0.005, "expm_order": 2, "normalize_lr_cov": True},
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_option
+@every_dtype
 @pytest.mark.parametrize("dims", [(1, 2), (63, 129), (257, 300)], ids=str)
 def test_dense_and_triangular_factors(
     dims: tuple[int, int], dtype: torch.dtype, options: dict[str, Any]
@@ -130,7 +132,7 @@ def test_dense_and_triangular_factors(
         check_update(specs, dims, dtype, **options)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@every_option
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("spec", [*WIDE, "diagonal"])
 def test_other_factors_beside_dense_ones(
@@ -140,8 +142,8 @@ def test_other_factors_beside_dense_ones(
     check_update((spec, "dense"), (300, 290), dtype, **options)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_option
+@every_dtype
 @pytest.mark.parametrize("dims", [(1, 2), (30, 29), (63, 300)], ids=str)
 def test_factors_with_products_of_the_kernels(
     dims: tuple[int, int], dtype: torch.dtype, options: dict[str, Any]

@@ -28,7 +28,7 @@ class Bfloat16Statistic {
                     Shared shared) {
     const int64_t d = layout.dim;
     const bool fits = layout.family == Family::kDense ||
-                      (layout.family == Family::kToeplitz && d <= kDirectToeplitz);
+                      (layout.family == Family::kToeplitz && d <= kWidestToeplitz);
     const bool numbers =
         rows.scalar_type() == at::kBFloat16 && factor.scalar_type() == at::kBFloat16;
     return fits && numbers && shared == Shared::kExpand && d >= kTileDepth &&
@@ -48,8 +48,8 @@ class Bfloat16Statistic {
   }
 
  private:
-  // Up to this size FFTs were slower. Measured on a processor with tiles, 512 rows.
-  static constexpr int64_t kDirectToeplitz = 1536;
+  // Up to this size FFTs were slower, of 512 rows on a processor with tiles. K is a dense copy.
+  static constexpr int64_t kWidestToeplitz = 1536;
   // Rows of X at a time, which bounds the memory of Y, and rows of Y^T Y.
   static constexpr int64_t kRows = 4096, kStrip = 64;
 

@@ -1,0 +1,90 @@
+// What update_factors_ hands the kernels: a factor, options, and the kernels themselves.
+// Torch-free.
+#pragma once
+
+#include "typed_arrays.h"
+
+namespace singd::cpu {
+
+// One Kronecker factor of a layer in update_factors_. The type of its statistic, T, is that of all
+// that is computed.
+struct FactorTask {
+  Layout layout;
+  int64_t size = 0;  // numbers stored
+  ConstArray statistic;
+  Array factor, momentum;  // momentum.data is null if alpha1 = 0
+  double scale = 1;        // of the statistic, and so of H
+  RoundingKey key;
+  // Workspace: K in the type of products, H without its scale in T, which ends as the new momentum,
+  // and Pi(K^T K), which ends as scratch or as the update of K. A dense factor's statistic is H,
+  // but for the weights of Pi, which are missing in Pi(K^T K) too.
+  void *k = nullptr, *h = nullptr;
+  Array gram;
+  double update_scale = 1;           // of the update in `gram`: K + update_scale gram is the next K
+  Array next_factor, next_momentum;  // local products: the candidates as they would be stored
+  double mean_trace_h = 0, mean_trace_gram = 0;
+  double momentum_norm = 0;             // at least the spectral norm of the new momentum
+  bool finite = false, capped = false;  // of the candidates
+};
+
+struct FactorOptions {
+  double lr_cov, damping, alpha1, step_cap;
+  bool kfac_like, normalize_lr_cov;
+  int64_t expm_order;
+
+  // Of H - I and everything else that is new in a momentum.
+  double momentum_scale() const { return 0.5 * (normalize_lr_cov ? 1.0 - alpha1 : 1.0); }
+};
+
+// What a new momentum adds up to.
+struct MomentumSums {
+  double rows = 0, squares = 0;  // the largest sum of magnitudes of a row; the sum of all squares
+  double largest = 0;            // magnitude, where lr_cov is normalised by it
+  double* columns = nullptr;     // sums of magnitudes of the columns, [dim]
+};
+
+// Rows of the matrix as they lie in a factor's storage, which momenta are made by. What a bordered
+// factor has on its diagonal alone is one more row, all of a Toeplitz factor one.
+SINGD_INLINE_EVERYWHERE int64_t storage_rows(const Layout& layout) {
+  switch (layout.family) {
+    case Family::kDense:
+    case Family::kBlockDiagonal:
+      return layout.dim;
+    case Family::kToeplitz:
+      return 1;
+    default:
+      return layout.head + layout.tail + 1;
+  }
+}
+
+// The numbers of T that the kernels below take as scratch.
+inline int64_t factor_scratch(const Layout& layout) {
+  const int64_t d = layout.dim, k = layout.block, border = layout.head + layout.tail;
+  const int64_t block = 2 * k * padded(k) + 4 * kPadding;
+  const int64_t strips = 2 * border * (padded(d) + border);
+  const int64_t transposed = layout.transposed ? (border + d) * padded(border) : 0;
+  return block + strips + transposed + 2 * padded(d);
+}
+
+struct FactorKernels {
+  // Of a diagonal, block-diagonal or bordered factor: K, H, Pi(K^T K) and the mean traces.
+  void (*curvature)(FactorTask& task, void* scratch);
+  // And the candidates; `partner` is the layer's other factor.
+  void (*candidate)(FactorTask& task, const FactorTask& partner, const FactorOptions& options,
+                    void* scratch);
+  // Rows [begin, end) of storage_rows of any factor: the new momentum from H and Pi(K^T K), in the
+  // place of H, and what these rows add up to; all of sums.columns is written.
+  void (*momentum)(const FactorTask& task, const FactorTask& partner, const FactorOptions& options,
+                   int64_t begin, int64_t end, MomentumSums& sums);
+  // beta1 for the momentum whose parts have these sums, and its norm.
+  double (*step_size)(FactorTask& task, const MomentumSums* parts, int64_t count,
+                      const FactorOptions& options);
+  // Slots [begin, end) of an array, times `scale`, in another one.
+  void (*copy)(ConstArray from, double scale, int64_t begin, int64_t end, const Array& to);
+  // The candidates of slots [begin, end), from the new momentum and the update of K: whether they
+  // are finite as they would be stored, and their commit.
+  bool (*check)(const FactorTask& task, int64_t begin, int64_t end);
+  void (*commit)(const FactorTask& task, int64_t begin, int64_t end);
+};
+
+}  // namespace singd::cpu
