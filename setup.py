@@ -117,7 +117,7 @@ class Build(BuildExtension):
         self.build_temp = temp
 
 
-COMPILE_ARGS = ["-O3", "-g0", "-fno-math-errno", "-Wall"]
+COMPILE_ARGS = ["-O3", "-g0", "-fno-math-errno", "-Wall", "-fvisibility=hidden"]
 LINK_ARGS = []
 if sys.platform == "linux":
     # For at::parallel_for. The runtime is torch's: linking another one would give a second pool.

@@ -8,6 +8,7 @@
 #include "cpu/kernels.h"
 #include "gatherer.h"
 #include "observation.h"
+#include "step_arguments.h"
 #include "structures/spec.h"
 
 namespace py = pybind11;
@@ -43,5 +44,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_tiles", [] { return singd::cpu::tile_step() != nullptr; });
   m.def("cpu_threads", &singd::cpu::threads);
   singd::define_observation(m);
+  singd::define_step_arguments(m);
   singd::define_gatherer(m);
 }

@@ -2,13 +2,12 @@
 // runs cold, between matrix products, once a layer and backward pass. Whatever can be looked at
 // once a pass is left to `begin_pass` of curvature.py.
 //
-// The statistics live in the optimizer's state, a dictionary a layer, where checkpoints find them.
-// The gatherer belongs to the optimizer; hooks and graphs hold it weakly.
+// And from a backward pass to the arguments of a step. The gatherer belongs to the optimizer; hooks
+// and graphs hold it weakly.
 #include "gatherer.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -21,15 +20,15 @@
 #include <utility>
 #include <vector>
 
+#include "known_layer.h"
 #include "observation.h"
+#include "operators.h"
+#include "step_arguments.h"
 
 namespace py = pybind11;
 
 namespace singd {
 namespace {
-
-using AccumulateStatistic = void(at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
-                                 const std::string&, bool, const std::string&);
 
 // A Linear's input or output gradient as [batch, shared, features].
 at::Tensor linear_rows(const at::Tensor& tensor) {
@@ -42,15 +41,9 @@ at::Tensor linear_rows(const at::Tensor& tensor) {
 
 // What is asked of a parameter group's options.
 struct GroupOptions {
-  std::string structure_K, structure_C;
   bool reduce;               // KFAC-reduce
   std::string loss_average;  // empty for a sum
 };
-
-// A key as Python's own code has it: comparing the two takes no look at their letters.
-py::object interned(const std::string& key) {
-  return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key.c_str()));
-}
 
 // What is asked of an optimizer.
 struct Names {
@@ -61,44 +54,9 @@ struct Names {
   }
 };
 
-// Keys of the entries in a layer's state.
-struct Keys {
-  py::object K, C, statistic_K, statistic_C, rows, loss_terms;
-  explicit Keys(const std::string& prefix)
-      : K(interned(prefix + "K")),
-        C(interned(prefix + "C")),
-        statistic_K(interned(prefix + "statistic_K")),
-        statistic_C(interned(prefix + "statistic_C")),
-        rows(interned(prefix + "rows")),
-        loss_terms(interned(prefix + "loss_terms")) {}
-};
-
-struct GatheredLayer {
-  int group;
-  std::vector<WeakTensor> parameters;
-  Keys keys;
-  int64_t dim_K, dim_C;
-  bool has_bias;
-  bool is_linear;             // its rows are those of `linear_rows`; of others, Python makes them
-  py::dict state{};           // bound in each backward pass
-  int64_t last_pass = -1;     // the backward pass that last added to the statistics
-  int64_t counted_terms = 0;  // loss terms counted in it
-  bool pass_counts = false;   // whether it adds to the layer's gradients
-};
-
 struct Shape {
   int64_t batch, shared;
 };
-
-// An entry, or null.
-py::handle find(const py::dict& state, const py::object& key) {
-  return PyDict_GetItemWithError(state.ptr(), key.ptr());
-}
-
-int64_t number_in(const py::dict& state, const py::object& key) {
-  const py::handle number = find(state, key);
-  return number ? number.cast<int64_t>() : 0;
-}
 
 // The layer's sums, zeros if there are none yet.
 at::Tensor statistic(py::dict& state, const py::object& key, const at::Tensor& factor) {
@@ -113,32 +71,32 @@ at::Tensor statistic(py::dict& state, const py::object& key, const at::Tensor& f
 // The layer's entries that statistics are made of.
 struct Sums {
   at::Tensor K, C, statistic_K, statistic_C;
-  explicit Sums(GatheredLayer& layer)
-      : K(find(layer.state, layer.keys.K).cast<at::Tensor>()),
-        C(find(layer.state, layer.keys.C).cast<at::Tensor>()),
-        statistic_K(statistic(layer.state, layer.keys.statistic_K, K)),
-        statistic_C(statistic(layer.state, layer.keys.statistic_C, C)) {}
+  explicit Sums(KnownLayer& layer)
+      : K(tensor_in(layer, layer.entries(), layer.keys.K)),
+        C(tensor_in(layer, layer.entries(), layer.keys.C)),
+        statistic_K(statistic(layer.entries(), layer.keys.statistic_K, K)),
+        statistic_C(statistic(layer.entries(), layer.keys.statistic_C, C)) {}
 };
 
 class Gatherer {
  public:
-  // begin_pass(optimizer) is called by every backward pass.
-  Gatherer(const py::object& optimizer, py::function begin_pass)
-      : optimizer_(optimizer), begin_pass_(std::move(begin_pass)) {}
+  // begin_pass(optimizer) is called by every backward pass, follow(optimizer, layer) if a layer's
+  // parameters are elsewhere or of another type, and check_owned(layer) if its factors are due or
+  // none of its parameters has a gradient.
+  Gatherer(const py::object& optimizer, py::function begin_pass, py::function follow,
+           py::function check_owned)
+      : optimizer_(optimizer),
+        begin_pass_(std::move(begin_pass)),
+        follow_(std::move(follow)),
+        check_owned_(std::move(check_owned)) {}
 
   bool paused = false;     // passes are ignored
   bool unsettled = false;  // the optimizer's settle_steps() is to be called before forward passes
 
-  int add(int group, const std::vector<at::Tensor>& parameters, const std::string& prefix,
-          int64_t dim_K, int64_t dim_C, bool has_bias, bool is_linear) {
-    layers_.push_back(
-        std::make_unique<GatheredLayer>(GatheredLayer{group,
-                                                      {parameters.begin(), parameters.end()},
-                                                      Keys(prefix),
-                                                      dim_K,
-                                                      dim_C,
-                                                      has_bias,
-                                                      is_linear}));
+  int add(const py::object& layer, std::string structure_K, std::string structure_C,
+          bool is_linear) {
+    layers_.push_back(std::make_shared<KnownLayer>(layer, std::move(structure_K),
+                                                   std::move(structure_C), is_linear));
     return static_cast<int>(layers_.size()) - 1;
   }
 
@@ -147,41 +105,65 @@ class Gatherer {
     options_[group] = std::move(options);
   }
 
-  void bind(int layer, py::dict state) { layers_.at(layer)->state = std::move(state); }
+  // Finds everything where it is now: the states of all layers, and the operators.
+  void bind(const py::dict& optimizer_state, const std::string& name_space) {
+    operators_ = std::make_shared<const Operators>(name_space);
+    for (const auto& layer : layers_) {
+      follow(*layer);
+      layer->bind(optimizer_state);
+    }
+  }
 
   // Lets all states go, since others take their place.
   void unbind() {
-    for (const auto& layer : layers_) layer->state = py::dict();
+    for (const auto& layer : layers_) layer->states.clear();
     pass_ = -1;
   }
 
-  void set_operators(const std::string& name) {
-    accumulate_ = c10::Dispatcher::singleton()
-                      .findSchemaOrThrow((name + "::accumulate_statistic_").c_str(), "")
-                      .typed<AccumulateStatistic>();
+  // Of the layers of a group that have gradients. Throws if one cannot do its step.
+  StepArguments step_arguments(int group, bool has_momenta, bool factors_are_due) {
+    StepArguments arguments;
+    arguments.operators = operators_;
+    for (const auto& layer : layers_) {
+      if (layer->group != group) continue;
+      arguments.structure_K = layer->structure_K;
+      arguments.structure_C = layer->structure_C;
+      const bool unused = is_unused(*layer);
+      if (unused || factors_are_due) check_owned_(layer->python.get());
+      if (!unused) arguments.add(layer, has_momenta);
+    }
+    return arguments;
   }
 
-  GatheredLayer& layer(int index) { return *layers_.at(index); }
+  void forget_statistics(const py::dict& optimizer_state) {
+    for (const auto& layer : layers_) {
+      layer->bind(optimizer_state);
+      singd::forget_statistics(*layer);
+    }
+  }
+
+  KnownLayer& layer(int index) { return *layers_.at(index); }
 
   // Whether the next step of the layer's group updates the factors.
-  bool is_due(const GatheredLayer& layer) const;
+  bool is_due(const KnownLayer& layer) const;
 
   // Adds one call's input and output gradient; `hook` is asked for what is not of a Linear.
-  void receive(GatheredLayer& layer, const at::Tensor& x, const at::Tensor& g, int64_t pass,
+  void receive(KnownLayer& layer, const at::Tensor& x, const at::Tensor& g, int64_t pass,
                const py::object& hook);
 
  private:
-  void begin(GatheredLayer& layer, int64_t pass);
-  Shape add_linear(const GatheredLayer& layer, Sums sums, const at::Tensor& x,
+  void follow(KnownLayer& layer);
+  void begin(KnownLayer& layer, int64_t pass);
+  Shape add_linear(const KnownLayer& layer, Sums sums, const at::Tensor& x,
                    const at::Tensor& g) const;
-  void count(GatheredLayer& layer, Shape shape) const;
+  void count(KnownLayer& layer, Shape shape) const;
 
   WeakReference optimizer_;
-  py::function begin_pass_;
-  std::vector<std::unique_ptr<GatheredLayer>> layers_;
+  py::function begin_pass_, follow_, check_owned_;
+  KnownLayers layers_;
   std::vector<GroupOptions> options_;
   int64_t pass_ = -1;  // that the options are known of
-  std::optional<c10::TypedOperatorHandle<AccumulateStatistic>> accumulate_;
+  std::shared_ptr<const Operators> operators_;
 };
 
 // Reads the group's own dictionary, which users may change at any time.
@@ -190,7 +172,7 @@ bool is_due(const py::dict& group) {
   return find(group, names.steps).cast<int64_t>() % find(group, names.T).cast<int64_t>() == 0;
 }
 
-bool Gatherer::is_due(const GatheredLayer& layer) const {
+bool Gatherer::is_due(const KnownLayer& layer) const {
   const Names& names = Names::once();
   const py::object optimizer = optimizer_.get();
   if (optimizer.is_none()) return false;
@@ -205,16 +187,17 @@ bool Gatherer::is_due(const GatheredLayer& layer) const {
   return singd::is_due(group);
 }
 
-void forget_statistics(const GatheredLayer& layer) {
-  const Keys& keys = layer.keys;
-  for (const auto* key : {&keys.statistic_K, &keys.statistic_C, &keys.rows, &keys.loss_terms}) {
-    if (find(layer.state, *key)) PyDict_DelItem(layer.state.ptr(), key->ptr());
-  }
+void Gatherer::follow(KnownLayer& layer) {
+  const at::Tensor parameter = layer.parameters.front().get();
+  if (parameter.scalar_type() == layer.dtype && parameter.device() == layer.device) return;
+  follow_(optimizer_.get(), layer.python.get());
+  layer.dtype = parameter.scalar_type();
+  layer.device = parameter.device();
 }
 
 // Notes the current backward pass. Where earlier passes have left no gradients, these were cleared
 // (by `model.zero_grad()`, say), and their statistics go the same way.
-void Gatherer::begin(GatheredLayer& layer, int64_t pass) {
+void Gatherer::begin(KnownLayer& layer, int64_t pass) {
   layer.last_pass = pass;
   layer.counted_terms = 0;
   layer.pass_counts = accumulates(layer.parameters);
@@ -223,30 +206,31 @@ void Gatherer::begin(GatheredLayer& layer, int64_t pass) {
                                        const at::Tensor tensor = parameter.get();
                                        return tensor.defined() && tensor.grad().defined();
                                      });
-  if (layer.pass_counts && is_clear) forget_statistics(layer);
+  if (layer.pass_counts && is_clear) singd::forget_statistics(layer);
 }
 
-Shape Gatherer::add_linear(const GatheredLayer& layer, Sums sums, const at::Tensor& x,
+Shape Gatherer::add_linear(const KnownLayer& layer, Sums sums, const at::Tensor& x,
                            const at::Tensor& g) const {
   static const std::string expand = "expand", mean = "mean", sum = "sum";
   const GroupOptions& options = options_[layer.group];
   const at::Tensor inputs = linear_rows(x), gradients = linear_rows(g);
   const py::gil_scoped_release no_gil;
   const at::AutoDispatchBelowADInplaceOrView guard;
-  accumulate_->call(sums.statistic_C, gradients, sums.C, layer.dim_C, options.structure_C, false,
-                    options.reduce ? sum : expand);
-  accumulate_->call(sums.statistic_K, inputs, sums.K, layer.dim_K, options.structure_K,
-                    layer.has_bias, options.reduce ? mean : expand);
+  operators_->accumulate_statistic_.call(sums.statistic_C, gradients, sums.C, layer.dim_C,
+                                         layer.structure_C, false, options.reduce ? sum : expand);
+  operators_->accumulate_statistic_.call(sums.statistic_K, inputs, sums.K, layer.dim_K,
+                                         layer.structure_K, layer.has_bias,
+                                         options.reduce ? mean : expand);
   return {gradients.size(0), gradients.size(1)};
 }
 
 // Counts rows, and the terms that the loss averages over, so that micro-batches make one big batch.
 // Uses of a layer within one backward pass see the same terms: they are counted once. A loss that
 // is a sum has the factor 1, however many passes there are.
-void Gatherer::count(GatheredLayer& layer, Shape shape) const {
+void Gatherer::count(KnownLayer& layer, Shape shape) const {
   const GroupOptions& options = options_[layer.group];
   const auto [batch, shared] = shape;
-  py::dict& state = layer.state;
+  py::dict& state = layer.entries();
   const int64_t rows = batch * (options.reduce ? std::min<int64_t>(1, shared) : shared);
   state[layer.keys.rows] = number_in(state, layer.keys.rows) + rows;
   if (options.loss_average.empty()) {
@@ -259,7 +243,7 @@ void Gatherer::count(GatheredLayer& layer, Shape shape) const {
   layer.counted_terms += more;
 }
 
-void Gatherer::receive(GatheredLayer& layer, const at::Tensor& x, const at::Tensor& g, int64_t pass,
+void Gatherer::receive(KnownLayer& layer, const at::Tensor& x, const at::Tensor& g, int64_t pass,
                        const py::object& hook) {
   if (paused) return;
   if (pass != pass_) {
@@ -286,7 +270,7 @@ class LayerReceiver : public Receiver, public std::enable_shared_from_this<Layer
   void watch(const py::tuple& args, const py::dict& kwargs, const py::object& output) {
     const auto gatherer = gatherer_.lock();
     if (!gatherer || !at::GradMode::is_enabled()) return;
-    const GatheredLayer& layer = gatherer->layer(layer_);
+    const KnownLayer& layer = gatherer->layer(layer_);
     if (!THPVariable_Check(output.ptr())) hook_.get().attr("check_output")(output);
     const auto y = output.cast<at::Tensor>();
     if (!y.requires_grad() || !gatherer->is_due(layer)) return;
@@ -322,23 +306,23 @@ void define_gatherer(py::module_& m) {
   m.def("linear_rows", &linear_rows, py::arg("tensor"));
   m.def("is_due", &is_due, py::arg("group"));
   py::class_<Gatherer, std::shared_ptr<Gatherer>>(m, "Gatherer")
-      .def(py::init<const py::object&, py::function>(), py::arg("optimizer"), py::arg("begin_pass"))
+      .def(py::init<const py::object&, py::function, py::function, py::function>(),
+           py::arg("optimizer"), py::arg("begin_pass"), py::arg("follow"), py::arg("check_owned"))
       .def_readwrite("paused", &Gatherer::paused)
       .def_readwrite("unsettled", &Gatherer::unsettled)
-      .def("add", &Gatherer::add, py::arg("group"), py::arg("parameters"), py::arg("prefix"),
-           py::arg("dim_K"), py::arg("dim_C"), py::arg("has_bias"), py::arg("is_linear"))
+      .def("add", &Gatherer::add, py::arg("layer"), py::arg("structure_K"), py::arg("structure_C"),
+           py::arg("is_linear"))
       .def(
           "set_options",
-          [](Gatherer& self, int group, std::string structure_K, std::string structure_C,
-             bool reduce, std::optional<std::string> loss_average) {
-            self.set_options(group, {std::move(structure_K), std::move(structure_C), reduce,
-                                     std::move(loss_average).value_or("")});
+          [](Gatherer& self, int group, bool reduce, std::optional<std::string> loss_average) {
+            self.set_options(group, {reduce, std::move(loss_average).value_or("")});
           },
-          py::arg("group"), py::arg("structure_K"), py::arg("structure_C"), py::arg("reduce"),
-          py::arg("loss_average"))
-      .def("set_operators", &Gatherer::set_operators, py::arg("name"))
-      .def("bind", &Gatherer::bind, py::arg("layer"), py::arg("state"))
-      .def("unbind", &Gatherer::unbind);
+          py::arg("group"), py::arg("reduce"), py::arg("loss_average"))
+      .def("bind", &Gatherer::bind, py::arg("state"), py::arg("namespace"))
+      .def("unbind", &Gatherer::unbind)
+      .def("step_arguments", &Gatherer::step_arguments, py::arg("group"), py::arg("has_momenta"),
+           py::arg("factors_are_due"))
+      .def("forget_statistics", &Gatherer::forget_statistics, py::arg("state"));
   py::class_<LayerReceiver, std::shared_ptr<LayerReceiver>>(m, "LayerReceiver")
       .def(py::init<const std::shared_ptr<Gatherer>&, int, const py::object&, bool>(),
            py::arg("gatherer"), py::arg("layer"), py::arg("hook"), py::arg("input_is_first"))

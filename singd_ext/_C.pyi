@@ -1,7 +1,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from .layers import Layer
+from .optimizer import SINGD
 
 class Receiver(Protocol):
     def receive(self, x: Tensor, g: Tensor, backward_pass: int, /) -> None: ...
@@ -19,31 +23,93 @@ def observe(output: Tensor, x: Tensor, receiver: Receiver, active: bool) -> None
 def linear_rows(tensor: Tensor) -> Tensor: ...
 def is_due(group: dict[str, Any]) -> bool: ...
 
+class KnownFactors:
+    def are(self, factors: Sequence[Tensor]) -> bool: ...
+    def are_all_of(self, arguments: StepArguments) -> bool: ...
+
+class FactorArguments:
+    def __len__(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def layers(self) -> list[Layer]: ...
+    @property
+    def unseen(self) -> list[str]: ...
+    def update_factors_(
+        self,
+        *,
+        lr_cov: Tensor,
+        damping: float,
+        alpha1: float,
+        kfac_like: bool,
+        normalize_lr_cov: bool,
+        expm_order: int,
+        step_cap: float,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        rounding_key: Sequence[int] | None,
+        outcomes: Tensor,
+        workspace: Tensor,
+    ) -> None: ...
+
+class StepArguments:
+    def __len__(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def layers(self) -> list[Layer]: ...
+    @property
+    def weight(self) -> list[Tensor]: ...
+    @property
+    def momentum_weight(self) -> list[Tensor]: ...
+    @property
+    def K(self) -> list[Tensor]: ...
+    @property
+    def C(self) -> list[Tensor]: ...
+    @property
+    def dense_K(self) -> list[int]: ...
+    @property
+    def dense_C(self) -> list[int]: ...
+    @property
+    def copied(self) -> list[int]: ...
+    def momentum_buffer(self, index: int) -> Tensor: ...
+    def of_layer(self, index: int) -> StepArguments: ...
+    def factors(self, has_momenta: bool) -> FactorArguments: ...
+    def forget_statistics(self) -> None: ...
+    def preconditioned_update_(
+        self,
+        *,
+        lr: Tensor,
+        momentum: float,
+        weight_decay: float,
+        P_K: Sequence[Tensor],
+        P_C: Sequence[Tensor],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        rounding_key: Sequence[int] | None,
+        outcomes: Tensor,
+        workspace: Tensor,
+        products: Tensor,
+    ) -> None: ...
+
 class Gatherer:
     paused: bool
     unsettled: bool
-    def __init__(self, optimizer: Any, begin_pass: Callable[[Any], None]) -> None: ...
-    def add(
+    def __init__(
         self,
-        group: int,
-        parameters: Sequence[Tensor],
-        prefix: str,
-        dim_K: int,
-        dim_C: int,
-        has_bias: bool,
-        is_linear: bool,
-    ) -> int: ...
-    def set_options(
-        self,
-        group: int,
-        structure_K: str,
-        structure_C: str,
-        reduce: bool,
-        loss_average: str | None,
+        optimizer: SINGD,
+        begin_pass: Callable[[SINGD], None],
+        follow: Callable[[SINGD, Layer], None],
+        check_owned: Callable[[Layer], None],
     ) -> None: ...
-    def set_operators(self, name: str) -> None: ...
-    def bind(self, layer: int, state: dict[str, Any]) -> None: ...
+    def add(self, layer: Layer, structure_K: str, structure_C: str, is_linear: bool) -> int: ...
+    def set_options(self, group: int, reduce: bool, loss_average: str | None) -> None: ...
+    def bind(self, state: dict[Tensor, dict[str, Any]], namespace: str) -> None: ...
     def unbind(self) -> None: ...
+    def step_arguments(
+        self, group: int, has_momenta: bool, factors_are_due: bool
+    ) -> StepArguments: ...
+    def forget_statistics(self, state: dict[Tensor, dict[str, Any]]) -> None: ...
 
 class LayerReceiver:
     def __init__(self, gatherer: Gatherer, layer: int, hook: Any, input_is_first: bool) -> None: ...

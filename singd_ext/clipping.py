@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _C, ops
 from .hyperparameters import Hyperparameters
 from .layers import Layer
 
 State = dict[str, Any]
-Group = tuple[Sequence[Layer], Hyperparameters]
+Group = tuple[_C.StepArguments, Hyperparameters]
 
 
 def divisors(
@@ -40,11 +40,11 @@ def divisors(
     """
     shrinkings: list[list[Tensor] | None] = []
     total: Tensor | None = None
-    for layers, options in groups:
+    for arguments, options in groups:
         if options.max_update_norm is None and options.kl_clip is None:
             shrinkings.append(None)
             continue
-        measured = [_measure(layer, state, options, grad_scale) for layer in layers]
+        measured = [_measure(layer, state, options, grad_scale) for layer in arguments.layers]
         shrinkings.append([_shrinking(options.max_update_norm, norm) for norm, _ in measured])
         if options.kl_clip is not None:
             for nu, (_, change) in zip(shrinkings[-1] or [], measured, strict=True):

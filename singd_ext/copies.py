@@ -44,7 +44,7 @@ def take_up(optimizer: SINGD) -> None:
                 "copied first: take the optimizer out of the layer"
             )
         layer.forget()
-        gather(optimizer._gatherer, layer)
+        gather(optimizer, layer)
     if observes:
         optimizer._handles += install_hooks(optimizer, optimizer._layers)
     optimizer._mark_due()

@@ -19,15 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from . import _C, ops
 from .attention import AttentionHook, Projection
 from .kinds import LayerKind, has_linear_rows
-from .layers import Layer, State
-from .moves import follow
+from .layers import Layer
+from .moves import check_owned, follow
 from .observation import cast_input, multiplies_input, observe_traced, register
 
 if TYPE_CHECKING:
     from .optimizer import SINGD
-
-# The entries of a layer's state that hold its statistics: sums over the backward passes so far.
-STATISTICS = ("statistic_K", "statistic_C", "rows", "loss_terms")
 
 
 class OutputHook:
@@ -122,20 +119,14 @@ class OutputHook:
 
 def gatherer_of(optimizer: SINGD) -> _C.Gatherer:
     """Return what gathers the statistics of an optimizer's layers, of which it knows none yet."""
-    return _C.Gatherer(optimizer, _begin_pass)
+    return _C.Gatherer(optimizer, _begin_pass, follow, check_owned)
 
 
-def gather(gatherer: _C.Gatherer, layer: Layer) -> None:
+def gather(optimizer: SINGD, layer: Layer) -> None:
     """Let the gatherer know of a layer."""
-    layer.index = gatherer.add(
-        layer.group,
-        layer.parameters,
-        layer.kind.prefix,
-        layer.dim_K,
-        layer.dim_C,
-        layer.bias is not None,
-        layer.weight is not None and has_linear_rows(layer.kind),
-    )
+    structures = optimizer._checked[layer.group].structures
+    is_linear = layer.weight is not None and has_linear_rows(layer.kind)
+    layer.index = optimizer._gatherer.add(layer, *structures, is_linear)
 
 
 def _begin_pass(optimizer: SINGD) -> None:
@@ -145,15 +136,10 @@ def _begin_pass(optimizer: SINGD) -> None:
         ValueError: For an option that was changed to a bad value.
     """
     gatherer = optimizer._gatherer
-    gatherer.set_operators(ops.namespace())
     for group in optimizer._checked:
         options = optimizer.options(group)
-        gatherer.set_options(
-            group, *options.structures, options.kfac_approx == "reduce", options.loss_average
-        )
-    for layer in optimizer._layers:
-        follow(optimizer, layer)
-        gatherer.bind(layer.index, optimizer.state[layer.parameters[0]])
+        gatherer.set_options(group, options.kfac_approx == "reduce", options.loss_average)
+    gatherer.bind(optimizer.state, ops.namespace())
 
 
 def install_hooks(optimizer: SINGD, layers: Iterable[Layer]) -> list[RemovableHandle]:
@@ -170,9 +156,3 @@ def install_hooks(optimizer: SINGD, layers: Iterable[Layer]) -> list[RemovableHa
     for module, hooks in attention.items():
         handles += AttentionHook(hooks).install(module)
     return handles
-
-
-def drop_statistics(state: State) -> None:
-    """Forget what was gathered for a layer."""
-    for name in STATISTICS:
-        state.pop(name, None)

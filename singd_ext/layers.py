@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +16,6 @@ from .memory import FactorProduct
 from .registry import supported_modules
 
 State = MutableMapping[str, Any]
-Gradients = list[Tensor | None]  # of a layer's parameters; None of one that was frozen
-
-# Holds the place of the bias of a layer without one.
-_NO_BIAS = torch.empty(0)
 
 
 class Entries(State):
@@ -54,7 +50,7 @@ class Layer:
     weight: Parameter | None
     bias: Parameter | None
     group: int  # index of the parameter group
-    index: int = -1  # among those whose statistics are gathered
+    index: int = -1  # among those that the gatherer knows
     tied: dict[str, nn.Module] = field(default_factory=dict)  # further modules with the same W
     parameters: list[Parameter] = field(init=False)  # those trained; the first has the state
     due: bool = False  # whether compiled models observe it at the moment
@@ -85,7 +81,6 @@ class Layer:
     def forget(self) -> None:
         """Drop what belongs to the original and not to a copy of it."""
         self.due = False
-        self.product_K, self.product_C = FactorProduct(), FactorProduct()
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -123,16 +118,6 @@ class Layer:
             return tensor
         key = "bias" if index == 1 or self.weight is None else "weight"
         return self.kind.matrix(self.module, tensor, key)
-
-    def parts(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the layer's part of W of its first parameter, and of its second.
-
-        Args:
-            tensors: The parameters, their gradients or their momenta.
-        """
-        if not self.is_plain:
-            tensors = [self.view(i, tensor) for i, tensor in enumerate(tensors)]
-        return tensors[0], tensors[1] if len(tensors) > 1 else _NO_BIAS
 
     def accumulate_(
         self,

@@ -5,10 +5,6 @@ None of it is state: it can be recomputed, and is not saved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
-from operator import is_
-
 import torch
 from torch import Tensor
 
@@ -42,32 +38,13 @@ class CallMemory:
         self._like = (0, self._outcomes.device)  # layers and device of the outcomes
         self._workspace = workspace
 
-    def of(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return (outcomes, workspace) for a call over layers of these tensors."""
-        count, device = like = len(tensors), tensors[0].device if tensors else self._like[1]
+    def of(self, arguments: _C.FactorArguments | _C.StepArguments) -> tuple[Tensor, Tensor]:
+        """Return (outcomes, workspace) for a call with these lists."""
+        count = len(arguments)
+        like = count, device = count, arguments.device if count else self._like[1]
         if like != self._like:
             self._outcomes, self._like = self._outcomes.new_empty(count, device=device), like
         return self._outcomes, self._workspace.on(device)
-
-
-class _Known:
-    """Tells whether tensors are the ones of the last call, and unchanged since."""
-
-    def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
-        self._versions: list[int] = []
-
-    def are(self, tensors: list[Tensor]) -> bool:
-        """Compare with those of the last call, and know these from now on."""
-        versions = [tensor._version for tensor in tensors]
-        same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
-        unchanged = same and versions == self._versions
-        self._tensors, self._versions = tensors, versions
-        return unchanged
-
-    def forget(self) -> None:
-        """Know none."""
-        self._tensors, self._versions = [], []
 
 
 class SparseProducts:
@@ -75,16 +52,12 @@ class SparseProducts:
 
     def __init__(self) -> None:
         self._memory = Workspace()
-        self._factors = _Known()
+        self._factors = _C.KnownFactors()
 
-    def of(self, factors: list[Tensor], device: torch.device) -> Tensor:
-        """Return it for a call with these factors: empty, if they are not those of the last."""
+    def of(self, arguments: _C.StepArguments, device: torch.device) -> Tensor:
+        """Return it for a call: empty, if K and C are not those of the last, or were updated."""
         memory = self._memory.on(device)
-        return memory if self._factors.are(factors) else memory.resize_(0)
-
-    def drop(self) -> None:
-        """Forget the products, since the factors were updated."""
-        self._factors.forget()
+        return memory if self._factors.are_all_of(arguments) else memory.resize_(0)
 
 
 class GroupCalls:
@@ -111,22 +84,19 @@ def _times_its_transpose(square: Tensor) -> Tensor:
     return product
 
 
-@cache  # asked for every factor in every step
-def keeps_product(structure: str, dim: int, other: int, steps: int) -> bool:
-    """Whether K Kᵀ of a factor is kept from step to step: of dense and triangular ones.
+def keeps_product(dim: int, other: int, steps: int) -> bool:
+    """Whether K Kᵀ of a dense or triangular factor is kept from step to step.
 
     Making it takes about 2/3 dim³ multiply-adds on a CPU, which makes one triangle. In every step
     it saves one product of K with a matrix of dim x other. Few steps, with a narrow matrix, are not
     worth it.
 
     Args:
-        structure: Of K.
         dim: Of K.
         other: The dimension of the layer's other factor.
         steps: From one update of K to the next, T.
     """
-    is_dense = _C.storage_sections(structure, dim)[0] == ("dense", 0, (dim, dim))
-    return is_dense and 3 * steps * other >= 2 * dim
+    return 3 * steps * other >= 2 * dim
 
 
 class FactorProduct:
@@ -134,7 +104,11 @@ class FactorProduct:
 
     def __init__(self) -> None:
         self._product = torch.empty(0)
-        self._factor = _Known()
+        self._factor = _C.KnownFactors()
+
+    def __reduce__(self) -> tuple[type[FactorProduct], tuple[()]]:
+        """Copies have none yet."""
+        return FactorProduct, ()
 
     def of(self, factor: Tensor, dim: int) -> Tensor:
         """Return K Kᵀ [dim, dim] in K's dtype."""
@@ -142,10 +116,6 @@ class FactorProduct:
             self._product = torch.empty(0)  # which means none, should there be no memory for it
             self._product = _times_its_transpose(factor.view(dim, dim))
         return self._product
-
-    def drop(self) -> None:
-        """Forget the product, since the factor was updated."""
-        self._factor.forget()
 
 
 NO_PRODUCT = torch.empty(0)  # holds the place of one that is not kept

@@ -17,10 +17,7 @@ def follow(optimizer: SINGD, layer: Layer) -> None:
     Momenta take the parameter's dtype. So do factors, unless `preconditioner_dtype` says otherwise
     or they were loaded in another dtype; statistics stay in theirs.
     """
-    parameter = layer.parameters[0]
-    if (parameter.dtype, parameter.device) == layer.home:
-        return
-    before = layer.home[0]
+    parameter, before = layer.parameters[0], layer.home[0]
     dtypes = optimizer.options(layer.group).preconditioner_dtype
     for p in layer.parameters:
         state = optimizer.state[p]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _C, copies
+from . import _C, copies, ops
 from ._warnings import warn_user
 from .checkpoint import checked_state, restore_state, saved_group
 from .clipping import divisors
@@ -22,7 +22,7 @@ from .construction import (
     untrained_names,
     warn_untrained,
 )
-from .curvature import drop_statistics, gather, gatherer_of, install_hooks
+from .curvature import gather, gatherer_of, install_hooks
 from .fallback import OWN, Factory, Fallback, Group, check_new_parameters, is_own, tensor_of
 from .groups import listed, split_group
 from .hyperparameters import (
@@ -183,7 +183,7 @@ class SINGD(torch.optim.Optimizer):
         self._calls[index] = GroupCalls(self._warned)
         for layer in layers:
             self._layers.append(layer)
-            gather(self._gatherer, layer)
+            gather(self, layer)
             complete_state(self.state, layer, options)
         self._handles += install_hooks(self, layers)
         self._mark_due()
@@ -335,6 +335,7 @@ class SINGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._gatherer.bind(self.state, ops.namespace())
         plans = [plan_of(self, group) for group in self._checked]
         scales = scales_of_step(self, self._curvature_scale)
         self._curvature_scale = None
@@ -347,7 +348,7 @@ class SINGD(torch.optim.Optimizer):
                 step_factors(self, plan, scales, calls)
         bounds = divisors([plan[:2] for plan in plans], self.state, scales.gradient)
         for plan, calls, divisor in zip(plans, self._calls.values(), bounds, strict=True):
-            step_parameters(self, plan, scales, calls, divisor)
+            step_parameters(plan, scales, calls, divisor)
         self._count_steps(1)
         if not is_on_host(scales.found_inf):
             self._void_steps.note(scales.found_inf)
@@ -386,8 +387,7 @@ class SINGD(torch.optim.Optimizer):
         return [group for group in self.param_groups if not is_own(group)]
 
     def _drop_statistics(self) -> None:
-        for layer in self._layers:
-            drop_statistics(layer.entries(self.state))
+        self._gatherer.forget_statistics(self.state)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

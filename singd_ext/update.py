@@ -1,27 +1,24 @@
 """The two halves of a step for the layers of one parameter group: factors, then parameters.
 
-Each is one call of an operator over lists of all layers.
+Each is one call of an operator over lists of all layers, which stay in C++.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import repeat
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _C
 from .hyperparameters import Hyperparameters
-from .layers import Gradients, Layer, State
-from .memory import NO_PRODUCT, FactorProduct, GroupCalls, keeps_product
+from .memory import NO_PRODUCT, GroupCalls, keeps_product
 from .scaling import Scales
 
 
 def update_factors(
-    layers: Sequence[Layer],
-    states: Sequence[State],
+    arguments: _C.FactorArguments,
     options: Hyperparameters,
     step: int,
     lr_cov: float,
@@ -29,25 +26,8 @@ def update_factors(
     calls: GroupCalls,
 ) -> Tensor:
     """Update K, C, m_K and m_C from the layers' statistics; see `ops.update_factors_`."""
-    momenta = states if options.alpha1 != 0 else []
-    for layer in layers:
-        layer.product_K.drop()
-        layer.product_C.drop()
-    calls.products.drop()
-    outcomes, workspace = calls.factors.of([s["K"] for s in states])
-    return ops.update_factors_(
-        [s["K"] for s in states],
-        [s["C"] for s in states],
-        [s["m_K"] for s in momenta],
-        [s["m_C"] for s in momenta],
-        [s["rejected"] for s in states],
-        [s["statistic_K"] for s in states],
-        [s["statistic_C"] for s in states],
-        [1.0 / s["rows"] for s in states],
-        [float(s["loss_terms"]) for s in states],
-        [layer.dim_K for layer in layers],
-        [layer.dim_C for layer in layers],
-        *options.structures,
+    outcomes, workspace = calls.factors.of(arguments)
+    arguments.update_factors_(
         lr_cov=torch.tensor(lr_cov, dtype=torch.float64),
         damping=float(options.damping),
         alpha1=float(options.alpha1),
@@ -61,45 +41,28 @@ def update_factors(
         outcomes=outcomes,
         workspace=workspace,
     )
+    return outcomes
 
 
 def update_parameters(
-    layers: Sequence[Layer],
-    gradients: Sequence[Gradients],
-    state: dict[Tensor, dict[str, Any]],
+    arguments: _C.StepArguments,
     options: Hyperparameters,
     step: int,
     scales: Scales,
     calls: GroupCalls,
 ) -> Tensor:
     """Update weights, biases and their momenta; see `ops.preconditioned_update_`."""
-    has_momentum = options.momentum != 0
-    rows = [
-        _arguments(layer, own, state, has_momentum)
-        for layer, own in zip(layers, gradients, strict=True)
-    ]
-    columns = map(list, zip(*rows, strict=True)) if rows else ([] for _ in range(9))
-    weights, biases, grad_weights, grad_biases, K, C, skipped, momenta, bias_momenta = columns
-    outcomes, workspace = calls.parameters.of(weights)
-    dims = [x.dim_K for x in layers], [x.dim_C for x in layers]
+    outcomes, workspace = calls.parameters.of(arguments)
     # With T = 1 none is of use in the next step, and a backward pass has other uses for memory.
-    products = calls.products.of(K + C, workspace.device) if options.T > 1 else None
-    ops.preconditioned_update_(
-        weights,
-        biases,
-        momenta if has_momentum else [],
-        bias_momenta if has_momentum else [],
-        skipped,
-        grad_weights,
-        grad_biases,
-        K,
-        C,
-        *options.structures,
+    products = (
+        calls.products.of(arguments, workspace.device) if options.T > 1 else workspace.new_empty(0)
+    )
+    arguments.preconditioned_update_(
         lr=options.lr_tensor,
         momentum=float(options.momentum),
         weight_decay=float(options.weight_decay),
-        P_K=_products(options, 0, dims[0], dims[1], K, (x.product_K for x in layers)),
-        P_C=_products(options, 1, dims[1], dims[0], C, (x.product_C for x in layers)),
+        P_K=_products(arguments, options.T, 0),
+        P_C=_products(arguments, options.T, 1),
         grad_scale=scales.gradient,
         found_inf=scales.found_inf,
         rounding_key=_rounding_key(options, step),
@@ -107,19 +70,13 @@ def update_parameters(
         workspace=workspace,
         products=products,
     )
-    for i, layer in enumerate(layers):
-        if layer.is_copied and gradients[i][0] is not None:
-            owner = layer.parameters[0]
-            layer.kind.write_back(layer.module, owner, weights[i])
-            if has_momentum:
-                layer.kind.write_back(layer.module, state[owner]["momentum_buffer"], momenta[i])
+    if arguments.copied:
+        _write_back(arguments, has_momenta=options.momentum != 0)
     return outcomes
 
 
 def update_layer_by_layer(
-    layers: Sequence[Layer],
-    gradients: Sequence[Gradients],
-    state: dict[Tensor, dict[str, Any]],
+    arguments: _C.StepArguments,
     options: Hyperparameters,
     step: int,
     scales: Scales,
@@ -129,64 +86,37 @@ def update_layer_by_layer(
     """`update_parameters` with a scale of the gradients for each layer: one call a layer."""
     outcomes = [
         update_parameters(
-            [layer], [grads], state, options, step, scales._replace(gradient=divisor), calls
+            arguments.of_layer(i), options, step, scales._replace(gradient=divisor), calls
         ).clone()
-        for layer, grads, divisor in zip(layers, gradients, divisors, strict=True)
+        for i, divisor in enumerate(divisors)
     ]
     return torch.cat(outcomes) if outcomes else torch.empty(0, dtype=torch.int64)
 
 
-def _arguments(
-    layer: Layer, gradients: Gradients, state: dict[Tensor, dict[str, Any]], has_momentum: bool
-) -> tuple[Tensor, ...]:
-    """Return a layer's entries of the operator's lists; without momentum the last two are any.
-
-    W = [weight, bias]; of a layer of one parameter, that one takes the weight's place.
-    """
-    own = layer.entries(state)
-    targets: Sequence[Tensor] = layer.parameters
-    grads: Sequence[Any] = gradients
-    momenta: Sequence[Tensor] = targets
-    if has_momentum:
-        momenta = [state[p]["momentum_buffer"] for p in targets]
-    for i, g in enumerate(gradients):
-        if g is None:
-            # A parameter that was frozen after construction has no gradient. It is part of W, with
-            # a gradient of zero, and is kept: the operator gets a copy.
-            grads = _replaced(grads, i, torch.zeros_like(targets[i]))
-            targets = _replaced(targets, i, targets[i].clone())
-            momenta = _replaced(momenta, i, momenta[i].clone())
-    return (
-        *layer.parts(targets),
-        *layer.parts(grads),
-        own["K"],
-        own["C"],
-        own["skipped"],
-        *layer.parts(momenta),
-    )
-
-
-def _replaced(tensors: Sequence[Tensor], index: int, tensor: Tensor) -> list[Tensor]:
-    return [*tensors[:index], tensor, *tensors[index + 1 :]]
-
-
-def _products(
-    options: Hyperparameters,
-    side: int,
-    dims: list[int],
-    others: list[int],
-    factors: list[Tensor],
-    products: Iterable[FactorProduct],
-) -> list[Tensor]:
-    """Return what is kept of every factor's K Kᵀ: nothing at all for sparse structures."""
-    structure = options.structures[side]
-    kept = list(map(keeps_product, repeat(structure), dims, others, repeat(options.T)))
-    if True not in kept:
+def _products(arguments: _C.StepArguments, T: int, side: int) -> list[Tensor]:
+    """Return what is kept of K Kᵀ (side 0) or C Cᵀ (1) of every layer: nothing of sparse ones."""
+    dense = (arguments.dense_K, arguments.dense_C)[side]
+    if not dense:
         return []
-    return [
-        product.of(factor, dim) if keep else NO_PRODUCT
-        for product, factor, dim, keep in zip(products, factors, dims, kept, strict=True)
-    ]
+    layers, factors = arguments.layers, (arguments.K, arguments.C)[side]
+    result = [NO_PRODUCT] * len(arguments)
+    for i in dense:
+        dims = (layers[i].dim_K, layers[i].dim_C)
+        if keeps_product(dims[side], dims[1 - side], T):
+            product = (layers[i].product_K, layers[i].product_C)[side]
+            result[i] = product.of(factors[i], dims[side])
+    return result
+
+
+def _write_back(arguments: _C.StepArguments, has_momenta: bool) -> None:
+    """Write W and its momentum back to weights of which W holds a copy."""
+    layers = arguments.layers
+    for i in arguments.copied:
+        layer = layers[i]
+        write = partial(layer.kind.write_back, layer.module)
+        write(layer.parameters[0], arguments.weight[i])
+        if has_momenta:
+            write(arguments.momentum_buffer(i), arguments.momentum_weight[i])
 
 
 def _rounding_key(options: Hyperparameters, step: int) -> list[int] | None:

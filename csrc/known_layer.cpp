@@ -1,0 +1,92 @@
+#include "known_layer.h"
+
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <utility>
+
+#include "structures/spec.h"
+
+namespace py = pybind11;
+
+namespace singd {
+namespace {
+
+std::vector<WeakTensor> weak(const std::vector<at::Tensor>& tensors) {
+  return {tensors.begin(), tensors.end()};
+}
+
+bool is_dense(const std::string& structure, int64_t dim) {
+  return make_layout(structure, dim).family == Family::kDense;
+}
+
+}  // namespace
+
+py::object interned(const std::string& key) {
+  return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(key.c_str()));
+}
+
+Keys::Keys(const std::string& prefix)
+    : K(interned(prefix + "K")),
+      C(interned(prefix + "C")),
+      m_K(interned(prefix + "m_K")),
+      m_C(interned(prefix + "m_C")),
+      rejected(interned(prefix + "rejected")),
+      skipped(interned(prefix + "skipped")),
+      statistic_K(interned(prefix + "statistic_K")),
+      statistic_C(interned(prefix + "statistic_C")),
+      rows(interned(prefix + "rows")),
+      loss_terms(interned(prefix + "loss_terms")),
+      momentum_buffer(interned("momentum_buffer")) {}
+
+KnownLayer::KnownLayer(const py::object& layer, std::string of_K, std::string of_C, bool linear)
+    : python(layer),
+      name(layer.attr("name").cast<std::string>()),
+      group(layer.attr("group").cast<int>()),
+      parameters(weak(layer.attr("parameters").cast<std::vector<at::Tensor>>())),
+      keys(layer.attr("kind").attr("prefix").cast<std::string>()),
+      dim_K(layer.attr("dim_K").cast<int64_t>()),
+      dim_C(layer.attr("dim_C").cast<int64_t>()),
+      structure_K(std::move(of_K)),
+      structure_C(std::move(of_C)),
+      is_dense_K(is_dense(structure_K, dim_K)),
+      is_dense_C(is_dense(structure_C, dim_C)),
+      has_bias(!layer.attr("bias").is_none()),
+      is_plain(layer.attr("is_plain").cast<bool>()),
+      is_copied(layer.attr("is_copied").cast<bool>()),
+      is_linear(linear),
+      dtype(layer.attr("home").cast<py::tuple>()[0].cast<at::ScalarType>()),
+      device(layer.attr("home").cast<py::tuple>()[1].cast<c10::Device>()) {}
+
+void KnownLayer::bind(const py::dict& optimizer_state) {
+  states.clear();
+  for (const WeakTensor& parameter : parameters) {
+    states.push_back(optimizer_state[py::cast(parameter.get())].cast<py::dict>());
+  }
+}
+
+py::handle find(const py::dict& state, const py::object& key) {
+  return PyDict_GetItemWithError(state.ptr(), key.ptr());
+}
+
+int64_t number_in(const py::dict& state, const py::object& key) {
+  const py::handle number = find(state, key);
+  return number ? number.cast<int64_t>() : 0;
+}
+
+at::Tensor tensor_in(const KnownLayer& layer, const py::dict& state, const py::object& key) {
+  const py::handle value = find(state, key);
+  if (value && THPVariable_Check(value.ptr())) return THPVariable_Unpack(value.ptr());
+  throw py::key_error("the optimizer's state of layer '" + layer.name + "' has no tensor '" +
+                      key.cast<std::string>() +
+                      "': something removed it; load a saved state, or construct SINGD again");
+}
+
+void forget_statistics(const KnownLayer& layer) {
+  const Keys& keys = layer.keys;
+  for (const auto* key : {&keys.statistic_K, &keys.statistic_C, &keys.rows, &keys.loss_terms}) {
+    if (find(layer.entries(), *key)) PyDict_DelItem(layer.entries().ptr(), key->ptr());
+  }
+}
+
+}  // namespace singd

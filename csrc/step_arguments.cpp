@@ -1,0 +1,306 @@
+#include "step_arguments.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <stdexcept>
+#include <utility>
+
+namespace py = pybind11;
+
+namespace singd {
+namespace {
+
+// Entries of a layer: of its one or two parameters.
+using Pair = c10::SmallVector<at::Tensor, 2>;
+
+// Checks that a parameter without gradient is one that was frozen after construction.
+void check_frozen(const KnownLayer& layer, const Pair& parameters, const Pair& gradients) {
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    if (!gradients[i].defined() && parameters[i].requires_grad()) {
+      throw std::runtime_error("only one of weight and bias of layer '" + layer.name +
+                               "' has a gradient; K belongs to both: freeze the other one with "
+                               "requires_grad_(False)");
+    }
+  }
+}
+
+void check_dense(const KnownLayer& layer, const Pair& gradients) {
+  for (const at::Tensor& gradient : gradients) {
+    if (gradient.defined() && gradient.layout() != at::kStrided) {
+      throw py::type_error("layer '" + layer.name + "' has a sparse gradient; use dense gradients");
+    }
+  }
+}
+
+// The layer's part of W of its first parameter and of its second, whose place an empty tensor
+// holds. tensors: the parameters, their gradients or their momenta.
+std::pair<at::Tensor, at::Tensor> parts(const KnownLayer& layer, Pair tensors) {
+  static const at::Tensor* const none = new at::Tensor(at::empty({0}));
+  if (!layer.is_plain) {
+    const py::object python = layer.python.get();
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      tensors[i] = python.attr("view")(i, tensors[i]).cast<at::Tensor>();
+    }
+  }
+  return {tensors[0], tensors.size() > 1 ? tensors[1] : *none};
+}
+
+// As an operation of torch's would note it: autograd refuses to use what was saved before, and
+// products that are kept from step to step are made again.
+void note_changes(std::initializer_list<const std::vector<at::Tensor>*> lists) {
+  for (const auto* list : lists) {
+    for (const at::Tensor& tensor : *list) {
+      if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+    }
+  }
+}
+
+std::optional<at::IntArrayRef> array(const std::optional<std::vector<int64_t>>& numbers) {
+  return numbers ? std::optional<at::IntArrayRef>(*numbers) : std::nullopt;
+}
+
+void update_factors(const FactorArguments& a, const at::Tensor& lr_cov, double damping,
+                    double alpha1, bool kfac_like, bool normalize_lr_cov, int64_t expm_order,
+                    double step_cap, const std::optional<at::Tensor>& grad_scale,
+                    const std::optional<at::Tensor>& found_inf,
+                    const std::optional<std::vector<int64_t>>& rounding_key, at::Tensor outcomes,
+                    at::Tensor workspace) {
+  if (a.layers.empty()) return;
+  {
+    const py::gil_scoped_release no_gil;
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    a.operators->update_factors_.call(a.K, a.C, a.m_K, a.m_C, a.rejected, a.statistic_K,
+                                      a.statistic_C, a.scale_K, a.scale_C, a.dim_K, a.dim_C,
+                                      a.structure_K, a.structure_C, lr_cov, damping, alpha1,
+                                      kfac_like, normalize_lr_cov, expm_order, step_cap, outcomes,
+                                      workspace, grad_scale, found_inf, array(rounding_key));
+  }
+  note_changes({&a.K, &a.C, &a.m_K, &a.m_C});
+}
+
+void preconditioned_update(const StepArguments& a, const at::Tensor& lr, double momentum,
+                           double weight_decay, const std::vector<at::Tensor>& P_K,
+                           const std::vector<at::Tensor>& P_C,
+                           const std::optional<at::Tensor>& grad_scale,
+                           const std::optional<at::Tensor>& found_inf,
+                           const std::optional<std::vector<int64_t>>& rounding_key,
+                           at::Tensor outcomes, at::Tensor workspace, at::Tensor products) {
+  if (a.layers.empty()) return;
+  {
+    const py::gil_scoped_release no_gil;
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    a.operators->preconditioned_update_.call(
+        a.weight, a.bias, a.momentum_weight, a.momentum_bias, a.skipped, a.grad_weight, a.grad_bias,
+        a.K, a.C, P_K, P_C, a.structure_K, a.structure_C, lr, momentum, weight_decay, outcomes,
+        workspace, products, grad_scale, found_inf, array(rounding_key));
+  }
+  note_changes({&a.weight, &a.bias, &a.momentum_weight, &a.momentum_bias});
+}
+
+// Tells whether factors are the ones of the last call, and unchanged since.
+class KnownFactors {
+ public:
+  // Compares with those of the last call, and knows these from now on.
+  bool are(const std::vector<at::Tensor>& factors) {
+    return compare(factors.size(), [&](size_t i) { return factors[i]; });
+  }
+  bool are_all_of(const StepArguments& a) {
+    const size_t n = a.K.size();
+    return compare(2 * n, [&](size_t i) { return i < n ? a.K[i] : a.C[i - n]; });
+  }
+
+ private:
+  struct Known {
+    WeakTensor factor;
+    uint32_t version;
+  };
+
+  template <class Function>
+  bool compare(size_t count, Function factor) {
+    bool same = count == known_.size();
+    std::vector<Known> now;
+    now.reserve(count);
+    for (size_t i = 0; i < count; ++i) {
+      const at::Tensor tensor = factor(i);
+      const auto version = static_cast<uint32_t>(tensor._version());
+      same = same && known_[i].version == version && known_[i].factor.get().is_same(tensor);
+      now.push_back({WeakTensor(tensor), version});
+    }
+    known_ = std::move(now);
+    return same;
+  }
+
+  std::vector<Known> known_;
+};
+
+std::vector<py::object> python_layers(const KnownLayers& layers) {
+  std::vector<py::object> result;
+  for (const auto& layer : layers) result.push_back(layer->python.get());
+  return result;
+}
+
+// Positions of the layers of which this is so.
+std::vector<size_t> positions(const KnownLayers& layers, bool KnownLayer::* is_so) {
+  std::vector<size_t> result;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if ((*layers[i]).*is_so) result.push_back(i);
+  }
+  return result;
+}
+
+}  // namespace
+
+void FactorArguments::add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta) {
+  const Keys& keys = layer->keys;
+  const py::dict& own = layer->entries();
+  if (!find(own, keys.rows)) return unseen.push_back(layer->name);
+  const int64_t rows = number_in(own, keys.rows);
+  if (rows == 0) return;
+  const auto entry = [&](const py::object& key) { return tensor_in(*layer, own, key); };
+  layers.push_back(layer);
+  K.push_back(entry(keys.K));
+  C.push_back(entry(keys.C));
+  if (has_momenta) {
+    m_K.push_back(entry(keys.m_K));
+    m_C.push_back(entry(keys.m_C));
+  }
+  rejected.push_back(entry(keys.rejected));
+  statistic_K.push_back(entry(keys.statistic_K));
+  statistic_C.push_back(entry(keys.statistic_C));
+  scale_K.push_back(1.0 / static_cast<double>(rows));
+  scale_C.push_back(static_cast<double>(number_in(own, keys.loss_terms)));
+  dim_K.push_back(layer->dim_K);
+  dim_C.push_back(layer->dim_C);
+}
+
+bool is_unused(const KnownLayer& layer) {
+  for (const WeakTensor& parameter : layer.parameters) {
+    if (parameter.get().grad().defined()) return false;
+  }
+  return true;
+}
+
+void StepArguments::add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta) {
+  Pair parameters, gradients, momenta;
+  for (const WeakTensor& parameter : layer->parameters) {
+    parameters.push_back(parameter.get());
+    gradients.push_back(parameters.back().grad());
+  }
+  check_frozen(*layer, parameters, gradients);
+  check_dense(*layer, gradients);
+  for (size_t i = 0; i < parameters.size() && has_momenta; ++i) {
+    momenta.push_back(tensor_in(*layer, layer->states.at(i), layer->keys.momentum_buffer));
+  }
+  if (layer->is_copied && gradients[0].defined()) {
+    copied.push_back(static_cast<int64_t>(layers.size()));
+  }
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    if (gradients[i].defined()) continue;
+    // A parameter that was frozen after construction has no gradient. It is part of W, with a
+    // gradient of zero, and is kept: the operator gets a copy.
+    gradients[i] = at::zeros_like(parameters[i]);
+    parameters[i] = parameters[i].clone();
+    if (has_momenta) momenta[i] = momenta[i].clone();
+  }
+  const auto add = [&](const Pair& pair, auto& first, auto& second) {
+    auto [a, b] = parts(*layer, pair);
+    first.push_back(std::move(a));
+    second.push_back(std::move(b));
+  };
+  add(parameters, weight, bias);
+  add(gradients, grad_weight, grad_bias);
+  if (has_momenta) add(momenta, momentum_weight, momentum_bias);
+  K.push_back(tensor_in(*layer, layer->entries(), layer->keys.K));
+  C.push_back(tensor_in(*layer, layer->entries(), layer->keys.C));
+  skipped.push_back(tensor_in(*layer, layer->entries(), layer->keys.skipped));
+  layers.push_back(layer);
+}
+
+StepArguments StepArguments::of_layer(size_t index) const {
+  StepArguments one;
+  one.operators = operators;
+  one.layers = {layers.at(index)};
+  one.structure_K = structure_K;
+  one.structure_C = structure_C;
+  for (const auto list :
+       {&StepArguments::weight, &StepArguments::bias, &StepArguments::momentum_weight,
+        &StepArguments::momentum_bias, &StepArguments::skipped, &StepArguments::grad_weight,
+        &StepArguments::grad_bias, &StepArguments::K, &StepArguments::C}) {
+    if (!(this->*list).empty()) (one.*list).push_back((this->*list)[index]);
+  }
+  for (const int64_t i : copied) {
+    if (i == static_cast<int64_t>(index)) one.copied.push_back(0);
+  }
+  return one;
+}
+
+void define_step_arguments(py::module_& m) {
+  using torch::wrap_pybind_function;
+  py::class_<KnownFactors>(m, "KnownFactors")
+      .def(py::init<>())
+      .def("are", &KnownFactors::are, py::arg("factors"))
+      .def("are_all_of", &KnownFactors::are_all_of, py::arg("arguments"));
+  const auto device_of = [](const auto& a) { return a.K.front().device(); };
+  py::class_<FactorArguments>(m, "FactorArguments")
+      .def("__len__", [](const FactorArguments& a) { return a.layers.size(); })
+      .def_property_readonly("device", [=](const FactorArguments& a) { return device_of(a); })
+      .def_property_readonly("layers",
+                             [](const FactorArguments& a) { return python_layers(a.layers); })
+      .def_readonly("unseen", &FactorArguments::unseen)
+      .def("update_factors_", wrap_pybind_function(update_factors), py::kw_only(),
+           py::arg("lr_cov"), py::arg("damping"), py::arg("alpha1"), py::arg("kfac_like"),
+           py::arg("normalize_lr_cov"), py::arg("expm_order"), py::arg("step_cap"),
+           py::arg("grad_scale"), py::arg("found_inf"), py::arg("rounding_key"),
+           py::arg("outcomes"), py::arg("workspace"));
+  py::class_<StepArguments>(m, "StepArguments")
+      .def("__len__", [](const StepArguments& a) { return a.layers.size(); })
+      .def_property_readonly("device", [=](const StepArguments& a) { return device_of(a); })
+      .def_property_readonly("layers",
+                             [](const StepArguments& a) { return python_layers(a.layers); })
+      .def_readonly("weight", &StepArguments::weight)
+      .def_readonly("momentum_weight", &StepArguments::momentum_weight)
+      .def_readonly("K", &StepArguments::K)
+      .def_readonly("C", &StepArguments::C)
+      .def_property_readonly(
+          "dense_K",
+          [](const StepArguments& a) { return positions(a.layers, &KnownLayer::is_dense_K); })
+      .def_property_readonly(
+          "dense_C",
+          [](const StepArguments& a) { return positions(a.layers, &KnownLayer::is_dense_C); })
+      .def_readonly("copied", &StepArguments::copied)
+      .def(
+          "momentum_buffer",
+          [](const StepArguments& a, size_t index) {
+            const KnownLayer& layer = *a.layers.at(index);
+            return tensor_in(layer, layer.entries(), layer.keys.momentum_buffer);
+          },
+          py::arg("index"))
+      .def("of_layer", &StepArguments::of_layer, py::arg("index"))
+      .def(
+          "factors",
+          [](const StepArguments& a, bool has_momenta) {
+            FactorArguments factors;
+            factors.operators = a.operators;
+            factors.structure_K = a.structure_K;
+            factors.structure_C = a.structure_C;
+            for (const auto& layer : a.layers) factors.add(layer, has_momenta);
+            return factors;
+          },
+          py::arg("has_momenta"))
+      .def("forget_statistics",
+           [](const StepArguments& a) {
+             for (const auto& layer : a.layers) forget_statistics(*layer);
+           })
+      .def("preconditioned_update_", wrap_pybind_function(preconditioned_update), py::kw_only(),
+           py::arg("lr"), py::arg("momentum"), py::arg("weight_decay"), py::arg("P_K"),
+           py::arg("P_C"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("rounding_key"),
+           py::arg("outcomes"), py::arg("workspace"), py::arg("products"));
+}
+
+}  // namespace singd

@@ -1,0 +1,53 @@
+// What the operators of a step take: lists with an entry a layer, collected from the parameters and
+// the optimizer's state and handed on without Python's code on the way.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "known_layer.h"
+#include "operators.h"
+
+namespace singd {
+
+using KnownLayers = std::vector<std::shared_ptr<KnownLayer>>;
+
+// The lists of `update_factors_`, of layers that have statistics.
+struct FactorArguments {
+  std::shared_ptr<const Operators> operators;
+  KnownLayers layers;
+  std::vector<std::string> unseen;  // names of the layers that have none
+  std::string structure_K, structure_C;
+  std::vector<at::Tensor> K, C, m_K, m_C, rejected, statistic_K, statistic_C;
+  std::vector<double> scale_K, scale_C;
+  std::vector<int64_t> dim_K, dim_C;
+
+  void add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta);
+};
+
+// The lists of `preconditioned_update_`, of layers that have a gradient.
+struct StepArguments {
+  std::shared_ptr<const Operators> operators;
+  KnownLayers layers;
+  std::string structure_K, structure_C;
+  std::vector<at::Tensor> weight, bias, momentum_weight, momentum_bias, skipped, grad_weight,
+      grad_bias, K, C;
+  std::vector<int64_t> copied;  // of the layers, those whose weight is to be written back
+
+  // Not without a gradient. Throws if the gradients are not what a step needs.
+  void add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta);
+  // Those of one layer.
+  StepArguments of_layer(size_t index) const;
+};
+
+// Whether no parameter of the layer has a gradient.
+bool is_unused(const KnownLayer& layer);
+
+// Adds the classes StepArguments, FactorArguments and KnownFactors to the module.
+void define_step_arguments(pybind11::module_& m);
+
+}  // namespace singd
