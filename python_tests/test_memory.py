@@ -6,7 +6,7 @@ from nets import snapshot, trained
 from tolerance import assert_close_to_truth
 from torch import Tensor, nn
 
-from singd_ext import SINGD, ops
+from singd_ext import _C, SINGD, ops
 from singd_ext.memory import SparseProducts, keeps_product
 
 DENSE = ("dense", "triu")
@@ -124,15 +124,37 @@ def test_a_void_call_makes_no_products() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_products_are_those_of_the_same_tensors(count: int) -> None:
+def test_known_factors_are_the_same_tensors(count: int) -> None:
     """Other tensors, more or fewer of them: versions alone would not tell."""
     factors = [torch.ones(2), torch.ones(2)]
-    products = SparseProducts()
-    cpu = torch.device("cpu")
-    products.of(factors, cpu).resize_(8)
-    assert products.of(list(factors), cpu).numel() == 8
+    known = _C.KnownFactors()
+    assert not known.are(factors)
+    assert known.are(list(factors))
     others = [*factors[: count - 1], torch.ones(2)]
-    assert products.of(others, cpu).numel() == 0
+    assert not known.are(others)
+    assert known.are(others)
+    others[-1].mul_(2)
+    assert not known.are(others)
+
+
+@pytest.mark.parametrize("structures", KEPT)
+def test_a_layer_without_gradient_takes_its_products_along(structures: tuple[str, str]) -> None:
+    """The others' are made again, in memory that held those of both."""
+
+    def final(forget: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
+        optimizer = SINGD(net, structures=structures, T=10, lr_cov=0.1)
+        for seed in range(2):
+            train_step(net, optimizer, seed)
+        net[0].requires_grad_(False)
+        for seed in range(2, 4):
+            if forget:
+                optimizer._calls[0].products = SparseProducts()
+            train_step(net, optimizer, seed)
+        return snapshot(net, optimizer)
+
+    torch.testing.assert_close(final(False), final(True), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("structure", ["diagonal", "block_diagonal:2", "hierarchical:1,1"])

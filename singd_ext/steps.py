@@ -26,6 +26,7 @@ class Plan(NamedTuple):
     options: Hyperparameters
     step: int
     lr_cov: float | None  # β₁; None if the factors are not due
+    factors: _C.FactorArguments | None  # of those of the layers that have statistics, if due
 
 
 def plan_of(optimizer: SINGD, group: int) -> Plan:
@@ -42,13 +43,14 @@ def plan_of(optimizer: SINGD, group: int) -> Plan:
     arguments = optimizer._gatherer.step_arguments(
         group, has_momenta=options.momentum != 0, factors_are_due=lr_cov is not None
     )
-    return Plan(arguments, options, step, lr_cov)
+    factors = None if lr_cov is None else arguments.factors(has_momenta=options.alpha1 != 0)
+    return Plan(arguments, options, step, lr_cov, factors)
 
 
 def step_factors(optimizer: SINGD, plan: Plan, scales: Scales, calls: GroupCalls) -> None:
     """Update the factors of the layers whose modules were called, from their statistics."""
-    assert plan.lr_cov is not None
-    arguments = plan.arguments.factors(has_momenta=plan.options.alpha1 != 0)
+    arguments = plan.factors
+    assert plan.lr_cov is not None and arguments is not None
     if arguments.unseen and optimizer._handles:
         optimizer._warn_once(
             f"layers {arguments.unseen} have gradients, but their modules were not called: their "
