@@ -205,6 +205,7 @@ std::vector<LayerStep> checked_steps(const char* op, const StepLists& l, bool ha
   check_length(op, "P_K", l.P_K.size(), l.P_K.empty() ? 0 : layers);
   check_length(op, "P_C", l.P_C.size(), l.P_C.empty() ? 0 : layers);
   std::vector<LayerStep> steps;
+  steps.reserve(layers);
   for (size_t n = 0; n < layers; ++n) {
     steps.push_back(checked_step(op, l, n, has_momenta, device));
   }

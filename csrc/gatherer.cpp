@@ -81,8 +81,8 @@ struct Sums {
 class Gatherer {
  public:
   // begin_pass(optimizer) is called by every backward pass, follow(optimizer, layer) if a layer's
-  // parameters are elsewhere or of another type, and check_owned(layer) if its factors are due or
-  // none of its parameters has a gradient.
+  // parameters are elsewhere or of another type, and check_owned(layer) if they may not be those of
+  // its modules any more.
   Gatherer(const py::object& optimizer, py::function begin_pass, py::function follow,
            py::function check_owned)
       : optimizer_(optimizer),
@@ -122,6 +122,7 @@ class Gatherer {
 
   // Of the layers of a group that have gradients. Throws if one cannot do its step.
   StepArguments step_arguments(int group, bool has_momenta, bool factors_are_due) {
+    const at::NoGradGuard no_grad;
     StepArguments arguments;
     arguments.operators = operators_;
     for (const auto& layer : layers_) {
@@ -129,7 +130,8 @@ class Gatherer {
       arguments.structure_K = layer->structure_K;
       arguments.structure_C = layer->structure_C;
       const bool unused = is_unused(*layer);
-      if (unused || factors_are_due) check_owned_(layer->python.get());
+      const bool matters = unused || factors_are_due;
+      if (matters && !layer->is_owned()) check_owned_(layer->python.get());
       if (!unused) arguments.add(layer, has_momenta);
     }
     return arguments;

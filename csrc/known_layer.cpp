@@ -16,6 +16,23 @@ std::vector<WeakTensor> weak(const std::vector<at::Tensor>& tensors) {
   return {tensors.begin(), tensors.end()};
 }
 
+std::vector<py::object> roles_in(const py::object& layer) {
+  std::vector<py::object> roles;
+  for (const char* role : {"weight", "bias"}) {
+    if (!layer.attr(role).is_none()) roles.push_back(interned(role));
+  }
+  return roles;
+}
+
+std::vector<WeakReference> modules_in(const py::object& layer) {
+  std::vector<WeakReference> modules;
+  if (!layer.attr("holds_parameters").cast<bool>()) return modules;
+  for (const py::handle module : layer.attr("modules")) {
+    modules.emplace_back(py::reinterpret_borrow<py::object>(module));
+  }
+  return modules;
+}
+
 bool is_dense(const std::string& structure, int64_t dim) {
   return make_layout(structure, dim).family == Family::kDense;
 }
@@ -44,6 +61,8 @@ KnownLayer::KnownLayer(const py::object& layer, std::string of_K, std::string of
       name(layer.attr("name").cast<std::string>()),
       group(layer.attr("group").cast<int>()),
       parameters(weak(layer.attr("parameters").cast<std::vector<at::Tensor>>())),
+      roles(roles_in(layer)),
+      modules(modules_in(layer)),
       keys(layer.attr("kind").attr("prefix").cast<std::string>()),
       dim_K(layer.attr("dim_K").cast<int64_t>()),
       dim_C(layer.attr("dim_C").cast<int64_t>()),
@@ -63,6 +82,19 @@ void KnownLayer::bind(const py::dict& optimizer_state) {
   for (const WeakTensor& parameter : parameters) {
     states.push_back(optimizer_state[py::cast(parameter.get())].cast<py::dict>());
   }
+}
+
+bool KnownLayer::is_owned() const {
+  static const py::object* const own_parameters = new py::object(interned("_parameters"));
+  for (const WeakReference& module : modules) {
+    const py::dict own = py::getattr(module.get(), *own_parameters);
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      const py::handle held = find(own, roles[i]);
+      if (!held || !THPVariable_Check(held.ptr())) return false;
+      if (!THPVariable_Unpack(held.ptr()).is_same(parameters[i].get())) return false;
+    }
+  }
+  return !modules.empty();
 }
 
 py::handle find(const py::dict& state, const py::object& key) {

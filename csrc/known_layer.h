@@ -31,6 +31,8 @@ struct KnownLayer {
   std::string name;
   int group;
   std::vector<WeakTensor> parameters;
+  std::vector<pybind11::object> roles;  // of the parameters: "weight", "bias"
+  std::vector<WeakReference> modules;   // if these hold the parameters under these names
   Keys keys;
   int64_t dim_K, dim_C;
   std::string structure_K, structure_C;
@@ -53,6 +55,8 @@ struct KnownLayer {
 
   // Finds the states of its parameters, which anyone may have exchanged.
   void bind(const pybind11::dict& optimizer_state);
+  // Whether the modules are known to hold the parameters.
+  bool is_owned() const;
   pybind11::dict& entries() { return states.at(0); }
   const pybind11::dict& entries() const { return states.at(0); }
 };

@@ -2,6 +2,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros_like.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -65,9 +66,9 @@ std::optional<at::IntArrayRef> array(const std::optional<std::vector<int64_t>>& 
   return numbers ? std::optional<at::IntArrayRef>(*numbers) : std::nullopt;
 }
 
-void update_factors(const FactorArguments& a, const at::Tensor& lr_cov, double damping,
-                    double alpha1, bool kfac_like, bool normalize_lr_cov, int64_t expm_order,
-                    double step_cap, const std::optional<at::Tensor>& grad_scale,
+void update_factors(const FactorArguments& a, double lr_cov, double damping, double alpha1,
+                    bool kfac_like, bool normalize_lr_cov, int64_t expm_order, double step_cap,
+                    const std::optional<at::Tensor>& grad_scale,
                     const std::optional<at::Tensor>& found_inf,
                     const std::optional<std::vector<int64_t>>& rounding_key, at::Tensor outcomes,
                     at::Tensor workspace) {
@@ -75,11 +76,11 @@ void update_factors(const FactorArguments& a, const at::Tensor& lr_cov, double d
   {
     const py::gil_scoped_release no_gil;
     const at::AutoDispatchBelowADInplaceOrView guard;
-    a.operators->update_factors_.call(a.K, a.C, a.m_K, a.m_C, a.rejected, a.statistic_K,
-                                      a.statistic_C, a.scale_K, a.scale_C, a.dim_K, a.dim_C,
-                                      a.structure_K, a.structure_C, lr_cov, damping, alpha1,
-                                      kfac_like, normalize_lr_cov, expm_order, step_cap, outcomes,
-                                      workspace, grad_scale, found_inf, array(rounding_key));
+    a.operators->update_factors_.call(
+        a.K, a.C, a.m_K, a.m_C, a.rejected, a.statistic_K, a.statistic_C, a.scale_K, a.scale_C,
+        a.dim_K, a.dim_C, a.structure_K, a.structure_C, at::scalar_tensor(lr_cov, at::kDouble),
+        damping, alpha1, kfac_like, normalize_lr_cov, expm_order, step_cap, outcomes, workspace,
+        grad_scale, found_inf, array(rounding_key));
   }
   note_changes({&a.K, &a.C, &a.m_K, &a.m_C});
 }

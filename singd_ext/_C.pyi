@@ -38,7 +38,7 @@ class FactorArguments:
     def update_factors_(
         self,
         *,
-        lr_cov: Tensor,
+        lr_cov: float,
         damping: float,
         alpha1: float,
         kfac_like: bool,

@@ -56,6 +56,7 @@ def divisors(
     ]
 
 
+@torch.no_grad()
 def _measure(
     layer: Layer, state: dict[Tensor, State], options: Hyperparameters, grad_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -134,13 +134,14 @@ class Fallback:
         if "momentum" not in optimizer.defaults:
             for group in groups:
                 _cycle_first_beta(group)
-        if scales.found_inf is None and scales.gradient is None:
-            optimizer.step()
-        elif _supports_scales(optimizer):
-            _step_with_scales(optimizer, scales)
-        elif scales.found_inf is None or scales.found_inf.item() == 0:
-            _unscale(groups, scales.gradient)
-            optimizer.step()
+        with torch.no_grad():
+            if scales.found_inf is None and scales.gradient is None:
+                optimizer.step()
+            elif _supports_scales(optimizer):
+                _step_with_scales(optimizer, scales)
+            elif scales.found_inf is None or scales.found_inf.item() == 0:
+                _unscale(groups, scales.gradient)
+                optimizer.step()
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -78,6 +78,11 @@ class Layer:
                 "parameter, whose update would be lost: return a view, or override write_back"
             )
 
+    @property
+    def holds_parameters(self) -> bool:
+        """Whether its modules hold the parameters themselves, as "weight" and "bias"."""
+        return type(self.kind).parameters is LayerKind.parameters
+
     def forget(self) -> None:
         """Drop what belongs to the original and not to a copy of it."""
         self.due = False

@@ -317,7 +317,6 @@ class SINGD(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- the step
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the factors every T steps, and the parameters; the fallback does its own step.
 

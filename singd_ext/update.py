@@ -28,7 +28,7 @@ def update_factors(
     """Update K, C, m_K and m_C from the layers' statistics; see `ops.update_factors_`."""
     outcomes, workspace = calls.factors.of(arguments)
     arguments.update_factors_(
-        lr_cov=torch.tensor(lr_cov, dtype=torch.float64),
+        lr_cov=lr_cov,
         damping=float(options.damping),
         alpha1=float(options.alpha1),
         kfac_like=options.kfac_like,
@@ -108,6 +108,7 @@ def _products(arguments: _C.StepArguments, T: int, side: int) -> list[Tensor]:
     return result
 
 
+@torch.no_grad()
 def _write_back(arguments: _C.StepArguments, has_momenta: bool) -> None:
     """Write W and its momentum back to weights of which W holds a copy."""
     layers = arguments.layers
