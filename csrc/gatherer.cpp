@@ -8,7 +8,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -58,24 +58,22 @@ struct Shape {
   int64_t batch, shared;
 };
 
-// The layer's sums, zeros if there are none yet.
-at::Tensor statistic(py::dict& state, const py::object& key, const at::Tensor& factor) {
-  if (const py::handle sums = find(state, key)) return sums.cast<at::Tensor>();
-  const bool is_double = factor.scalar_type() == at::kDouble;
-  at::Tensor zeros =
-      at::zeros(factor.sizes(), factor.options().dtype(is_double ? at::kDouble : at::kFloat));
-  state[key] = zeros;
-  return zeros;
-}
-
-// The layer's entries that statistics are made of.
+// A layer's sums for one factor: new memory, if there are none yet.
 struct Sums {
-  at::Tensor K, C, statistic_K, statistic_C;
-  explicit Sums(KnownLayer& layer)
-      : K(tensor_in(layer, layer.entries(), layer.keys.K)),
-        C(tensor_in(layer, layer.entries(), layer.keys.C)),
-        statistic_K(statistic(layer.entries(), layer.keys.statistic_K, K)),
-        statistic_C(statistic(layer.entries(), layer.keys.statistic_C, C)) {}
+  at::Tensor factor, statistic;
+  bool are_new;
+
+  Sums(const KnownLayer& layer, const py::object& factor_key, const py::object& key)
+      : factor(tensor_in(layer, layer.entries(), factor_key)),
+        are_new(!find(layer.entries(), key)) {
+    if (!are_new) {
+      statistic = tensor_in(layer, layer.entries(), key);
+      return;
+    }
+    const bool is_double = factor.scalar_type() == at::kDouble;
+    statistic =
+        at::empty(factor.sizes(), factor.options().dtype(is_double ? at::kDouble : at::kFloat));
+  }
 };
 
 class Gatherer {
@@ -156,8 +154,9 @@ class Gatherer {
  private:
   void follow(KnownLayer& layer);
   void begin(KnownLayer& layer, int64_t pass);
-  Shape add_linear(const KnownLayer& layer, Sums sums, const at::Tensor& x,
-                   const at::Tensor& g) const;
+  Shape add_linear(KnownLayer& layer, const at::Tensor& x, const at::Tensor& g) const;
+  Shape add_others(KnownLayer& layer, const at::Tensor& x, const at::Tensor& g,
+                   const py::object& hook) const;
   void count(KnownLayer& layer, Shape shape) const;
 
   WeakReference optimizer_;
@@ -211,19 +210,39 @@ void Gatherer::begin(KnownLayer& layer, int64_t pass) {
   if (layer.pass_counts && is_clear) singd::forget_statistics(layer);
 }
 
-Shape Gatherer::add_linear(const KnownLayer& layer, Sums sums, const at::Tensor& x,
-                           const at::Tensor& g) const {
+Shape Gatherer::add_linear(KnownLayer& layer, const at::Tensor& x, const at::Tensor& g) const {
   static const std::string expand = "expand", mean = "mean", sum = "sum";
-  const GroupOptions& options = options_[layer.group];
+  const Keys& keys = layer.keys;
+  Sums of_C(layer, keys.C, keys.statistic_C), of_K(layer, keys.K, keys.statistic_K);
+  const bool reduce = options_[layer.group].reduce;
   const at::Tensor inputs = linear_rows(x), gradients = linear_rows(g);
-  const py::gil_scoped_release no_gil;
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  operators_->accumulate_statistic_.call(sums.statistic_C, gradients, sums.C, layer.dim_C,
-                                         layer.structure_C, false, options.reduce ? sum : expand);
-  operators_->accumulate_statistic_.call(sums.statistic_K, inputs, sums.K, layer.dim_K,
-                                         layer.structure_K, layer.has_bias,
-                                         options.reduce ? mean : expand);
+  {
+    const py::gil_scoped_release no_gil;
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    operators_->accumulate_statistic_.call(of_C.statistic, gradients, of_C.factor, layer.dim_C,
+                                           layer.structure_C, false, reduce ? sum : expand,
+                                           of_C.are_new);
+    operators_->accumulate_statistic_.call(of_K.statistic, inputs, of_K.factor, layer.dim_K,
+                                           layer.structure_K, layer.has_bias,
+                                           reduce ? mean : expand, of_K.are_new);
+  }
+  // New memory becomes state once it holds something.
+  if (of_C.are_new) layer.entries()[keys.statistic_C] = of_C.statistic;
+  if (of_K.are_new) layer.entries()[keys.statistic_K] = of_K.statistic;
   return {gradients.size(0), gradients.size(1)};
+}
+
+// Python's code adds the rows, to sums that are there.
+Shape Gatherer::add_others(KnownLayer& layer, const at::Tensor& x, const at::Tensor& g,
+                           const py::object& hook) const {
+  const Keys& keys = layer.keys;
+  for (const auto& [factor, key] :
+       {std::pair(&keys.C, &keys.statistic_C), std::pair(&keys.K, &keys.statistic_K)}) {
+    const Sums sums(layer, *factor, *key);
+    if (sums.are_new) layer.entries()[*key] = sums.statistic.zero_();
+  }
+  const auto [batch, shared] = hook.attr("add_rows")(x, g).cast<std::pair<int64_t, int64_t>>();
+  return {batch, shared};
 }
 
 // Counts rows, and the terms that the loss averages over, so that micro-batches make one big batch.
@@ -254,10 +273,7 @@ void Gatherer::receive(KnownLayer& layer, const at::Tensor& x, const at::Tensor&
   }
   if (pass != layer.last_pass) begin(layer, pass);
   if (!layer.pass_counts) return;
-  Sums sums(layer);
-  if (layer.is_linear) return count(layer, add_linear(layer, std::move(sums), x, g));
-  const auto [batch, shared] = hook.attr("add_rows")(x, g).cast<std::pair<int64_t, int64_t>>();
-  count(layer, {batch, shared});
+  count(layer, layer.is_linear ? add_linear(layer, x, g) : add_others(layer, x, g, hook));
 }
 
 // What the hook of one module of a layer hands its calls to.

@@ -11,7 +11,7 @@ namespace singd {
 
 struct Operators {
   c10::TypedOperatorHandle<void(at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
-                                const std::string&, bool, const std::string&)>
+                                const std::string&, bool, const std::string&, bool)>
       accumulate_statistic_;
   c10::TypedOperatorHandle<void(
       at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList,

@@ -20,7 +20,8 @@ TORCH_LIBRARY(SINGD_LIBRARY, m) {
   // The hot path.
   m.def(
       "accumulate_statistic_(Tensor(a!) statistic, Tensor rows, Tensor factor, int dim, "
-      "str structure, *, bool ones_column=False, str shared=\"expand\") -> ()");
+      "str structure, *, bool ones_column=False, str shared=\"expand\", "
+      "bool overwrite=False) -> ()");
   m.def(
       "update_factors_(Tensor(a!)[] K, Tensor(b!)[] C, Tensor(c!)[] m_K, Tensor(d!)[] m_C, "
       "Tensor(e!)[] rejected, Tensor[] statistic_K, Tensor[] statistic_C, float[] scale_K, "

@@ -11,6 +11,7 @@ from singd_ext import StructuredMatrix, ops
 pytestmark = pytest.mark.usefixtures("backend")
 
 SPECS = ("block_diagonal:7", "block_diagonal:30", "rank_triu:1", "hierarchical:2,3", "rank_tril:2")
+ALL = (*masks.SPECS, "block_diagonal:30", "hierarchical:16,16", "rank_tril:17")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,6 +32,25 @@ def test_rows_at_the_edges_of_passes(spec: str, dtype: torch.dtype, rows: int) -
             for wide in (torch.float64, torch.float32)
         )
         assert_close_to_truth(ours, rival, truth, factor=4.0, floor=16.0)
+
+
+@pytest.mark.parametrize("spec", ALL)
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("rows", [0, 3, 513])
+def test_new_memory_is_overwritten(spec: str, dtype: torch.dtype, rows: int) -> None:
+    """Whatever it holds; small integers are summed exactly."""
+    for dim in (1, 2, 31, 257):
+        x = random(1, rows, dim, dtype=torch.float64).sign().to(dtype)
+        factor = StructuredMatrix.eye(spec, dim, dtype).data
+        wide = torch.promote_types(dtype, torch.float32)
+        zeros, garbage = torch.zeros_like(factor, dtype=wide), torch.full_like(factor, torch.nan)
+        garbage = garbage.to(wide)
+        ops.accumulate_statistic_(zeros, x, factor, dim, spec)
+        ops.accumulate_statistic_(garbage, x, factor, dim, spec, overwrite=True)
+        if "toeplitz" in spec:  # FFTs of integers are rounded to integers
+            zeros, garbage = zeros.round(), garbage.round()
+        assert torch.equal(garbage, zeros), dim
+        assert zeros.any() == (rows > 0)
 
 
 # Of a factor of small integers: number, distance from the diagonal, and where it is.

@@ -105,3 +105,18 @@ def test_momenta_and_factors_that_users_exchange_are_used() -> None:
         optimizer.step()
         results.append(net[0].bias.detach())
     assert not torch.equal(*results)
+
+
+def test_a_statistic_that_fails_leaves_no_memory_that_holds_nothing() -> None:
+    """The next pass begins anew."""
+    net, optimizer = with_gradients()
+    optimizer.zero_grad()
+    state = optimizer.state[net[1].weight]
+    C, state["C"] = state["C"], torch.ones(3)
+    with pytest.raises(ValueError, match="statistic has shape"):
+        net(torch.randn(5, 4)).sum().backward()
+    assert not state.keys() & {"statistic_K", "statistic_C", "rows"}
+    state["C"] = C
+    net(torch.randn(5, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer.rejections()["1"] == (0, 0)

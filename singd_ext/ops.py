@@ -87,6 +87,7 @@ def accumulate_statistic_(
     *,
     ones_column: bool = False,
     shared: str = "expand",
+    overwrite: bool = False,
 ) -> None:
     """Add the rows of one micro-batch to the statistic of a factor, in place.
 
@@ -104,9 +105,17 @@ def accumulate_statistic_(
         shared: "expand": every (batch, shared) position is a row (KFAC-expand). "mean", "sum": one
             row per batch entry, reduced over `shared` (KFAC-reduce: inputs take the mean, output
             gradients the sum).
+        overwrite: Whether the statistic is new memory, whose numbers count for nothing.
     """
     _ops.accumulate_statistic_.default(
-        statistic, rows, factor, dim, structure, ones_column=ones_column, shared=shared
+        statistic,
+        rows,
+        factor,
+        dim,
+        structure,
+        ones_column=ones_column,
+        shared=shared,
+        overwrite=overwrite,
     )
 
 
@@ -354,6 +363,7 @@ def _(
     *,
     ones_column: bool = False,
     shared: str = "expand",
+    overwrite: bool = False,
 ) -> None:
     return None
 

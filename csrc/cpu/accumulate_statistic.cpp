@@ -15,12 +15,13 @@ namespace {
 
 void accumulate_statistic_(at::Tensor& statistic, const at::Tensor& rows, const at::Tensor& factor,
                            int64_t dim, const std::string& structure, bool ones_column,
-                           const std::string& shared) {
+                           const std::string& shared, bool overwrite) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const char* op = "accumulate_statistic_";
   const Layout layout = checked_statistic(op, statistic, rows, factor, dim, structure, ones_column);
   const auto dtype = statistic.scalar_type();
   const Shared treatment = checked_shared(op, shared);
+  if (overwrite && !layout.is_local()) statistic.zero_();
   if (Bfloat16Statistic::takes(rows, factor, layout, treatment)) {
     return Bfloat16Statistic(layout, statistic.mutable_data_ptr<float>()).add(rows, factor);
   }
@@ -32,7 +33,9 @@ void accumulate_statistic_(at::Tensor& statistic, const at::Tensor& rows, const 
     using T = decltype(zero);
     const T* storage = needs_factor ? k.const_data_ptr<T>() : nullptr;
     T* sums = statistic.mutable_data_ptr<T>();
-    if (layout.is_local()) return LocalStatistic<T>(view, layout, storage, sums).add();
+    if (layout.is_local()) {
+      return LocalStatistic<T>(view, layout, storage, sums, overwrite).add();
+    }
     visit_whole(layout, [&](const auto& family) {
       for_each_chunk<T>(rows, view, layout, [&](const T* chunk, int64_t m) {
         family.template accumulate<AtenMath, T>(storage, chunk, m, sums);

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "../structures/layout.h"
+#include "../structures/spec.h"
 #include "kernels.h"
 #include "thread_scratch.h"
 
@@ -17,12 +18,17 @@ namespace singd::cpu {
 template <class T>
 class LocalStatistic {
  public:
-  // `factor` is the storage of K, or null for K = I.
-  LocalStatistic(const RowsView& rows, const Layout& layout, const T* factor, T* statistic)
-      : rows_(rows), layout_(layout), factor_(factor), statistic_(statistic) {}
+  // `factor` is the storage of K, or null for K = I; `overwrite`: the statistic holds nothing yet.
+  LocalStatistic(const RowsView& rows, const Layout& layout, const T* factor, T* statistic,
+                 bool overwrite = false)
+      : rows_(rows),
+        layout_(layout),
+        factor_(factor),
+        statistic_(statistic),
+        overwrite_(overwrite) {}
 
   void add() const {
-    if (rows_.count == 0) return;
+    if (rows_.count == 0) return start(0, storage_size(layout_));
     switch (layout_.family) {
       case Family::kDiagonal:
         return add_diagonal();
@@ -36,6 +42,11 @@ class LocalStatistic {
  private:
   struct Sums;  // whose memory outlives the call
   struct Thin;
+
+  // Numbers [begin, end) of the statistic are about to be added to.
+  void start(int64_t begin, int64_t end) const {
+    if (overwrite_) std::fill(statistic_ + begin, statistic_ + end, T(0));
+  }
 
   int64_t border() const { return layout_.head + layout_.tail; }
 
@@ -101,6 +112,7 @@ class LocalStatistic {
       kernels_.diagonal(rows_, part, to, chunk_scratch(std::max<int64_t>(0, d / kChunkDepth)));
     });
     add_up(parts, d, 1, [&](int64_t first, int64_t last, const T* sums) {
+      start(first, last);
       kernels_.add(sums + first, last - first, statistic_ + first);
     });
   }
@@ -112,6 +124,7 @@ class LocalStatistic {
       gram_.blocks(rows_, layout_, part, to, chunk_scratch(k));
     });
     add_up(parts, blocks, area, [&](int64_t first, int64_t last, const T* sums) {
+      start(first * k * k, last == blocks ? storage_size(layout_) : last * k * k);
       kernels_.finish_blocks(layout_, sums, first * k, std::min(d, last * k), statistic_);
     });
   }
@@ -129,6 +142,8 @@ class LocalStatistic {
   void add_row_border() const {
     add_up(border_sums(nullptr), border() + 1, padded(layout_.dim),
            [&](int64_t first, int64_t last, const T* sums) {
+             const int64_t d = layout_.dim, b = border();
+             start(first * d, last > b ? storage_size(layout_) : last * d);
              kernels_.finish_row_border(layout_, sums, first, last, statistic_);
            });
   }
@@ -146,6 +161,7 @@ class LocalStatistic {
     });
     const Parts parts = border_sums(s);
     add_up(parts, b + 1, padded(d), [](int64_t, int64_t, const T*) {});
+    start(0, storage_size(layout_));
     kernels_.finish_column_border(layout_, factor_, v, parts.sums, statistic_, scratch);
   }
 
@@ -167,6 +183,7 @@ class LocalStatistic {
   const Layout& layout_;
   const T* factor_;
   T* statistic_;
+  bool overwrite_;
   const StatisticKernels<T>& kernels_ = kernels().statistic<T>();
   const GramKernels<T>& gram_ = gram_kernels(rows_, std::max(layout_.block, border()));
 };

@@ -29,14 +29,15 @@ namespace {
 
 void accumulate_statistic_(at::Tensor& statistic, const at::Tensor& rows, const at::Tensor& factor,
                            int64_t dim, const std::string& structure, bool ones_column,
-                           const std::string& shared) {
+                           const std::string& shared, bool overwrite) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const char* op = "accumulate_statistic_";
   const Layout layout = checked_statistic(op, statistic, rows, factor, dim, structure, ones_column);
   const auto dtype = statistic.scalar_type();
   const Shared reduction = checked_shared(op, shared);
-  if (rows.size(0) * rows.size(1) == 0) return;
   const c10::DeviceGuard device_guard(statistic.device());
+  if (overwrite) statistic.zero_();
+  if (rows.size(0) * rows.size(1) == 0) return;
   run(op, structure, rows.sizes(), [&] {
     const RowMatrix x = row_matrix(rows, ones_column, reduction, dtype);
     const at::Tensor k = factor.to(dtype);
