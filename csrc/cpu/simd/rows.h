@@ -83,11 +83,18 @@ SINGD_INLINE void ask_for_rows(const RowsView& rows, int64_t first, int64_t coun
   constexpr int64_t kLineBytes = 64;
   const int64_t last = smaller(end, rows.features);
   with_type(rows.array, [&](const auto* data) {
-    for (int64_t r = first; r < first + count; ++r) {
-      const auto* row = row_start(rows, data, r);
-      const auto* line = reinterpret_cast<const char*>(row + begin);
-      const auto* past = reinterpret_cast<const char*>(row + last);
-      for (; line < past; line += kLineBytes) __builtin_prefetch(line, 0, 2);
+    constexpr int64_t kStreams = 4;
+    const int64_t each = (count + kStreams - 1) / kStreams;
+    const int64_t bytes = (last - begin) * static_cast<int64_t>(sizeof(*data));
+    for (int64_t r = first; r < first + each; ++r) {
+      const char* line[kStreams];
+      for (int64_t s = 0; s < kStreams; ++s) {
+        const int64_t row = smaller(r + s * each, first + count - 1);
+        line[s] = reinterpret_cast<const char*>(row_start(rows, data, row) + begin);
+      }
+      for (int64_t at = 0; at < bytes; at += kLineBytes) {
+        for (const char* from : line) __builtin_prefetch(from + at, 0, 2);
+      }
     }
   });
 }

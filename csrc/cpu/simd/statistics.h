@@ -6,21 +6,33 @@ void add_numbers(const T* from, int64_t count, T* to) {
   for (int64_t j = 0; j < count; ++j) to[j] += from[j];
 }
 
-// Column squares of plain rows, which are read where they are.
+// Column squares of plain rows, which are read where they are: four at a time, from four places,
+// since one core has more of a memory's rate where it follows several streams.
 template <class Stored, class T>
 SINGD_INLINE void add_plain_squares(const RowsView& rows, const Stored* data, const Panel& part,
                                     T* partial, T* sums) {
   const int64_t begin = part.column_begin, columns = part.column_end - begin;
+  const auto square = [](Stored number) {
+    const T x = static_cast<T>(widen(number));
+    return x * x;
+  };
   for_each_chunk<T>(part.row_begin, part.row_end, [&](int64_t first, int64_t count) {
     SINGD_COUNT(elements, count * columns);
+    const int64_t quarter = count / 4;
+    const auto row_at = [&](int64_t r) { return row_start(rows, data, first + r) + begin; };
     for (int64_t j = 0; j < columns; ++j) partial[j] = T(0);
-    for (int64_t r = first; r < first + count; ++r) {
-      const Stored* row = row_start(rows, data, r) + begin;
+    for (int64_t r = 0; r < quarter; ++r) {
+      const Stored *a = row_at(r), *b = row_at(quarter + r), *c = row_at(2 * quarter + r);
+      const Stored* d = row_at(3 * quarter + r);
 #pragma GCC ivdep
       for (int64_t j = 0; j < columns; ++j) {
-        const T x = static_cast<T>(widen(row[j]));
-        partial[j] += x * x;
+        partial[j] += (square(a[j]) + square(b[j])) + (square(c[j]) + square(d[j]));
       }
+    }
+    for (int64_t r = 4 * quarter; r < count; ++r) {
+      const Stored* row = row_at(r);
+#pragma GCC ivdep
+      for (int64_t j = 0; j < columns; ++j) partial[j] += square(row[j]);
     }
     add_numbers(partial, columns, sums + begin);
   });
