@@ -3,15 +3,22 @@
 // The panel's piece of every part: f(part, first column in the panel, first column in the part,
 // columns).
 template <class T, class Function>
-SINGD_INLINE void for_each_piece(const StepLayer<T>& layer, const Panel& panel, Function f) {
+SINGD_INLINE void for_each_place(const StepLayer<T>& layer, const Panel& panel, Function f) {
   for (int i = 0; i < layer.num_parts; ++i) {
     const StepPart& part = layer.parts[i];
     const int64_t begin = larger(part.begin, panel.column_begin);
     const int64_t end = smaller(part.begin + part.width, panel.column_end);
-    if (begin >= end) continue;
-    SINGD_COUNT(elements, (panel.row_end - panel.row_begin) * (end - begin));
-    f(part, begin - panel.column_begin, begin - part.begin, end - begin);
+    if (begin < end) f(part, begin - panel.column_begin, begin - part.begin, end - begin);
   }
+}
+
+// The same where f visits its elements.
+template <class T, class Function>
+SINGD_INLINE void for_each_piece(const StepLayer<T>& layer, const Panel& panel, Function f) {
+  for_each_place(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
+    SINGD_COUNT(elements, (panel.row_end - panel.row_begin) * count);
+    f(part, at, first, count);
+  });
 }
 
 struct WriteCoefficients {
