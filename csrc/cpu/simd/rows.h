@@ -75,31 +75,21 @@ void load_rows(const RowsView& rows, int64_t first, int64_t count, int64_t begin
 template <class In>
 constexpr int64_t kRowsTogether = 1;
 
-// Asks for `columns` numbers of each of some rows, the first of which are at row_at(row): along the
-// rows, as memory is fastest, from four places at a time.
-template <class RowAt>
-SINGD_INLINE void ask_for(RowAt row_at, int64_t rows, int64_t columns) {
-  constexpr int64_t kLineBytes = 64, kStreams = 4;
-  const int64_t each = (rows + kStreams - 1) / kStreams;
-  const int64_t bytes = columns * static_cast<int64_t>(sizeof(*row_at(0)));
-  for (int64_t r = 0; r < each; ++r) {
-    const char* line[kStreams];
-    for (int64_t s = 0; s < kStreams; ++s) {
-      line[s] = reinterpret_cast<const char*>(row_at(smaller(r + s * each, rows - 1)));
-    }
-    for (int64_t at = 0; at < bytes; at += kLineBytes) {
-      for (const char* from : line) __builtin_prefetch(from + at, 0, 2);
-    }
-  }
-}
+constexpr int64_t kLineBytes = 64;
 
-// Asks for a rectangle of X: what is multiplied next is read in pieces of rows.
+// Asks for a rectangle of X, along its rows, as memory is fastest: what is multiplied next is read
+// in pieces of rows.
 SINGD_INLINE void ask_for_rows(const RowsView& rows, int64_t first, int64_t count, int64_t begin,
                                int64_t end) {
   if (rows.reduce || rows.feature_stride != 1) return;
+  const int64_t last = smaller(end, rows.features);
   with_type(rows.array, [&](const auto* data) {
-    ask_for([&](int64_t r) { return row_start(rows, data, first + r) + begin; }, count,
-            smaller(end, rows.features) - begin);
+    for (int64_t r = first; r < first + count; ++r) {
+      const auto* row = row_start(rows, data, r);
+      const auto* line = reinterpret_cast<const char*>(row + begin);
+      const auto* past = reinterpret_cast<const char*>(row + last);
+      for (; line < past; line += kLineBytes) __builtin_prefetch(line, 0, 2);
+    }
   });
 }
 

@@ -95,15 +95,24 @@ SINGD_INLINE void for_each_arrow_row(const StepLayer<T>& layer, int64_t begin, i
   for (int64_t i = larger(begin, tail); i < end; ++i) f(i, layout.head + i - tail);
 }
 
-// Asks for a panel of G, along its rows.
+// Asks for a panel of G, along its rows and from four places at a time.
 template <class T>
 void ask_for_gradient(const StepLayer<T>& layer, const Panel& panel) {
+  constexpr int64_t kStreams = 4;
+  const int64_t rows = panel.row_end - panel.row_begin, each = (rows + kStreams - 1) / kStreams;
   for_each_place(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
     with_type(part.gradient, [&](const auto* gradient) {
-      const auto row_at = [&](int64_t i) {
-        return gradient + (panel.row_begin + i) * part.gradient_stride + first;
-      };
-      ask_for(row_at, panel.row_end - panel.row_begin, count);
+      const int64_t bytes = count * static_cast<int64_t>(sizeof(*gradient));
+      for (int64_t r = 0; r < each; ++r) {
+        const char* line[kStreams];
+        for (int64_t s = 0; s < kStreams; ++s) {
+          const int64_t row = panel.row_begin + smaller(r + s * each, rows - 1);
+          line[s] = reinterpret_cast<const char*>(gradient + row * part.gradient_stride + first);
+        }
+        for (int64_t at = 0; at < bytes; at += kLineBytes) {
+          for (const char* from : line) __builtin_prefetch(from + at, 0, 2);
+        }
+      }
     });
   });
 }
