@@ -6,45 +6,46 @@ void add_numbers(const T* from, int64_t count, T* to) {
   for (int64_t j = 0; j < count; ++j) to[j] += from[j];
 }
 
-// Column squares of plain rows, which are read where they are: four at a time, from four places,
-// since one core has more of a memory's rate where it follows several streams.
-template <class Stored, class T>
-SINGD_INLINE void add_plain_squares(const RowsView& rows, const Stored* data, const Panel& part,
-                                    T* partial, T* sums) {
-  const int64_t begin = part.column_begin, columns = part.column_end - begin;
-  const auto square = [](Stored number) {
+// Column squares of a chunk of rows, of which row_at(r) is the r-th: four at a time, from four
+// places, since one core has more of a memory's rate where it follows several streams.
+template <class T, class RowAt>
+SINGD_INLINE void add_chunk_squares(RowAt row_at, int64_t count, int64_t columns, T* partial,
+                                    T* sums) {
+  const int64_t quarter = count / 4;
+  const auto square = [](auto number) {
     const T x = static_cast<T>(widen(number));
     return x * x;
   };
-  for_each_chunk<T>(part.row_begin, part.row_end, [&](int64_t first, int64_t count) {
-    SINGD_COUNT(elements, count * columns);
-    const int64_t quarter = count / 4;
-    const auto row_at = [&](int64_t r) { return row_start(rows, data, first + r) + begin; };
-    for (int64_t j = 0; j < columns; ++j) partial[j] = T(0);
-    for (int64_t r = 0; r < quarter; ++r) {
-      const Stored *a = row_at(r), *b = row_at(quarter + r), *c = row_at(2 * quarter + r);
-      const Stored* d = row_at(3 * quarter + r);
+  SINGD_COUNT(elements, count * columns);
+  for (int64_t j = 0; j < columns; ++j) partial[j] = T(0);
+  for (int64_t r = 0; r < quarter; ++r) {
+    const auto *a = row_at(r), *b = row_at(quarter + r);
+    const auto *c = row_at(2 * quarter + r), *d = row_at(3 * quarter + r);
 #pragma GCC ivdep
-      for (int64_t j = 0; j < columns; ++j) {
-        partial[j] += (square(a[j]) + square(b[j])) + (square(c[j]) + square(d[j]));
-      }
+    for (int64_t j = 0; j < columns; ++j) {
+      partial[j] += (square(a[j]) + square(b[j])) + (square(c[j]) + square(d[j]));
     }
-    for (int64_t r = 4 * quarter; r < count; ++r) {
-      const Stored* row = row_at(r);
+  }
+  for (int64_t r = 4 * quarter; r < count; ++r) {
+    const auto* row = row_at(r);
 #pragma GCC ivdep
-      for (int64_t j = 0; j < columns; ++j) partial[j] += square(row[j]);
-    }
-    add_numbers(partial, columns, sums + begin);
-  });
+    for (int64_t j = 0; j < columns; ++j) partial[j] += square(row[j]);
+  }
+  add_numbers(partial, columns, sums);
 }
 
+// Plain rows are read where they are, others gathered first; the bits are the same.
 template <class T>
 void diagonal_statistic(const RowsView& rows, const Panel& part, T* sums, T* scratch) {
   if (rows.feature_stride == 1 && !rows.reduce) {
-    Panel features = part;
-    features.column_end = smaller(part.column_end, rows.features);
-    with_type(rows.array,
-              [&](const auto* data) { add_plain_squares(rows, data, features, scratch, sums); });
+    const int64_t begin = part.column_begin;
+    const int64_t columns = smaller(part.column_end, rows.features) - begin;
+    with_type(rows.array, [&](const auto* data) {
+      for_each_chunk<T>(part.row_begin, part.row_end, [&](int64_t first, int64_t count) {
+        const auto row_at = [&](int64_t r) { return row_start(rows, data, first + r) + begin; };
+        add_chunk_squares(row_at, count, columns, scratch, sums + begin);
+      });
+    });
     if (part.column_end > rows.features) {
       sums[rows.features] += static_cast<T>(part.row_end - part.row_begin);
     }
@@ -54,7 +55,8 @@ void diagonal_statistic(const RowsView& rows, const Panel& part, T* sums, T* scr
     for_each_panel(part, 1, [&](int64_t begin, int64_t end) {
       const int64_t width = padded(end - begin);
       load_rows(rows, first, count, begin, end, scratch, width);
-      add_squares<T, T>(scratch, count, width, width, sums + begin);
+      add_chunk_squares([&](int64_t r) { return scratch + r * width; }, count, end - begin,
+                        scratch + kChunkDepth * width, sums + begin);
     });
   });
 }
