@@ -1,11 +1,12 @@
 """What a step takes from parameters and state, and what it says of those that do not fit."""
 
+import calls
 import pytest
 import torch
 from nets import snapshot
 from torch import Tensor, nn
 
-from singd_ext import SINGD
+from singd_ext import SINGD, StructuredMatrix, ops
 
 
 def with_gradients() -> tuple[nn.Sequential, SINGD]:
@@ -120,3 +121,44 @@ def test_a_statistic_that_fails_leaves_no_memory_that_holds_nothing() -> None:
     net(torch.randn(5, 4)).sum().backward()
     optimizer.step()
     assert optimizer.rejections()["1"] == (0, 0)
+
+
+def test_replaced_projections_of_attention_are_named() -> None:
+    """Its layers are parts of a parameter that the module has under another name."""
+    torch.manual_seed(0)
+    net = nn.MultiheadAttention(4, 2)
+    optimizer = SINGD(net, structures=("diagonal", "diagonal"), T=1)
+    x = torch.randn(3, 5, 4)
+    net(x, x, x)[0].square().sum().backward()
+    net.in_proj_weight = nn.Parameter(torch.ones_like(net.in_proj_weight))
+    with pytest.raises(RuntimeError, match="was replaced by another"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("spec", ["rank_triu:1", "rank_tril:1", "rank_triu_topleft:1"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 31, 130])
+def test_every_row_of_a_gradient_counts_beside_a_border_of_one(spec: str, rows: int) -> None:
+    columns, wide = 9, torch.float64
+    K, C = calls.factor(spec, columns, 1, wide), calls.factor(spec, rows, 2, wide)
+    gradient = calls.numbers(rows, columns, seed=3, dtype=wide)
+    weight, none = torch.zeros_like(gradient), torch.empty(0)
+    ops.preconditioned_update_(
+        [weight],
+        [none],
+        [],
+        [],
+        [torch.zeros((), dtype=torch.int64)],
+        [gradient],
+        [none],
+        [K],
+        [C],
+        spec,
+        spec,
+        lr=torch.tensor(1.0),
+        momentum=0.0,
+        weight_decay=0.0,
+    )
+    k, c = (
+        StructuredMatrix(spec, len(t), f).to_dense() for t, f in ((gradient.T, K), (gradient, C))
+    )
+    torch.testing.assert_close(weight, -c @ c.T @ gradient @ k @ k.T, rtol=1e-11, atol=1e-11)
