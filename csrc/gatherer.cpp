@@ -121,12 +121,9 @@ class Gatherer {
   // Of the layers of a group that have gradients. Throws if one cannot do its step.
   StepArguments step_arguments(int group, bool has_momenta, bool factors_are_due) {
     const at::NoGradGuard no_grad;
-    StepArguments arguments;
-    arguments.operators = operators_;
+    StepArguments arguments(operators_);
     for (const auto& layer : layers_) {
       if (layer->group != group) continue;
-      arguments.structure_K = layer->structure_K;
-      arguments.structure_C = layer->structure_C;
       const bool unused = is_unused(*layer);
       const bool matters = unused || factors_are_due;
       if (matters && !layer->is_owned()) check_owned_(layer->python.get());

@@ -1,5 +1,5 @@
-// Gathers the curvature statistics of an optimizer's layers during backward passes. See
-// curvature.py.
+// Gathers the curvature statistics of an optimizer's layers during backward passes (curvature.py),
+// and then what a step of these layers takes (steps.py).
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -73,12 +73,13 @@ void update_factors(const FactorArguments& a, double lr_cov, double damping, dou
                     const std::optional<std::vector<int64_t>>& rounding_key, at::Tensor outcomes,
                     at::Tensor workspace) {
   if (a.layers.empty()) return;
+  const KnownLayer& any = *a.layers.front();  // all have the group's structures
   {
     const py::gil_scoped_release no_gil;
     const at::AutoDispatchBelowADInplaceOrView guard;
     a.operators->update_factors_.call(
         a.K, a.C, a.m_K, a.m_C, a.rejected, a.statistic_K, a.statistic_C, a.scale_K, a.scale_C,
-        a.dim_K, a.dim_C, a.structure_K, a.structure_C, at::scalar_tensor(lr_cov, at::kDouble),
+        a.dim_K, a.dim_C, any.structure_K, any.structure_C, at::scalar_tensor(lr_cov, at::kDouble),
         damping, alpha1, kfac_like, normalize_lr_cov, expm_order, step_cap, outcomes, workspace,
         grad_scale, found_inf, array(rounding_key));
   }
@@ -93,12 +94,13 @@ void preconditioned_update(const StepArguments& a, const at::Tensor& lr, double 
                            const std::optional<std::vector<int64_t>>& rounding_key,
                            at::Tensor outcomes, at::Tensor workspace, at::Tensor products) {
   if (a.layers.empty()) return;
+  const KnownLayer& any = *a.layers.front();  // all have the group's structures
   {
     const py::gil_scoped_release no_gil;
     const at::AutoDispatchBelowADInplaceOrView guard;
     a.operators->preconditioned_update_.call(
         a.weight, a.bias, a.momentum_weight, a.momentum_bias, a.skipped, a.grad_weight, a.grad_bias,
-        a.K, a.C, P_K, P_C, a.structure_K, a.structure_C, lr, momentum, weight_decay, outcomes,
+        a.K, a.C, P_K, P_C, any.structure_K, any.structure_C, lr, momentum, weight_decay, outcomes,
         workspace, products, grad_scale, found_inf, array(rounding_key));
   }
   note_changes({&a.weight, &a.bias, &a.momentum_weight, &a.momentum_bias});
@@ -224,15 +226,14 @@ void StepArguments::add(const std::shared_ptr<KnownLayer>& layer, bool has_momen
 }
 
 StepArguments StepArguments::of_layer(size_t index) const {
-  StepArguments one;
-  one.operators = operators;
+  StepArguments one(operators);
   one.layers = {layers.at(index)};
-  one.structure_K = structure_K;
-  one.structure_C = structure_C;
+  one.K = {K[index]};
+  one.C = {C[index]};
   for (const auto list :
        {&StepArguments::weight, &StepArguments::bias, &StepArguments::momentum_weight,
         &StepArguments::momentum_bias, &StepArguments::skipped, &StepArguments::grad_weight,
-        &StepArguments::grad_bias, &StepArguments::K, &StepArguments::C}) {
+        &StepArguments::grad_bias}) {
     if (!(this->*list).empty()) (one.*list).push_back((this->*list)[index]);
   }
   for (const int64_t i : copied) {
@@ -247,27 +248,22 @@ void define_step_arguments(py::module_& m) {
       .def(py::init<>())
       .def("are", &KnownFactors::are, py::arg("factors"))
       .def("are_all_of", &KnownFactors::are_all_of, py::arg("arguments"));
-  const auto device_of = [](const auto& a) { return a.K.front().device(); };
-  py::class_<FactorArguments>(m, "FactorArguments")
-      .def("__len__", [](const FactorArguments& a) { return a.layers.size(); })
-      .def_property_readonly("device", [=](const FactorArguments& a) { return device_of(a); })
-      .def_property_readonly("layers",
-                             [](const FactorArguments& a) { return python_layers(a.layers); })
+  py::class_<LayerLists>(m, "LayerLists")
+      .def("__len__", [](const LayerLists& a) { return a.layers.size(); })
+      .def_property_readonly("device", [](const LayerLists& a) { return a.K.at(0).device(); })
+      .def_property_readonly("layers", [](const LayerLists& a) { return python_layers(a.layers); })
+      .def_readonly("K", &LayerLists::K)
+      .def_readonly("C", &LayerLists::C);
+  py::class_<FactorArguments, LayerLists>(m, "FactorArguments")
       .def_readonly("unseen", &FactorArguments::unseen)
       .def("update_factors_", wrap_pybind_function(update_factors), py::kw_only(),
            py::arg("lr_cov"), py::arg("damping"), py::arg("alpha1"), py::arg("kfac_like"),
            py::arg("normalize_lr_cov"), py::arg("expm_order"), py::arg("step_cap"),
            py::arg("grad_scale"), py::arg("found_inf"), py::arg("rounding_key"),
            py::arg("outcomes"), py::arg("workspace"));
-  py::class_<StepArguments>(m, "StepArguments")
-      .def("__len__", [](const StepArguments& a) { return a.layers.size(); })
-      .def_property_readonly("device", [=](const StepArguments& a) { return device_of(a); })
-      .def_property_readonly("layers",
-                             [](const StepArguments& a) { return python_layers(a.layers); })
+  py::class_<StepArguments, LayerLists>(m, "StepArguments")
       .def_readonly("weight", &StepArguments::weight)
       .def_readonly("momentum_weight", &StepArguments::momentum_weight)
-      .def_readonly("K", &StepArguments::K)
-      .def_readonly("C", &StepArguments::C)
       .def_property_readonly(
           "dense_K",
           [](const StepArguments& a) { return positions(a.layers, &KnownLayer::is_dense_K); })
@@ -286,10 +282,7 @@ void define_step_arguments(py::module_& m) {
       .def(
           "factors",
           [](const StepArguments& a, bool has_momenta) {
-            FactorArguments factors;
-            factors.operators = a.operators;
-            factors.structure_K = a.structure_K;
-            factors.structure_C = a.structure_C;
+            FactorArguments factors(a.operators);
             for (const auto& layer : a.layers) factors.add(layer, has_momenta);
             return factors;
           },

@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "known_layer.h"
@@ -16,28 +17,33 @@ namespace singd {
 
 using KnownLayers = std::vector<std::shared_ptr<KnownLayer>>;
 
-// The lists of `update_factors_`, of layers that have statistics.
-struct FactorArguments {
+// The layers of a call, all of one parameter group, and their factors.
+struct LayerLists {
   std::shared_ptr<const Operators> operators;
   KnownLayers layers;
+  std::vector<at::Tensor> K, C;
+
+  explicit LayerLists(std::shared_ptr<const Operators> called) : operators(std::move(called)) {}
+};
+
+// The lists of `update_factors_`, of layers that have statistics.
+struct FactorArguments : LayerLists {
   std::vector<std::string> unseen;  // names of the layers that have none
-  std::string structure_K, structure_C;
-  std::vector<at::Tensor> K, C, m_K, m_C, rejected, statistic_K, statistic_C;
+  std::vector<at::Tensor> m_K, m_C, rejected, statistic_K, statistic_C;
   std::vector<double> scale_K, scale_C;
   std::vector<int64_t> dim_K, dim_C;
 
+  using LayerLists::LayerLists;
   void add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta);
 };
 
 // The lists of `preconditioned_update_`, of layers that have a gradient.
-struct StepArguments {
-  std::shared_ptr<const Operators> operators;
-  KnownLayers layers;
-  std::string structure_K, structure_C;
+struct StepArguments : LayerLists {
   std::vector<at::Tensor> weight, bias, momentum_weight, momentum_bias, skipped, grad_weight,
-      grad_bias, K, C;
+      grad_bias;
   std::vector<int64_t> copied;  // of the layers, those whose weight is to be written back
 
+  using LayerLists::LayerLists;
   // Not without a gradient. Throws if the gradients are not what a step needs.
   void add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta);
   // Those of one layer.
@@ -47,7 +53,7 @@ struct StepArguments {
 // Whether no parameter of the layer has a gradient.
 bool is_unused(const KnownLayer& layer);
 
-// Adds the classes StepArguments, FactorArguments and KnownFactors to the module.
+// Adds these classes and KnownFactors to the module.
 void define_step_arguments(pybind11::module_& m);
 
 }  // namespace singd

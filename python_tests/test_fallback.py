@@ -378,3 +378,21 @@ def test_uninitialised_parameter_is_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d())
     with pytest.raises(ValueError, match=r"'1\.weight' is uninitialised"):
         SINGD(model, fallback="adamw")
+
+
+class _WithGradMode(torch.optim.SGD):
+    """Like optimizers that leave it to their caller to switch grad mode off."""
+
+    def step(self, closure: object = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad)
+
+
+def test_fallback_runs_without_grad_mode() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    optimizer = SINGD(net, fallback=partial(_WithGradMode, lr=0.5))
+    net(torch.ones(2, 3)).square().sum().backward()
+    before, gradient = net[1].bias.detach().clone(), net[1].bias.grad
+    optimizer.step()
+    assert torch.equal(net[1].bias, before - 0.5 * gradient)

@@ -1,12 +1,14 @@
 """What a step takes from parameters and state, and what it says of those that do not fit."""
 
+import weakref
+
 import calls
 import pytest
 import torch
 from nets import snapshot
 from torch import Tensor, nn
 
-from singd_ext import SINGD, StructuredMatrix, ops
+from singd_ext import SINGD, StructuredMatrix, incidents, ops
 
 
 def with_gradients() -> tuple[nn.Sequential, SINGD]:
@@ -162,3 +164,64 @@ def test_every_row_of_a_gradient_counts_beside_a_border_of_one(spec: str, rows: 
         StructuredMatrix(spec, len(t), f).to_dense() for t, f in ((gradient.T, K), (gradient, C))
     )
     torch.testing.assert_close(weight, -c @ c.T @ gradient @ k @ k.T, rtol=1e-11, atol=1e-11)
+
+
+class OnGPU(Tensor):
+    """Outcomes that are read late."""
+
+    is_cuda = True
+
+
+class Arrived:
+    """The event of a copy that is over."""
+
+    def record(self, stream: object) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def test_outcomes_that_are_read_late_do_not_keep_the_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And name their layers, though these lists are gone."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "Event", Arrived)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    net, optimizer = with_gradients()
+    lists = optimizer._gatherer.step_arguments(0, has_momenta=True, factors_are_due=False)
+    reader = incidents.Incidents(incidents.PARAMETERS, set())
+    reader._host = torch.zeros(2, dtype=torch.int64)  # not pinned
+    reader.read(torch.tensor([0, 1]).as_subclass(OnGPU), lists)
+    gradient = weakref.ref(net[0].weight.grad)
+    del lists
+    optimizer.zero_grad()
+    assert gradient() is None
+    net(torch.randn(5, 4)).sum().backward()
+    lists = optimizer._gatherer.step_arguments(0, has_momenta=True, factors_are_due=False)
+    with pytest.warns(UserWarning, match=r"layers \['1'\]: the gradient was not finite"):
+        reader.read(torch.tensor([0, 0]).as_subclass(OnGPU), lists)
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_a_step_takes_part_in_no_graph(grad_mode: bool) -> None:
+    """Of whatever is on its way: views of W, copies of it, bounds of the step, the fallback."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ConvTranspose2d(2, 4, 2, groups=2), nn.Flatten(), nn.LayerNorm(36))
+    lr = torch.tensor(1e-2, requires_grad=True)
+    optimizer = SINGD(
+        net, lr=lr, structures=("diagonal", "diagonal"), T=1, fallback="adamw", kl_clip=1.0
+    )
+    net(torch.randn(3, 2, 2, 2)).square().sum().backward()
+    net[0].bias.requires_grad_(False)
+    net[0].bias.grad = None
+    before = [p.detach().clone() for p in net.parameters()]
+    with torch.set_grad_enabled(grad_mode):
+        optimizer.step()
+    after = list(net.parameters())
+    assert all(p.is_leaf and p.grad_fn is None for p in after)
+    assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [
+        True, False, True, True,
+    ]  # fmt: skip
+    for state in optimizer.state.values():
+        assert not any(t.requires_grad for t in state.values() if isinstance(t, Tensor))

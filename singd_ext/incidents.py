@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,15 +11,8 @@ from torch import Tensor
 from ._warnings import warn_user
 
 if TYPE_CHECKING:
+    from . import _C
     from .layers import Layer
-
-
-class OfLayers(Protocol):
-    """The arguments of a call: asked for its layers only where there is something to tell."""
-
-    @property
-    def layers(self) -> list[Layer]: ...
-
 
 FACTORS = {
     1: "curvature statistics were not finite: the factors stay as they are",
@@ -43,20 +36,22 @@ class Incidents:
         self._warned = warned  # texts that were given, by whichever parameter group
         self._host = torch.empty(0, dtype=torch.int64, device="cpu")
         self._arrived: torch.cuda.Event | None = None
-        self._arguments: OfLayers | None = None
+        self._layers: Sequence[Layer] = []
 
-    def read(self, outcomes: Tensor, arguments: OfLayers) -> None:
+    def read(self, outcomes: Tensor, call: _C.LayerLists) -> None:
         """Look at the outcomes of a call, one code a layer."""
         if not outcomes.is_cuda or self.wait:
-            self._warn(outcomes.tolist(), arguments)
+            codes = outcomes.tolist()
+            if any(codes):  # in every step: whose they are is not asked before
+                self._warn(codes, call.layers)
         elif not torch.cuda.is_current_stream_capturing():
-            self._read_late(outcomes, arguments)
+            self._read_late(outcomes, call.layers)
 
-    def _read_late(self, outcomes: Tensor, arguments: OfLayers) -> None:
+    def _read_late(self, outcomes: Tensor, layers: Sequence[Layer]) -> None:
         if self._arrived is not None:
             if not self._arrived.query():
                 return
-            self._warn(self._host.tolist(), self._arguments)
+            self._warn(self._host.tolist(), self._layers)
         if self._host.shape != outcomes.shape:
             self._host = torch.empty(
                 outcomes.shape, dtype=torch.int64, device="cpu", pin_memory=True
@@ -64,12 +59,9 @@ class Incidents:
         self._host.copy_(outcomes, non_blocking=True)
         self._arrived = torch.cuda.Event()
         self._arrived.record(torch.cuda.current_stream(outcomes.device))
-        self._arguments = arguments
+        self._layers = layers  # not their lists, which hold the gradients
 
-    def _warn(self, outcomes: list[int], arguments: OfLayers | None) -> None:
-        if arguments is None or not any(outcomes):
-            return
-        layers = arguments.layers
+    def _warn(self, outcomes: list[int], layers: Sequence[Layer]) -> None:
         for code, text in self._texts.items():
             of_code = [x.name for x, c in zip(layers, outcomes, strict=True) if c == code]
             if of_code and text not in self._warned:

@@ -38,7 +38,7 @@ class CallMemory:
         self._like = (0, self._outcomes.device)  # layers and device of the outcomes
         self._workspace = workspace
 
-    def of(self, arguments: _C.FactorArguments | _C.StepArguments) -> tuple[Tensor, Tensor]:
+    def of(self, arguments: _C.LayerLists) -> tuple[Tensor, Tensor]:
         """Return (outcomes, workspace) for a call with these lists."""
         count = len(arguments)
         like = count, device = count, arguments.device if count else self._like[1]

@@ -19,6 +19,8 @@ namespace {
 #include "simd/rows.h"
 #include "simd/gram.h"
 #include "simd/write.h"
+#include "simd/side_product.h"
+#include "simd/read.h"
 #include "simd/tile_blocks.h"
 #include "simd/step.h"
 // clang-format on

@@ -12,6 +12,8 @@ namespace {
 #include "gram.h"
 #include "statistics.h"
 #include "write.h"
+#include "side_product.h"
+#include "read.h"
 #include "tile_blocks.h"
 #include "step.h"
 #include "factors.h"

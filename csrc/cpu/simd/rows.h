@@ -75,7 +75,14 @@ void load_rows(const RowsView& rows, int64_t first, int64_t count, int64_t begin
 template <class In>
 constexpr int64_t kRowsTogether = 1;
 
-constexpr int64_t kLineBytes = 64;
+// four(a, b, c, d) for rows of four quarters of `count`, and one(r) for the rows that are left: one
+// core has more of a memory's rate where it follows several streams.
+template <class Four, class One>
+SINGD_INLINE void for_each_four(int64_t count, Four four, One one) {
+  const int64_t quarter = count / 4;
+  for (int64_t r = 0; r < quarter; ++r) four(r, quarter + r, 2 * quarter + r, 3 * quarter + r);
+  for (int64_t r = 4 * quarter; r < count; ++r) one(r);
+}
 
 // Asks for a rectangle of X, along its rows, as memory is fastest: what is multiplied next is read
 // in pieces of rows.

@@ -6,31 +6,29 @@ void add_numbers(const T* from, int64_t count, T* to) {
   for (int64_t j = 0; j < count; ++j) to[j] += from[j];
 }
 
-// Column squares of a chunk of rows, of which row_at(r) is the r-th: four at a time, from four
-// places, since one core has more of a memory's rate where it follows several streams.
+// Column squares of a chunk of rows, of which row_at(r) is the r-th.
 template <class T, class RowAt>
 SINGD_INLINE void add_chunk_squares(RowAt row_at, int64_t count, int64_t columns, T* partial,
                                     T* sums) {
-  const int64_t quarter = count / 4;
   const auto square = [](auto number) {
     const T x = static_cast<T>(widen(number));
     return x * x;
   };
   SINGD_COUNT(elements, count * columns);
   for (int64_t j = 0; j < columns; ++j) partial[j] = T(0);
-  for (int64_t r = 0; r < quarter; ++r) {
-    const auto *a = row_at(r), *b = row_at(quarter + r);
-    const auto *c = row_at(2 * quarter + r), *d = row_at(3 * quarter + r);
+  const auto add_four = [&](int64_t r0, int64_t r1, int64_t r2, int64_t r3) {
+    const auto *x0 = row_at(r0), *x1 = row_at(r1), *x2 = row_at(r2), *x3 = row_at(r3);
 #pragma GCC ivdep
     for (int64_t j = 0; j < columns; ++j) {
-      partial[j] += (square(a[j]) + square(b[j])) + (square(c[j]) + square(d[j]));
+      partial[j] += (square(x0[j]) + square(x1[j])) + (square(x2[j]) + square(x3[j]));
     }
-  }
-  for (int64_t r = 4 * quarter; r < count; ++r) {
-    const auto* row = row_at(r);
+  };
+  const auto add_one = [&](int64_t r) {
+    const auto* x = row_at(r);
 #pragma GCC ivdep
-    for (int64_t j = 0; j < columns; ++j) partial[j] += square(row[j]);
-  }
+    for (int64_t j = 0; j < columns; ++j) partial[j] += square(x[j]);
+  };
+  for_each_four(count, add_four, add_one);
   add_numbers(partial, columns, sums);
 }
 

@@ -255,10 +255,12 @@ SINGD_INLINE void end_streams() {
 #endif
 }
 
+constexpr int64_t kLineBytes = 64;  // of a cache
+
 // Copies numbers of which whole lines are streamed.
 template <class Stored>
 SINGD_INLINE void stream(Stored* to, const Stored* from, int64_t count) {
-  constexpr int64_t kLineBytes = 64, kSize = static_cast<int64_t>(sizeof(Stored));
+  constexpr int64_t kSize = static_cast<int64_t>(sizeof(Stored));
   int64_t j = 0;
   for (; j < count && reinterpret_cast<uintptr_t>(to + j) % kLineBytes != 0; ++j) to[j] = from[j];
   for (; j + kLineBytes / kSize <= count; j += kLineBytes / kSize) {

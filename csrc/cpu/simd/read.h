@@ -1,0 +1,195 @@
+// What a step reads before it writes: the gradient into scratch, its largest number, and with a
+// border on the left the thin products P[B, :] G.
+
+// One row that all rows of a panel take a multiple of: row i has factors[i stride] of it.
+template <class T>
+struct SharedRow {
+  const T *row, *factors;
+  int64_t stride;
+};
+
+// Rows of unscale G, `stride` apart with zeros between; where given, row i is multiplied by
+// row_scale[i], and then the shared row is added.
+template <class T>
+void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_scale,
+                   const SharedRow<T>* shared, T* to, int64_t stride) {
+  const int64_t rows = panel.row_end - panel.row_begin;
+  const T unscale = static_cast<T>(layer.options.unscale);
+  for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
+    with_type(part.gradient, [&](const auto* gradient) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = panel.row_begin + i;
+        const T scale = row_scale != nullptr ? unscale * row_scale[row] : unscale;
+        const auto* from = gradient + row * part.gradient_stride + first;
+        T* x = to + i * stride + at;
+        if (shared == nullptr) {
+          load_row(from, count, scale, x);
+        } else {
+          const T factor = shared->factors[row * shared->stride];
+          SINGD_COUNT(multiply_adds, count);
+          load_row_beside(from, count, scale, factor, shared->row + at, x);
+        }
+      }
+    });
+  });
+  const int64_t columns = panel.column_end - panel.column_begin;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = columns; j < stride; ++j) to[i * stride + j] = T(0);
+  }
+}
+
+template <class T>
+double largest_gradient(const StepLayer<T>& layer, const Panel& panel) {
+  auto most = magnitude_bits(T(0));
+  for_each_piece(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
+    with_type(part.gradient, [&](const auto* gradient) {
+      // Rows without gaps are one long row: the lanes of a vector are compared at its end.
+      const bool gaps = part.gradient_stride != count;
+      const int64_t all = panel.row_end - panel.row_begin;
+      const int64_t rows = gaps ? all : 1, columns = gaps ? count : all * count;
+      for (int64_t i = 0; i < rows; ++i) {
+        const auto* row = gradient + (panel.row_begin + i) * part.gradient_stride + first;
+        for (int64_t j = 0; j < columns; ++j) {
+          most = larger(most, magnitude_bits(static_cast<T>(widen(row[j]))));
+        }
+      }
+    });
+  });
+  const double unscale = layer.options.unscale;
+  if (most >= kInfinityBits<T>) return __builtin_inf();
+  return static_cast<double>(magnitude_of(most)) * (unscale < 0 ? -unscale : unscale);
+}
+
+// f(row, its number in the border) for rows of the panel that are in an arrowhead's border.
+template <class T, class Function>
+SINGD_INLINE void for_each_arrow_row(const StepLayer<T>& layer, int64_t begin, int64_t end,
+                                     Function f) {
+  const Layout& layout = layer.left.layout;
+  if (layer.left.kind != LocalKind::kRowBorder) return;
+  const int64_t tail = layer.rows - layout.tail;
+  for (int64_t i = begin; i < smaller(end, layout.head); ++i) f(i, i);
+  for (int64_t i = larger(begin, tail); i < end; ++i) f(i, layout.head + i - tail);
+}
+
+// Asks for a panel of G, along its rows.
+template <class T>
+void ask_for_gradient(const StepLayer<T>& layer, const Panel& panel) {
+  for_each_place(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
+    with_type(part.gradient, [&](const auto* gradient) {
+      const int64_t bytes = count * static_cast<int64_t>(sizeof(*gradient));
+      const auto line = [&](int64_t r, int64_t at) {
+        const auto* row = gradient + (panel.row_begin + r) * part.gradient_stride + first;
+        return reinterpret_cast<const char*>(row) + at;
+      };
+      const auto ask = [&](auto... rows) {
+        for (int64_t at = 0; at < bytes; at += kLineBytes) {
+          (__builtin_prefetch(line(rows, at), 0, 2), ...);
+        }
+      };
+      for_each_four(panel.row_end - panel.row_begin, ask, ask);
+    });
+  });
+}
+
+// P[B, :] G of the panel's rows, in squares that stay in the first cache.
+template <class T>
+double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* products,
+                             T* scratch) {
+  const LocalProduct<T>& left = layer.left;
+  const int64_t wide = left.stride_of(layer.rows), stride = padded(layer.columns);
+  auto most = magnitude_bits(T(0));
+  for (int64_t begin = panel.row_begin; begin < panel.row_end; begin += kThinRows) {
+    const int64_t end = smaller(begin + kThinRows, panel.row_end);
+    ask_for_gradient(layer, {begin, end, 0, layer.columns});
+    for (int64_t column = 0; column < layer.columns; column += kThinColumns) {
+      const Panel square{begin, end, column, smaller(column + kThinColumns, layer.columns)};
+      load_gradient<T>(layer, square, nullptr, nullptr, scratch, square.stride());
+      most = larger(most, largest_bits(scratch, square.scratch()));
+      multiply_from_left(left.border(), padded(square.column_end - column), end - begin, left.wide,
+                         wide, begin, scratch, square.stride(), layer.options.unscale == 1,
+                         products + column, stride,
+                         begin > panel.row_begin ? kAdd<T> : kOverwrite<T>);
+      for_each_arrow_row(layer, begin, end, [&](int64_t i, int64_t r) {
+        __builtin_memcpy(layer.border_rows + r * stride + column,
+                         scratch + (i - begin) * square.stride(),
+                         static_cast<std::size_t>(padded(square.column_end - column)) * sizeof(T));
+      });
+    }
+  }
+  return most >= kInfinityBits<T> ? __builtin_inf() : static_cast<double>(magnitude_of(most));
+}
+
+// The same for a border of one row: a weighted sum of rows, taken from where they are.
+template <class T>
+double thin_products_of_one(const StepLayer<T>& layer, const Panel& panel, T* sums) {
+  const T unscale = static_cast<T>(layer.options.unscale);
+  auto most = magnitude_bits(T(0));
+  for (int64_t j = 0; j < padded(layer.columns); ++j) sums[j] = T(0);
+  for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
+    with_type(part.gradient, [&](const auto* gradient) {
+      T* sum = sums + at;
+      const T* weights = layer.left.wide + panel.row_begin;
+      const int64_t rows = panel.row_end - panel.row_begin;
+      const auto row_at = [&](int64_t r) {
+        return gradient + (panel.row_begin + r) * part.gradient_stride + first;
+      };
+      const auto number = [&](auto stored) {
+        const T x = unscale * static_cast<T>(widen(stored));
+        most = larger(most, magnitude_bits(x));
+        return x;
+      };
+      SINGD_COUNT(multiply_adds, rows * count);
+      const auto add_four = [&](int64_t i0, int64_t i1, int64_t i2, int64_t i3) {
+        const auto *x0 = row_at(i0), *x1 = row_at(i1), *x2 = row_at(i2), *x3 = row_at(i3);
+        const T w0 = weights[i0], w1 = weights[i1], w2 = weights[i2], w3 = weights[i3];
+#pragma GCC ivdep
+        for (int64_t j = 0; j < count; ++j) {
+          sum[j] +=
+              (w0 * number(x0[j]) + w1 * number(x1[j])) + (w2 * number(x2[j]) + w3 * number(x3[j]));
+        }
+      };
+      const auto add_one = [&](int64_t i) {
+        const auto* x = row_at(i);
+        const T w = weights[i];
+#pragma GCC ivdep
+        for (int64_t j = 0; j < count; ++j) sum[j] += w * number(x[j]);
+      };
+      for_each_four(rows, add_four, add_one);
+    });
+  });
+  for_each_arrow_row(layer, panel.row_begin, panel.row_end, [&](int64_t i, int64_t) {
+    load_gradient<T>(layer, {i, i + 1, 0, layer.columns}, nullptr, nullptr, layer.border_rows,
+                     padded(layer.columns));
+  });
+  return most >= kInfinityBits<T> ? __builtin_inf() : static_cast<double>(magnitude_of(most));
+}
+
+template <class T>
+double thin_products(const StepLayer<T>& layer, const Panel& panel, T* products, T* scratch) {
+  return layer.left.border() == 1 ? thin_products_of_one(layer, panel, products)
+                                  : thin_products_of_many(layer, panel, products, scratch);
+}
+
+template <class T>
+void add_products(const StepLayer<T>& layer, const T* products) {
+  const int64_t count = layer.left.border() * padded(layer.columns);
+#pragma GCC ivdep
+  for (int64_t j = 0; j < count; ++j) layer.border_products[j] += products[j];
+}
+
+// The rows of G, or of P[B, :] G, that a border on the left spreads over all rows.
+template <class T>
+T* border_coefficients(const StepLayer<T>& layer) {
+  return layer.left.kind == LocalKind::kRowBorder ? layer.border_rows : layer.border_products;
+}
+
+// These rows as tiles take them: once a layer, since all panels have a share of them.
+template <class T>
+void finish_border([[maybe_unused]] const StepLayer<T>& layer) {
+#if SINGD_TILES
+  const int64_t b = layer.left.border(), stride = padded(layer.columns);
+  if (layer.left.form == Form::kNumbers) return;
+  zero_behind(layer.left, border_coefficients(layer), b, stride);
+  split_right(border_coefficients(layer), layer.left.rows_of(b), stride);
+#endif
+}
