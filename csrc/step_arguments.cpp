@@ -160,6 +160,7 @@ std::vector<size_t> positions(const KnownLayers& layers, bool KnownLayer::* is_s
 }  // namespace
 
 void FactorArguments::add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta) {
+  all.push_back(layer);
   const Keys& keys = layer->keys;
   const py::dict& own = layer->entries();
   if (!find(own, keys.rows)) return unseen.push_back(layer->name);
@@ -180,6 +181,12 @@ void FactorArguments::add(const std::shared_ptr<KnownLayer>& layer, bool has_mom
   scale_C.push_back(static_cast<double>(number_in(own, keys.loss_terms)));
   dim_K.push_back(layer->dim_K);
   dim_C.push_back(layer->dim_C);
+}
+
+void FactorArguments::forget_statistics() {
+  for (const auto& layer : all) singd::forget_statistics(*layer);
+  statistic_K.clear();
+  statistic_C.clear();
 }
 
 bool is_unused(const KnownLayer& layer) {
@@ -256,6 +263,7 @@ void define_step_arguments(py::module_& m) {
       .def_readonly("C", &LayerLists::C);
   py::class_<FactorArguments, LayerLists>(m, "FactorArguments")
       .def_readonly("unseen", &FactorArguments::unseen)
+      .def("forget_statistics", &FactorArguments::forget_statistics)
       .def("update_factors_", wrap_pybind_function(update_factors), py::kw_only(),
            py::arg("lr_cov"), py::arg("damping"), py::arg("alpha1"), py::arg("kfac_like"),
            py::arg("normalize_lr_cov"), py::arg("expm_order"), py::arg("step_cap"),
@@ -287,10 +295,6 @@ void define_step_arguments(py::module_& m) {
             return factors;
           },
           py::arg("has_momenta"))
-      .def("forget_statistics",
-           [](const StepArguments& a) {
-             for (const auto& layer : a.layers) forget_statistics(*layer);
-           })
       .def("preconditioned_update_", wrap_pybind_function(preconditioned_update), py::kw_only(),
            py::arg("lr"), py::arg("momentum"), py::arg("weight_decay"), py::arg("P_K"),
            py::arg("P_C"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("rounding_key"),

@@ -32,9 +32,12 @@ struct FactorArguments : LayerLists {
   std::vector<at::Tensor> m_K, m_C, rejected, statistic_K, statistic_C;
   std::vector<double> scale_K, scale_C;
   std::vector<int64_t> dim_K, dim_C;
+  KnownLayers all;  // also those without statistics
 
   using LayerLists::LayerLists;
   void add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta);
+  // Lets the statistics of all go, from the state and from here.
+  void forget_statistics();
 };
 
 // The lists of `preconditioned_update_`, of layers that have a gradient.

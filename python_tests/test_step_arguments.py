@@ -8,7 +8,7 @@ import torch
 from nets import snapshot
 from torch import Tensor, nn
 
-from singd_ext import SINGD, StructuredMatrix, incidents, ops
+from singd_ext import SINGD, StructuredMatrix, incidents, ops, steps
 
 
 def with_gradients() -> tuple[nn.Sequential, SINGD]:
@@ -201,6 +201,26 @@ def test_outcomes_that_are_read_late_do_not_keep_the_gradients(
     lists = optimizer._gatherer.step_arguments(0, has_momenta=True, factors_are_due=False)
     with pytest.warns(UserWarning, match=r"layers \['1'\]: the gradient was not finite"):
         reader.read(torch.tensor([0, 0]).as_subclass(OnGPU), lists)
+
+
+def test_statistics_are_gone_before_the_parameters_are_updated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """K Kᵀ of dense factors takes as much memory again."""
+    net, optimizer = with_gradients()
+    states = [optimizer.state[layer.weight] for layer in net]
+    statistics = [weakref.ref(s[key]) for s in states for key in ("statistic_K", "statistic_C")]
+    alive = []
+    update = steps.update_parameters
+
+    def call(*args: object) -> Tensor:
+        alive.append([s() is not None for s in statistics])
+        return update(*args)
+
+    monkeypatch.setattr(steps, "update_parameters", call)
+    optimizer.step()
+    assert alive == [[False] * 4]
+    assert not any(s.keys() & {"statistic_K", "statistic_C", "rows", "loss_terms"} for s in states)
 
 
 @pytest.mark.parametrize("grad_mode", [True, False])

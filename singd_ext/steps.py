@@ -58,7 +58,7 @@ def step_factors(optimizer: SINGD, plan: Plan, scales: Scales, calls: GroupCalls
         )
     outcomes = update_factors(arguments, plan.options, plan.step, plan.lr_cov, scales, calls)
     calls.factor_incidents.read(outcomes, arguments)
-    plan.arguments.forget_statistics()
+    arguments.forget_statistics()
 
 
 def step_parameters(
