@@ -1,6 +1,7 @@
 // What Python asks of the extension that is not a tensor operator: layouts, build information, and
 // the observation of layers.
 // Importing this module also registers the operators (schemas.cpp and the kernels beside it).
+#include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -43,6 +44,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_bfloat16_products", [] { return singd::cpu::bfloat16_gram(1) != nullptr; });
   m.def("cpu_tiles", [] { return singd::cpu::tile_step() != nullptr; });
   m.def("cpu_threads", &singd::cpu::threads);
+  // Whether a profiler, or anything else, records what runs.
+  m.def("is_recording", &at::hasCallbacks);
   singd::define_observation(m);
   singd::define_step_arguments(m);
   singd::define_gatherer(m);

@@ -114,7 +114,7 @@ class Gatherer {
 
   // Lets all states go, since others take their place.
   void unbind() {
-    for (const auto& layer : layers_) layer->states.clear();
+    for (const auto& layer : layers_) layer->unbind();
     pass_ = -1;
   }
 
@@ -134,8 +134,9 @@ class Gatherer {
 
   void forget_statistics(const py::dict& optimizer_state) {
     for (const auto& layer : layers_) {
+      if (!layer->has_statistics) continue;
       layer->bind(optimizer_state);
-      singd::forget_statistics(*layer);
+      layer->forget_statistics();
     }
   }
 
@@ -204,7 +205,7 @@ void Gatherer::begin(KnownLayer& layer, int64_t pass) {
                                        const at::Tensor tensor = parameter.get();
                                        return tensor.defined() && tensor.grad().defined();
                                      });
-  if (layer.pass_counts && is_clear) singd::forget_statistics(layer);
+  if (layer.pass_counts && is_clear) layer.forget_statistics();
 }
 
 Shape Gatherer::add_linear(KnownLayer& layer, const at::Tensor& x, const at::Tensor& g) const {
@@ -270,6 +271,7 @@ void Gatherer::receive(KnownLayer& layer, const at::Tensor& x, const at::Tensor&
   }
   if (pass != layer.last_pass) begin(layer, pass);
   if (!layer.pass_counts) return;
+  layer.has_statistics = true;
   count(layer, layer.is_linear ? add_linear(layer, x, g) : add_others(layer, x, g, hook));
 }
 

@@ -78,10 +78,24 @@ KnownLayer::KnownLayer(const py::object& layer, std::string of_K, std::string of
       device(layer.attr("home").cast<py::tuple>()[1].cast<c10::Device>()) {}
 
 void KnownLayer::bind(const py::dict& optimizer_state) {
+  const py::object before = states.empty() ? py::none() : py::object(entries());
   states.clear();
   for (const WeakTensor& parameter : parameters) {
     states.push_back(optimizer_state[py::cast(parameter.get())].cast<py::dict>());
   }
+  has_statistics |= !entries().is(before);
+}
+
+void KnownLayer::unbind() {
+  states.clear();
+  has_statistics = true;
+}
+
+void KnownLayer::forget_statistics() {
+  for (const auto* key : {&keys.statistic_K, &keys.statistic_C, &keys.rows, &keys.loss_terms}) {
+    if (find(entries(), *key)) PyDict_DelItem(entries().ptr(), key->ptr());
+  }
+  has_statistics = false;
 }
 
 bool KnownLayer::is_owned() const {
@@ -112,13 +126,6 @@ at::Tensor tensor_in(const KnownLayer& layer, const py::dict& state, const py::o
   throw py::key_error("the optimizer's state of layer '" + layer.name + "' has no tensor '" +
                       key.cast<std::string>() +
                       "': something removed it; load a saved state, or construct SINGD again");
-}
-
-void forget_statistics(const KnownLayer& layer) {
-  const Keys& keys = layer.keys;
-  for (const auto* key : {&keys.statistic_K, &keys.statistic_C, &keys.rows, &keys.loss_terms}) {
-    if (find(layer.entries(), *key)) PyDict_DelItem(layer.entries().ptr(), key->ptr());
-  }
 }
 
 }  // namespace singd

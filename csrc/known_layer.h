@@ -48,6 +48,7 @@ struct KnownLayer {
   int64_t last_pass = -1;     // the backward pass that last added to the statistics
   int64_t counted_terms = 0;  // loss terms counted in it
   bool pass_counts = false;   // whether it adds to the layer's gradients
+  bool has_statistics = true;  // unless they were forgotten and none were added since
 
   // layer: the Layer.
   KnownLayer(const pybind11::object& layer, std::string structure_K, std::string structure_C,
@@ -55,10 +56,14 @@ struct KnownLayer {
 
   // Finds the states of its parameters, which anyone may have exchanged.
   void bind(const pybind11::dict& optimizer_state);
+  // Lets them go, since others take their place.
+  void unbind();
   // Whether the modules are known to hold the parameters.
   bool is_owned() const;
   pybind11::dict& entries() { return states.at(0); }
   const pybind11::dict& entries() const { return states.at(0); }
+  // Forgets what was gathered.
+  void forget_statistics();
 };
 
 // An entry, or null.
@@ -70,8 +75,5 @@ int64_t number_in(const pybind11::dict& state, const pybind11::object& key);
 // A tensor in one of a layer's states. Throws KeyError, naming the layer, if there is none.
 at::Tensor tensor_in(const KnownLayer& layer, const pybind11::dict& state,
                      const pybind11::object& key);
-
-// Forgets what was gathered for a layer.
-void forget_statistics(const KnownLayer& layer);
 
 }  // namespace singd

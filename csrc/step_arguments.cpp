@@ -184,7 +184,7 @@ void FactorArguments::add(const std::shared_ptr<KnownLayer>& layer, bool has_mom
 }
 
 void FactorArguments::forget_statistics() {
-  for (const auto& layer : all) singd::forget_statistics(*layer);
+  for (const auto& layer : all) layer->forget_statistics();
   statistic_K.clear();
   statistic_C.clear();
 }

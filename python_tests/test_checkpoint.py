@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import assert_same_tree, make
-from nets import OPTIONS, assert_bitwise, backward, inputs, mlp, snapshot, train
+from nets import (
+    OPTIONS,
+    assert_bitwise,
+    backward,
+    inputs,
+    mlp,
+    snapshot,
+    statistics_names,
+    train,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -105,6 +114,17 @@ def test_run_saved_between_backward_and_step_resumes_bit_for_bit() -> None:
         o.step()
         train(m, o, [2])
     assert_bitwise(snapshot(resumed, resumed_optimizer), snapshot(model, optimizer))
+
+
+def test_zero_grad_drops_the_statistics_that_were_loaded() -> None:
+    model, optimizer = make()
+    backward(model, optimizer, inputs())
+    saved = _through_file(optimizer.state_dict())
+    optimizer.zero_grad()
+    optimizer.load_state_dict(saved)
+    assert statistics_names(optimizer)
+    optimizer.zero_grad()
+    assert not statistics_names(optimizer)
 
 
 def test_several_groups_resume_with_their_own_options() -> None:

@@ -19,6 +19,7 @@ from nets import (
     trained,
 )
 from torch.optim import lr_scheduler as schedulers
+from torch.optim import optimizer as module_hooks
 
 from singd_ext import SINGD
 
@@ -248,15 +249,45 @@ def test_step_keeps_the_gradients() -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
 
 
-def test_step_hooks_run_around_the_step() -> None:
+@pytest.mark.parametrize("is_global", [False, True])
+def test_step_hooks_run_once_around_the_step(is_global: bool) -> None:
     model, optimizer = trained([])
     weight, seen = model[0].weight, []
-    optimizer.register_step_pre_hook(lambda *_: seen.append(weight.detach().clone()))
-    optimizer.register_step_post_hook(lambda *_: seen.append(weight.detach().clone()))
+    hooks = module_hooks if is_global else optimizer
+    prefix = "register_optimizer" if is_global else "register"
+    handles = [
+        getattr(hooks, f"{prefix}_step_{when}_hook")(
+            lambda *_: seen.append(weight.detach().clone())
+        )
+        for when in ("pre", "post")
+    ]
     start = weight.detach().clone()
     train(model, optimizer, [0])
+    for handle in handles:
+        handle.remove()
     assert torch.equal(seen[0], start) and torch.equal(seen[1], weight) and len(seen) == 2
     assert not torch.equal(start, weight)
+    train(model, optimizer, [1])
+    assert len(seen) == 2
+
+
+def test_pre_hook_may_replace_the_arguments_of_the_step() -> None:
+    model, optimizer = trained([])
+    losses: list[float] = []
+    optimizer.register_step_pre_hook(
+        lambda opt, args, kwargs: ((opt, lambda: losses.append(1.0)), {})
+    )
+    backward(model, optimizer, inputs())
+    optimizer.step()
+    assert losses == [1.0]
+
+
+def test_profiler_sees_one_event_a_step() -> None:
+    model, optimizer = trained([])
+    with torch.autograd.profiler.profile() as profile:
+        train(model, optimizer, range(3))
+    steps = [e for e in profile.key_averages() if e.key == "Optimizer.step#SINGD.step"]
+    assert [e.count for e in steps] == [3]
 
 
 # -------------------------------------------------------------------- parameter groups

@@ -34,6 +34,7 @@ from .hyperparameters import (
 from .layers import Layer, find_layers
 from .memory import GroupCalls
 from .scaling import VoidSteps, is_on_host, is_set_on_host, scales_of_step
+from .step_hooks import noticed
 from .steps import complete_state, plan_of, step_factors, step_parameters
 from .structured import StructuredMatrix
 from .summary import Summary
@@ -317,6 +318,7 @@ class SINGD(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- the step
 
+    @noticed
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the factors every T steps, and the parameters; the fallback does its own step.
 

@@ -90,9 +90,10 @@ class LocalStep {
     size_t begin = 0, end = 0;
   };
 
-  // Elements of a panel: without products they fit the first cache; with products two of them do,
-  // or with blocks on the left, which need many rows, the second, so that rows are long pieces.
-  static constexpr int64_t kPointwisePanel = 4096, kPanel = 8192, kWidePanel = 32768;
+  // Elements of a panel: with products two of them fit the first cache, or with blocks on the left,
+  // which need many rows, the second, so that rows are long pieces. Without products none is visited
+  // twice; taking a task waits for all that was stored past the caches, so these are larger.
+  static constexpr int64_t kPointwisePanel = 16384, kPanel = 8192, kWidePanel = 32768;
   static constexpr int64_t kPanelRows = 12, kTilePanelRows = 32;
   // Elements of the gradients of a group: they should fit a cache, and what is kept of them is
   // little memory.
