@@ -45,9 +45,9 @@ struct KnownLayer {
   c10::Device device;
   std::vector<pybind11::dict> states;  // of the parameters, while bound; the first has the entries
 
-  int64_t last_pass = -1;     // the backward pass that last added to the statistics
-  int64_t counted_terms = 0;  // loss terms counted in it
-  bool pass_counts = false;   // whether it adds to the layer's gradients
+  int64_t last_pass = -1;      // the backward pass that last added to the statistics
+  int64_t counted_terms = 0;   // loss terms counted in it
+  bool pass_counts = false;    // whether it adds to the layer's gradients
   bool has_statistics = true;  // unless they were forgotten and none were added since
 
   // layer: the Layer.

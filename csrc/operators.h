@@ -10,6 +10,7 @@
 namespace singd {
 
 struct Operators {
+  std::string name_space;
   c10::TypedOperatorHandle<void(at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
                                 const std::string&, bool, const std::string&, bool)>
       accumulate_statistic_;
@@ -20,16 +21,17 @@ struct Operators {
       bool, bool, int64_t, double, at::Tensor&, at::Tensor&, const std::optional<at::Tensor>&,
       const std::optional<at::Tensor>&, std::optional<at::IntArrayRef>)>
       update_factors_;
-  c10::TypedOperatorHandle<void(at::TensorList, at::TensorList, at::TensorList, at::TensorList,
-                                at::TensorList, at::TensorList, at::TensorList, at::TensorList,
-                                at::TensorList, at::TensorList, at::TensorList, const std::string&,
-                                const std::string&, const at::Tensor&, double, double, at::Tensor&,
-                                at::Tensor&, at::Tensor&, const std::optional<at::Tensor>&,
-                                const std::optional<at::Tensor>&, std::optional<at::IntArrayRef>)>
+  c10::TypedOperatorHandle<void(
+      at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
+      at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList,
+      at::TensorList, const std::string&, const std::string&, const at::Tensor&, double, double,
+      at::Tensor&, at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+      const std::optional<at::Tensor>&, std::optional<at::IntArrayRef>)>
       preconditioned_update_;
 
-  explicit Operators(const std::string& name_space)
-      : accumulate_statistic_(found(name_space + "::accumulate_statistic_")),
+  explicit Operators(const std::string& of)
+      : name_space(of),
+        accumulate_statistic_(found(name_space + "::accumulate_statistic_")),
         update_factors_(found(name_space + "::update_factors_")),
         preconditioned_update_(found(name_space + "::preconditioned_update_")) {}
 

@@ -16,7 +16,9 @@ class WeakReference {
       : reference_(pybind11::weakref(object).release().ptr(), getPyInterpreter()) {}
   // The object, or None; with the GIL.
   pybind11::object get() const {
-    return pybind11::reinterpret_borrow<pybind11::object>(reference_.ptr(getPyInterpreter()))();
+    auto* object = PyObject_CallNoArgs(reference_.ptr(getPyInterpreter()));
+    if (object == nullptr) throw pybind11::error_already_set();
+    return pybind11::reinterpret_steal<pybind11::object>(object);
   }
 
  private:

@@ -34,6 +34,6 @@ TORCH_LIBRARY(SINGD_LIBRARY, m) {
       "Tensor(c!)[] momentum_weight, Tensor(d!)[] momentum_bias, Tensor(e!)[] skipped, "
       "Tensor[] grad_weight, Tensor[] grad_bias, Tensor[] K, Tensor[] C, Tensor[] P_K, "
       "Tensor[] P_C, str structure_K, str structure_C, *, Tensor lr, float momentum, "
-      "float weight_decay, Tensor(f!) outcomes, Tensor(g!) workspace, Tensor(h!) products, "
+      "float weight_decay, Tensor(f!) outcomes, Tensor(g!) workspace, Tensor(h!)? products=None, "
       "Tensor? grad_scale=None, Tensor? found_inf=None, int[]? rounding_key=None) -> ()");
 }

@@ -92,7 +92,8 @@ void preconditioned_update(const StepArguments& a, const at::Tensor& lr, double 
                            const std::optional<at::Tensor>& grad_scale,
                            const std::optional<at::Tensor>& found_inf,
                            const std::optional<std::vector<int64_t>>& rounding_key,
-                           at::Tensor outcomes, at::Tensor workspace, at::Tensor products) {
+                           at::Tensor outcomes, at::Tensor workspace,
+                           const std::optional<at::Tensor>& products) {
   if (a.layers.empty()) return;
   const KnownLayer& any = *a.layers.front();  // all have the group's structures
   {

@@ -87,7 +87,7 @@ class StepArguments(LayerLists):
         rounding_key: Sequence[int] | None,
         outcomes: Tensor,
         workspace: Tensor,
-        products: Tensor,
+        products: Tensor | None,
     ) -> None: ...
 
 class Gatherer:

@@ -266,7 +266,6 @@ def preconditioned_update_(
         `outcomes`: 0 updated, 1 skipped.
     """
     outcomes, workspace = _call_memory(weight, outcomes, workspace)
-    products = workspace.new_empty(0) if products is None else products
     _ops.preconditioned_update_.default(
         weight,
         bias,

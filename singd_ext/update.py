@@ -54,9 +54,7 @@ def update_parameters(
     """Update weights, biases and their momenta; see `ops.preconditioned_update_`."""
     outcomes, workspace = calls.parameters.of(arguments)
     # With T = 1 none is of use in the next step, and a backward pass has other uses for memory.
-    products = (
-        calls.products.of(arguments, workspace.device) if options.T > 1 else workspace.new_empty(0)
-    )
+    products = calls.products.of(arguments, workspace.device) if options.T > 1 else None
     arguments.preconditioned_update_(
         lr=options.lr_tensor,
         momentum=float(options.momentum),

@@ -17,10 +17,12 @@ struct FactorTask {
   RoundingKey key;
   // Workspace: K in the type of products, H without its scale in T, which ends as the new momentum,
   // and Pi(K^T K), which ends as scratch or as the update of K. A dense factor's statistic is H,
-  // but for the weights of Pi, which are missing in Pi(K^T K) too.
+  // but for the weights of Pi, which are missing in Pi(K^T K) too. Blocks and borders keep other
+  // numbers of as many places there until they make the momentum.
   void *k = nullptr, *h = nullptr;
   Array gram;
-  double update_scale = 1;           // of the update in `gram`: K + update_scale gram is the next K
+  bool is_added_up = false;  // H and Pi(K^T K), with their scales and weights, in the place of H
+  double update_scale = 1;   // of the update in `gram`: K + update_scale gram is the next K
   Array next_factor, next_momentum;  // local products: the candidates as they would be stored
   double mean_trace_h = 0, mean_trace_gram = 0;
   double momentum_norm = 0;             // at least the spectral norm of the new momentum

@@ -18,36 +18,30 @@
 
 namespace singd::cpu {
 
-inline int64_t element_size(Scalar type) {
-  switch (type) {
-    case Scalar::kFloat64:
-      return 8;
-    case Scalar::kFloat32:
-      return 4;
-    default:
-      return 2;
-  }
-}
-
 // Memory of one task; all of it is behind its arena.
 inline void allocate_task(FactorTask& task, Arena& arena) {
   const auto take = [&](Scalar type) -> void* {
-    return arena.take<std::byte>((task.size + kPadding) * element_size(type));
+    return arena.take<std::byte>((task.size + kPadding) * size_of(type));
   };
-  // Rows of blocks are padded.
-  const int64_t rows = task.layout.dim * padded(task.layout.block);
-  const int64_t bytes = (std::max(task.size, rows) + kPadding) * element_size(task.statistic.type);
-  for (void** numbers : {&task.k, &task.h}) *numbers = arena.take<std::byte>(bytes);
+  // Rows of blocks and borders are padded.
+  const Layout& layout = task.layout;
+  const int64_t blocks = layout.dim * padded(layout.block);
+  const int64_t border = (layout.head + layout.tail) * padded(layout.dim);
+  const int64_t numbers = std::max({task.size, blocks, border}) + kPadding;
+  const int64_t bytes = numbers * size_of(task.statistic.type);
+  for (void** memory : {&task.k, &task.h}) *memory = arena.take<std::byte>(bytes);
   task.gram = {arena.take<std::byte>(bytes), task.statistic.type};
   task.next_factor = {take(task.factor.type), task.factor.type};
   const Scalar momentum = task.momentum.data != nullptr ? task.momentum.type : task.factor.type;
-  task.next_momentum = {take(momentum), momentum};
+  // The new momentum is where it is made, unless it has to be converted or is in padded rows.
+  const bool is_there = momentum == task.statistic.type && layout.family != Family::kBlockDiagonal;
+  task.next_momentum = {is_there ? task.h : take(momentum), momentum};
 }
 
 // The candidates take the place of the old state.
 inline void commit_task(const FactorTask& task) {
   const auto copy = [&](const Array& to, const Array& from) {
-    std::memcpy(to.data, from.data, static_cast<size_t>(task.size * element_size(to.type)));
+    std::memcpy(to.data, from.data, static_cast<size_t>(task.size * size_of(to.type)));
   };
   copy(task.factor, task.next_factor);
   if (task.momentum.data != nullptr) copy(task.momentum, task.next_momentum);
@@ -85,7 +79,7 @@ class LocalFactors {
     for (FactorTask* task : {&k, &c}) {
       allocate_task(*task, arena);
       const int64_t numbers = factor_scratch(task->layout);
-      scratch = std::max(scratch, numbers * element_size(task->statistic.type));
+      scratch = std::max(scratch, numbers * size_of(task->statistic.type));
     }
     return arena.take<std::byte>(scratch);
   }

@@ -5,7 +5,8 @@
 //   write     momentum and weight, unless the preconditioned gradient is not finite
 //
 // Layers are read and written in groups that stay in a cache from the one to the other; a group is
-// written in the same breath as the next one is read.
+// written in the same breath as the next one is read. P is prepared of all layers first where it is
+// kept for later steps, else of a group a breath before that is read.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -27,8 +28,9 @@ namespace singd::cpu {
 template <class T>
 class LocalStep {
  public:
-  // products: P of all factors; of the size that they take only if it holds them already.
-  LocalStep(at::Tensor& workspace, at::Tensor& products)
+  // products: P of all factors, of the size that they take only if it holds them already; null if
+  // they are not to be kept.
+  LocalStep(at::Tensor& workspace, at::Tensor* products)
       : workspace_(workspace), products_(products), kernels_(kernels().step<T>()) {}
 
   // Adds a layer and its factors C and K; without them its gradient is taken as it is.
@@ -59,16 +61,14 @@ class LocalStep {
     first_read_.push_back(read_tasks_.size());
     first_write_.push_back(write_tasks_.size());
     plan_groups();
-    const bool kept = Arena::fit(products_, [&](Arena& arena) { allocate_products(arena); });
+    const bool kept = fit_products();
     Arena::run(workspace_, [&](Arena& arena) { allocate(arena); });
-    if (!kept) prepare();
-    for (size_t i = 0; i < factors_.size(); ++i) product(i).norm = norms_[i];
+    if (products_ != nullptr) prepare_all(kept);
     writes_.assign(layers_.size(), 1);
-    parallel_over({}, groups_[0]);
-    for (size_t g = 0; g < groups_.size(); ++g) {
-      const Group& group = groups_[g];
-      for (size_t i = group.begin; i < group.end; ++i) writes_[i] = finish_read(i);
-      parallel_over(group, g + 1 < groups_.size() ? groups_[g + 1] : Group{});
+    for (int64_t g = -2; g < static_cast<int64_t>(groups_.size()); ++g) {
+      const Group now = group(g);
+      for (size_t i = now.begin; i < now.end; ++i) writes_[i] = finish_read(i);
+      parallel_over(now, group(g + 1), products_ != nullptr ? Group{} : group(g + 2));
     }
     for (size_t i = 0; i < layers_.size(); ++i) updated(i, static_cast<bool>(writes_[i]));
   }
@@ -80,9 +80,11 @@ class LocalStep {
     T* products = nullptr;  // of a border on the left
   };
 
+  enum class Phase { kPrepare, kRead, kWrite };
+
   struct Task {
+    Phase phase;
     size_t layer, index;
-    bool writes;
   };
 
   // Layers [begin, end).
@@ -91,8 +93,9 @@ class LocalStep {
   };
 
   // Elements of a panel: with products two of them fit the first cache, or with blocks on the left,
-  // which need many rows, the second, so that rows are long pieces. Without products none is visited
-  // twice; taking a task waits for all that was stored past the caches, so these are larger.
+  // which need many rows, the second, so that rows are long pieces. Without products none is
+  // visited twice; taking a task waits for all that was stored past the caches, so these are
+  // larger.
   static constexpr int64_t kPointwisePanel = 16384, kPanel = 8192, kWidePanel = 32768;
   static constexpr int64_t kPanelRows = 12, kTilePanelRows = 32;
   // Elements of the gradients of a group: they should fit a cache, and what is kept of them is
@@ -200,9 +203,13 @@ class LocalStep {
     return factor % 2 == 0 ? layer.left : layer.right;
   }
 
-  void allocate_products(Arena& arena) {
-    norms_ = arena.take<double>(factors_.size());
-    for (size_t i = 0; i < factors_.size(); ++i) allocate_product(product(i), arena);
+  // Memory of the products that are kept; whether they are there.
+  bool fit_products() {
+    if (products_ == nullptr) return false;
+    return Arena::fit(*products_, [&](Arena& arena) {
+      norms_ = arena.take<double>(factors_.size());
+      for (size_t i = 0; i < factors_.size(); ++i) allocate_product(product(i), arena);
+    });
   }
 
   void allocate(Arena& arena) {
@@ -218,21 +225,27 @@ class LocalStep {
     }
     scratch_ = (scratch_ + 63) / 64 * 64;
     memory_ = arena.take<T>(scratch_ * at::get_num_threads());
-    allocate_reads(arena);
+    // What is read of a group is needed until it is written, and P while it is read before that.
+    take_turns<2>(arena, [&](const Group& g, Arena& own) { allocate_reads(g, own); });
+    if (products_ != nullptr) return;
+    take_turns<3>(arena, [&](const Group& g, Arena& own) {
+      for (size_t i = 2 * g.begin; i < 2 * g.end; ++i) allocate_product(product(i), own);
+    });
   }
 
-  // What is read of a group is needed until it is written: two groups have it at a time.
-  void allocate_reads(Arena& arena) {
-    int64_t needed[2] = {0, 0};
+  // plan(group, arena) for all groups, in memory that every kTurns-th of them shares.
+  template <int kTurns, class Plan>
+  void take_turns(Arena& arena, Plan plan) {
+    int64_t needed[kTurns] = {};
     for (size_t g = 0; g < groups_.size(); ++g) {
-      const auto plan = [&](Arena& a) { allocate_reads(groups_[g], a); };
-      needed[g % 2] = std::max(needed[g % 2], Arena::size(plan));
+      int64_t& most = needed[g % kTurns];
+      most = std::max(most, Arena::size([&](Arena& own) { plan(groups_[g], own); }));
     }
-    std::byte* const memory[2] = {arena.take<std::byte>(needed[0]),
-                                  arena.take<std::byte>(needed[1])};
+    std::byte* memory[kTurns];
+    for (int i = 0; i < kTurns; ++i) memory[i] = arena.take<std::byte>(needed[i]);
     for (size_t g = 0; g < groups_.size(); ++g) {
-      Arena own(memory[g % 2]);
-      allocate_reads(groups_[g], own);
+      Arena own(memory[g % kTurns]);
+      plan(groups_[g], own);
     }
   }
 
@@ -263,16 +276,30 @@ class LocalStep {
     });
   }
 
-  void prepare() {
+  void prepare(size_t factor) {
+    LocalProduct<T>& p = product(factor);
+    if (p.kind == LocalKind::kIdentity) return;
+    const LocalFactor& of = factors_[factor];
+    kernels_of(layers_[factor / 2]).prepare(p, of.storage, of.size, scratch());
+  }
+
+  // Products that are kept, which `are_there` from an earlier step or not.
+  void prepare_all(bool are_there) {
     int64_t elements = 0;
     for (const LocalFactor& factor : factors_) elements += factor.size;
-    parallel(0, factors_.size(), elements, [&](size_t i) {
-      if (product(i).kind != LocalKind::kIdentity) {
-        kernels_of(layers_[i / 2])
-            .prepare(product(i), factors_[i].storage, factors_[i].size, scratch());
-      }
-      norms_[i] = product(i).norm;
-    });
+    if (!are_there) {
+      parallel(0, factors_.size(), elements, [&](size_t i) {
+        prepare(i);
+        norms_[i] = product(i).norm;
+      });
+    }
+    for (size_t i = 0; i < factors_.size(); ++i) product(i).norm = norms_[i];
+  }
+
+  // One of the groups, or an empty one.
+  Group group(int64_t index) const {
+    const auto i = static_cast<size_t>(index);
+    return index >= 0 && i < groups_.size() ? groups_[i] : Group{};
   }
 
   int64_t elements(size_t begin, size_t end) const {
@@ -281,29 +308,39 @@ class LocalStep {
     return sum;
   }
 
-  // Writes a group and reads the next one, in threads, each of which takes its share of every
-  // layer: the rows that torch's products gave it, so that gradients are where it wrote them.
-  void parallel_over(const Group& group, const Group& next) {
-    const int64_t work = elements(group.begin, group.end) + elements(next.begin, next.end);
+  // Writes a group, reads the next one and prepares a third, in threads, each of which takes its
+  // share of every layer: the rows that torch's products gave it, so that gradients are where it
+  // wrote them. What takes longest comes first.
+  void parallel_over(const Group& writes, const Group& reads, const Group& prepares) {
+    int64_t work = elements(writes.begin, writes.end) + elements(reads.begin, reads.end);
+    for (size_t i = 2 * prepares.begin; i < 2 * prepares.end; ++i) work += factors_[i].size;
+    if (work == 0) return;
     const size_t most = static_cast<size_t>(work / kGrain) + 1;
     const size_t threads = std::min(static_cast<size_t>(at::get_num_threads()), most);
     shares_.begin(threads);
-    share_out(group, first_write_, true);
-    share_out(next, first_read_, false);
+    for (size_t layer = prepares.begin; layer < prepares.end; ++layer) {
+      share_out(Phase::kPrepare, layer, 2 * layer, 2 * layer + 2);
+    }
+    for (size_t layer = writes.begin; layer < writes.end; ++layer) {
+      share_out(Phase::kWrite, layer, first_write_[layer], first_write_[layer + 1]);
+    }
+    for (size_t layer = reads.begin; layer < reads.end; ++layer) {
+      share_out(Phase::kRead, layer, first_read_[layer], first_read_[layer + 1]);
+    }
     shares_.run([&](const Task& task) {
-      if (task.writes) {
-        write(task.layer, write_tasks_[task.index]);
-      } else {
-        read(layers_[task.layer], read_tasks_[task.index]);
+      switch (task.phase) {
+        case Phase::kPrepare:
+          return prepare(task.index);
+        case Phase::kRead:
+          return read(layers_[task.layer], read_tasks_[task.index]);
+        case Phase::kWrite:
+          return write(task.layer, write_tasks_[task.index]);
       }
     });
   }
 
-  void share_out(const Group& group, const std::vector<size_t>& first, bool writes) {
-    for (size_t layer = group.begin; layer < group.end; ++layer) {
-      shares_.add(first[layer], first[layer + 1] - first[layer], layer,
-                  [&](size_t index) { return Task{layer, index, writes}; });
-    }
+  void share_out(Phase phase, size_t layer, size_t begin, size_t end) {
+    shares_.add(begin, end - begin, layer, [&](size_t index) { return Task{phase, layer, index}; });
   }
 
   void read(const StepLayer<T>& layer, Read& task) const {
@@ -346,7 +383,8 @@ class LocalStep {
     return finite;
   }
 
-  at::Tensor &workspace_, &products_;
+  at::Tensor& workspace_;
+  at::Tensor* products_;
   const StepKernels<T>& kernels_;
   const StepKernels<T>* tiles_ = tile_kernels();
   std::vector<StepLayer<T>> layers_;
@@ -359,7 +397,7 @@ class LocalStep {
   std::vector<char> writes_;
   int64_t scratch_ = 0;  // of one thread
   T* memory_ = nullptr;
-  double* norms_ = nullptr;  // of the products
+  double* norms_ = nullptr;  // of the products that are kept
 };
 
 }  // namespace singd::cpu

@@ -178,8 +178,7 @@ bool update_whole(const LayerStep& layer, const Options& options, const Rounding
     precondition(layer.K, Side::kRight, step.rows, p, scratch);
     use_matrix(step, {p, array_type<T>()}, sizeof(T));
   }
-  at::Tensor no_products = workspace.new_empty({0});
-  LocalStep<T> local(workspace, no_products);
+  LocalStep<T> local(workspace, nullptr);
   local.add(step);
   bool updated = false;
   local.run([&](size_t, bool ok) { updated = ok; });
@@ -190,7 +189,7 @@ bool update_whole(const LayerStep& layer, const Options& options, const Rounding
 // The layers that compute in T; report(index, whether it was updated).
 template <class T, class Function>
 void update_layers(const std::vector<LayerStep>& layers, const Options& options,
-                   const RoundingKey& key, at::Tensor& workspace, at::Tensor& products,
+                   const RoundingKey& key, at::Tensor& workspace, at::Tensor* products,
                    Function report) {
   LocalStep<T> local(workspace, products);
   std::vector<std::vector<Staged>> staged;
@@ -225,7 +224,8 @@ void preconditioned_update_(at::TensorList weight, at::TensorList bias,
                             at::TensorList P_K, at::TensorList P_C, const std::string& structure_K,
                             const std::string& structure_C, const at::Tensor& lr, double momentum,
                             double weight_decay, at::Tensor& outcomes, at::Tensor& workspace,
-                            at::Tensor& products, const std::optional<at::Tensor>& grad_scale,
+                            const std::optional<at::Tensor>& products,
+                            const std::optional<at::Tensor>& grad_scale,
                             const std::optional<at::Tensor>& found_inf,
                             std::optional<at::IntArrayRef> rounding) {
   const at::AutoDispatchBelowADInplaceOrView guard;
@@ -235,7 +235,7 @@ void preconditioned_update_(at::TensorList weight, at::TensorList bias,
   const std::vector<LayerStep> layers = checked_steps(kOp, lists, momentum != 0, outcomes.device());
   check_outcomes(kOp, outcomes, layers.size());
   check_on_device(kOp, "workspace", workspace, outcomes.device());
-  check_on_device(kOp, "products", products, outcomes.device());
+  if (products.has_value()) check_on_device(kOp, "products", *products, outcomes.device());
   const Scaler scaler = checked_scaler(kOp, grad_scale, found_inf);
   const Options options{checked_scalar(kOp, "lr", lr), momentum, weight_decay, scaler.unscale};
   const RoundingKey key = checked_rounding_key(kOp, rounding);
@@ -251,9 +251,9 @@ void preconditioned_update_(at::TensorList weight, at::TensorList bias,
   const auto is_double = [](const LayerStep& layer) { return step_type(layer) == at::kDouble; };
   const auto doubles = std::count_if(layers.begin(), layers.end(), is_double);
   const bool mixed = doubles != 0 && doubles != static_cast<int64_t>(layers.size());
-  at::Tensor kept = mixed ? workspace.new_empty({0}) : products;
+  at::Tensor memory = products.value_or(at::Tensor());
+  at::Tensor* kept = mixed || !products.has_value() ? nullptr : &memory;
   update_layers<float>(layers, options, key, workspace, kept, report);
-  if (mixed) kept.resize_({0});
   update_layers<double>(layers, options, key, workspace, kept, report);
 }
 

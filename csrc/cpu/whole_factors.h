@@ -87,7 +87,7 @@ class WholeFactors {
   static void allocate(FactorTask& task, Arena& arena) {
     const Scalar type = product_type(task);
     const auto take = [&](Scalar of) -> void* {
-      return arena.take<std::byte>(task.size * element_size(of));
+      return arena.take<std::byte>(task.size * size_of(of));
     };
     task.k = task.factor.type == type ? task.factor.data : take(type);
     task.h = take(task.statistic.type);
@@ -102,10 +102,10 @@ class WholeFactors {
   // For column sums, then for the exponential where that is not K's update itself.
   int64_t scratch_bytes(const FactorTask& task) const {
     if (has_local_products(task.layout)) {
-      return factor_scratch(task.layout) * element_size(task.statistic.type);
+      return factor_scratch(task.layout) * size_of(task.statistic.type);
     }
     return std::max<int64_t>(parts_of(task) * task.layout.dim * int64_t{sizeof(double)},
-                             2 * task.size * element_size(task.gram.type));
+                             2 * task.size * size_of(task.gram.type));
   }
 
   void curvature(FactorTask& task) {

@@ -109,7 +109,7 @@ void preconditioned_update_(at::TensorList weight, at::TensorList bias,
                             at::TensorList P_K, at::TensorList P_C, const std::string& structure_K,
                             const std::string& structure_C, const at::Tensor& lr, double momentum,
                             double weight_decay, at::Tensor& outcomes, at::Tensor& workspace,
-                            at::Tensor& /*products: made anew, by the step's kernels*/,
+                            const std::optional<at::Tensor>& /*products: made by the kernels*/,
                             const std::optional<at::Tensor>& grad_scale,
                             const std::optional<at::Tensor>& found_inf,
                             std::optional<at::IntArrayRef> rounding) {

@@ -30,10 +30,18 @@ template <class T>
 bool store_numbers(const T* values, int64_t count, const Array& array, const RoundingKey& key) {
   bool finite = true;
   with_type(array, [&](auto* to) {
-    narrow_row(values, count, key, 0, to);
+    const bool there = static_cast<const void*>(to) == static_cast<const void*>(values);
+    if (!there) narrow_row(values, count, key, 0, to);
     finite = are_finite<T>(to, count);
   });
   return finite;
+}
+
+// to = a + scale b.
+template <class T>
+SINGD_INLINE void add_scaled(const T* a, T scale, const T* b, int64_t count, T* to) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < count; ++j) to[j] = a[j] + scale * b[j];
 }
 
 // The candidates of slots [begin, end) as they are stored: to the state, or only looked at, whether
@@ -83,33 +91,35 @@ bool diagonal_candidate(const FactorTask& task, double beta, bool second_order) 
   return store_numbers(n.gram, task.size, task.next_factor, task.key.stream(0));
 }
 
-// to <- A B of bordered matrices in their storage.
-template <class T>
-void multiply_borders(const Border<T>& b, const T* first, const T* second, T* to, T* scratch) {
-  T* rows = scratch;
-  b.multiply_rows(first, second, rows, rows + b.border * b.wide);
-  for (int64_t r = 0; r < b.border; ++r) {
-    __builtin_memcpy(to + r * b.d, rows + r * b.wide, sizeof(T) * static_cast<size_t>(b.d));
-  }
-  const int64_t diagonal = b.border * b.d;
-  for (int64_t j = 0; j < b.interior(); ++j) {
-    to[diagonal + j] = first[diagonal + j] * second[diagonal + j];
-  }
-}
-
-// scratch: the size of the storage, border wide + border^2 + wide.
+// The same for a bordered factor. scratch: border wide + border^2 + wide.
 template <class T>
 bool border_candidate(const FactorTask& task, double beta, bool second_order, T* scratch) {
   const Numbers<T> n(task);
   const Border<T> b(task.layout);
-  T *e = n.gram, *product = scratch, *rest = scratch + task.size;
-  copy_scaled(n.h, task.size, static_cast<T>(-beta), e);
+  const T scale = static_cast<T>(-beta), *m = n.h;
+  T *rows = scratch, *rest = scratch + b.border * b.wide;
   if (second_order) {
-    multiply_borders(b, e, e, product, rest);
-    for (int64_t i = 0; i < task.size; ++i) e[i] += product[i] / 2;
+    b.multiply_rows(m, m, rows, rest);
+    for (int64_t r = 0; r < b.border; ++r) {
+      add_scaled(m + r * b.d, scale / 2, rows + r * b.wide, b.d, n.gram + r * b.d);
+    }
+    for (int64_t j = b.border * b.d; j < task.size; ++j) n.gram[j] = m[j] + scale / 2 * m[j] * m[j];
+    m = n.gram;
   }
-  const bool swap = task.layout.transposed;  // (K E)^T = E^T K^T
-  multiply_borders(b, swap ? e : n.k, swap ? n.k : e, product, rest);
-  for (int64_t i = 0; i < task.size; ++i) product[i] += n.k[i];
-  return store_numbers(product, task.size, task.next_factor, task.key.stream(0));
+  const bool swap = task.layout.transposed;  // (K m)^T = m^T K^T
+  b.multiply_rows(swap ? m : n.k, swap ? n.k : m, rows, rest);
+  const RoundingKey key = task.key.stream(0);
+  bool finite = true;
+  with_type(task.next_factor, [&](auto* to) {
+    const auto store = [&](const T* product, int64_t first, int64_t count) {
+      add_scaled(n.k + first, scale, product, count, rest);
+      narrow_row(rest, count, key, first, to + first);
+      finite &= are_finite<T>(to + first, count);
+    };
+    for (int64_t r = 0; r < b.border; ++r) store(rows + r * b.wide, r * b.d, b.d);
+    const T *k = b.diagonal(n.k), *diagonal = b.diagonal(m);
+    for (int64_t j = 0; j < b.interior(); ++j) rows[j] = k[j] * diagonal[j];
+    store(rows, b.border * b.d, b.interior());
+  });
+  return finite;
 }

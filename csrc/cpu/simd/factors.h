@@ -30,12 +30,14 @@ double mean_diagonal(const Layout& layout, const T* numbers) {
 // ---- H = Pi(K^T U K) and Pi(K^T K) ----
 
 template <class T>
-void diagonal_curvature(const FactorTask& task, const T* u) {
+void diagonal_curvature(FactorTask& task, const T* u) {
   const Numbers<T> n(task);
   for (int64_t j = 0; j < task.layout.dim; ++j) {
     n.gram[j] = n.k[j] * n.k[j];
     n.h[j] = n.k[j] * u[j] * n.k[j];
   }
+  task.mean_trace_h = mean_diagonal(task.layout, n.h) * task.scale;
+  task.mean_trace_gram = mean_diagonal(task.layout, n.gram);
 }
 
 // A bordered matrix R = [E; D] in its storage, and what products with it share.
@@ -54,11 +56,35 @@ struct Border {
   int64_t index(int64_t r) const { return r < head ? r : r + d - border; }
   const T* diagonal(const T* storage) const { return storage + border * d; }
 
+  // Where the interiors of Pi(K^T K) and H are kept, in memory of the size of the storage.
+  template <class Number>
+  Number* gram_interior(Number* memory) const {
+    return memory;
+  }
+  template <class Number>
+  Number* h_interior(Number* memory) const {
+    return memory + interior();
+  }
+  double sum(const T* interior_numbers) const {
+    double sum = 0;
+    for (int64_t j = 0; j < interior(); ++j) sum += static_cast<double>(interior_numbers[j]);
+    return sum;
+  }
+
+  // f(row of the border, column of the border, that column's index) for all of E[:, B].
+  template <class Function>
+  SINGD_INLINE void for_each_core(Function f) const {
+    for (int64_t r = 0; r < border; ++r) {
+      for (int64_t c = 0; c < head; ++c) f(r, c, c);
+      for (int64_t c = head; c < border; ++c) f(r, c, c + interior());
+    }
+  }
+
   // core = E[:, B].
   void gather_core(const T* storage, T* core) const {
-    for (int64_t r = 0; r < border; ++r) {
-      for (int64_t c = 0; c < border; ++c) core[r * border + c] = storage[r * d + index(c)];
-    }
+    for_each_core([&](int64_t r, int64_t c, int64_t column) {
+      core[r * border + c] = storage[r * d + column];
+    });
   }
 
   // E R' for R' = [E'; D'] : E[:, B] E' + E diag(D'), which is zero on the border; rows `wide`
@@ -92,66 +118,112 @@ struct Border {
   }
 };
 
-// scratch: 2 border wide + 2 border^2 + wide.
+// K = R: U K = U[:, B] E + U diag(D) is kept in the place of H, in rows `wide` apart. Behind the
+// momentum's one product by K^T nothing else of H and Pi(K^T K) is needed but their interiors,
+// which are in the place of the latter. scratch: border^2.
 template <class T>
-void row_border_curvature(const FactorTask& task, const T* u, T* scratch) {
+void row_border_curvature(FactorTask& task, const T* u, T* scratch) {
   const Numbers<T> n(task);
   const Border<T> b(task.layout);
-  const int64_t area = b.border * b.wide;
-  T *product = scratch, *result = product + area, *core = result + area;
-  T* rest = core + b.border * b.border;  // holds U[B, B] first
+  const int64_t count = b.interior();
+  b.gather_core(u, scratch);
+  multiply<T>(b.border, b.wide, b.border, {scratch, b.border, 1}, n.k, b.d, n.h, b.wide,
+              kOverwrite<T>);
   const T *diagonal = b.diagonal(n.k), *u_diagonal = b.diagonal(u);
-  b.gather_core(n.k, core);
-  const Operand<T> core_transposed{core, 1, b.border};
-  b.multiply_rows(u, n.k, product, rest);
-  multiply<T>(b.border, b.wide, b.border, core_transposed, product, b.wide, result, b.wide,
-              kOverwrite<T>);
-  b.store_weighted(result, n.h);
-  multiply<T>(b.border, b.wide, b.border, {rest, b.border, 1}, n.k, b.d, product, b.wide,
-              kOverwrite<T>);
-  T *h = n.h + b.border * b.d, *gram = n.gram + b.border * b.d;
-  for (int64_t j = 0; j < b.interior(); ++j) {
-    h[j] = diagonal[j] * u_diagonal[j] * diagonal[j];
+  T *gram = b.gram_interior(n.gram), *h = b.h_interior(n.gram);
+  for (int64_t j = 0; j < count; ++j) {
     gram[j] = diagonal[j] * diagonal[j];
+    h[j] = diagonal[j] * u_diagonal[j] * diagonal[j];
   }
   for (int64_t r = 0; r < b.border; ++r) {
-    const T *e = n.k + r * b.d + b.head, *v = product + r * b.wide + b.head;
-    const T* u_row = u + r * b.d + b.head;
+    const T *e = n.k + r * b.d + b.head, *u_row = u + r * b.d + b.head;
+    T* uk = n.h + r * b.wide + b.head;
 #pragma GCC ivdep
-    for (int64_t j = 0; j < b.interior(); ++j) {
-      h[j] += e[j] * (v[j] + 2 * diagonal[j] * u_row[j]);
+    for (int64_t j = 0; j < count; ++j) {
+      const T scaled = u_row[j] * diagonal[j];
+      h[j] += e[j] * (uk[j] + 2 * scaled);
       gram[j] += e[j] * e[j];
+      uk[j] += scaled;
     }
   }
-  multiply<T>(b.border, b.wide, b.border, core_transposed, n.k, b.d, result, b.wide, kOverwrite<T>);
-  b.store_weighted(result, n.gram);
+  double h_trace = b.sum(h), gram_trace = b.sum(gram);
+  b.for_each_core([&](int64_t r, int64_t, int64_t column) {
+    const T k = n.k[r * b.d + column];
+    h_trace += static_cast<double>(k * n.h[r * b.wide + column]);
+    gram_trace += static_cast<double>(k * k);
+  });
+  task.mean_trace_h = h_trace * task.scale / static_cast<double>(b.d);
+  task.mean_trace_gram = gram_trace / static_cast<double>(b.d);
 }
 
-// K = R^T: the statistic is H, and K^T K = R R^T. scratch: border wide + (border + d)
-// padded(border).
+// K = R^T: the statistic is H, and K^T K = R R^T, of which E E^T is kept in rows padded(border)
+// apart. scratch: d padded(border).
 template <class T>
-void column_border_curvature(const FactorTask& task, const T* u, T* scratch) {
+void column_border_curvature(FactorTask& task, const T* u, T* scratch) {
   const Numbers<T> n(task);
   const Border<T> b(task.layout);
+  const int64_t count = b.interior();
   const int64_t thin = padded(b.border);
-  T *rows = scratch, *core = rows + b.border * b.wide, *transposed = core + b.border * thin;
-  for (int64_t r = 0; r < b.border; ++r) {
-    __builtin_memcpy(rows + r * b.wide, u + r * b.d, sizeof(T) * static_cast<size_t>(b.d));
-  }
-  b.store_weighted(rows, n.h);
-  copy_scaled(b.diagonal(u), b.interior(), T(1), n.h + b.border * b.d);
-  transpose_padded(n.k, b.border, b.d, b.d, transposed, thin);
-  multiply<T>(b.border, thin, b.d, {n.k, b.d, 1}, transposed, thin, core, thin, kOverwrite<T>);
+  transpose_padded(n.k, b.border, b.d, b.d, scratch, thin);
+  multiply<T>(b.border, thin, b.d, {n.k, b.d, 1}, scratch, thin, n.gram, thin, kOverwrite<T>);
   const T* diagonal = b.diagonal(n.k);
+  double trace = 0;
+  for (int64_t r = 0; r < b.border; ++r) trace += static_cast<double>(n.gram[r * thin + r]);
+  for (int64_t j = 0; j < count; ++j) {
+    trace += static_cast<double>(diagonal[j] * diagonal[j]);
+  }
+  task.mean_trace_h = mean_diagonal(task.layout, u) * task.scale;
+  task.mean_trace_gram = trace / static_cast<double>(b.d);
+}
+
+// h_scale H + gram_scale Pi(K^T K) in the place of H. scratch: border wide + border^2.
+template <class T>
+void row_border_sum(const FactorTask& task, T h_scale, T gram_scale, T* scratch) {
+  const Numbers<T> n(task);
+  const Border<T> b(task.layout);
+  const int64_t count = b.interior();
+  T *rows = scratch, *core = scratch + b.border * b.wide;
+  b.gather_core(n.k, core);
+  const int64_t wide = b.wide;
   for (int64_t r = 0; r < b.border; ++r) {
-    T* row = rows + r * b.wide;
-    for (int64_t c = 0; c < b.border; ++c) row[b.index(c)] = core[r * thin + c];
-    for (int64_t j = 0; j < b.interior(); ++j) {
-      row[b.head + j] = n.k[r * b.d + b.head + j] * diagonal[j];
+    const T* e = n.k + r * b.d;
+    T* uk = n.h + r * b.wide;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < wide; ++j) uk[j] = h_scale * uk[j] + gram_scale * e[j];
+  }
+  multiply<T>(b.border, b.wide, b.border, {core, 1, b.border}, n.h, b.wide, rows, b.wide,
+              kOverwrite<T>);
+  b.store_weighted(rows, n.h);
+  const T *gram = b.gram_interior(n.gram), *h = b.h_interior(n.gram);
+  T* interior = n.h + b.border * b.d;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < count; ++j) interior[j] = h_scale * h[j] + gram_scale * gram[j];
+}
+
+template <class T>
+void column_border_sum(const FactorTask& task, T h_scale, T gram_scale, T* scratch) {
+  const Numbers<T> n(task);
+  const Border<T> b(task.layout);
+  const int64_t count = b.interior();
+  const int64_t thin = padded(b.border);
+  const T *u = static_cast<const T*>(task.statistic.data), *diagonal = b.diagonal(n.k);
+  for (int64_t r = 0; r < b.border; ++r) {
+    const T *e = n.k + r * b.d + b.head, *u_row = u + r * b.d + b.head;
+    T* row = scratch + r * b.wide + b.head;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < count; ++j) {
+      row[j] = h_scale * u_row[j] + gram_scale * (e[j] * diagonal[j]);
     }
   }
-  b.store_weighted(rows, n.gram);
-  for (int64_t j = 0; j < b.interior(); ++j) {
-    n.gram[b.border * b.d + j] = diagonal[j] * diagonal[j];
+  b.for_each_core([&](int64_t r, int64_t c, int64_t column) {
+    scratch[r * b.wide + column] =
+        h_scale * u[r * b.d + column] + gram_scale * n.gram[r * thin + c];
+  });
+  b.store_weighted(scratch, n.h);
+  const T* u_diagonal = b.diagonal(u);
+  T* interior = n.h + b.border * b.d;
+#pragma GCC ivdep
+  for (int64_t j = 0; j < count; ++j) {
+    interior[j] = h_scale * u_diagonal[j] + gram_scale * (diagonal[j] * diagonal[j]);
   }
 }

@@ -106,32 +106,39 @@ struct MomentumTerms {
   }
 };
 
-// Slots [begin, end), whose weight in Pi is still missing in H and Pi(K^T K), and of which
-// `identity` is subtracted.
+// Slots [begin, end) of what the new momentum is made of, from H and Pi(K^T K) where these lack
+// the weight of Pi.
 template <class T>
-void momentum_slots(const FactorTask& task, const MomentumTerms& terms, double weight,
-                    double identity, int64_t begin, int64_t end) {
+void add_curvature(const FactorTask& task, const MomentumTerms& terms, double weight, int64_t begin,
+                   int64_t end) {
   const bool is_dense = task.layout.family == Family::kDense;
   T* m = static_cast<T*>(task.h);
   const T* h = is_dense ? static_cast<const T*>(task.statistic.data) : m;
   const T h_scale = static_cast<T>(weight * terms.h);
   const T gram_scale = static_cast<T>(weight * terms.gram);
+  T chunk[kChunk];
+  const T* gram = numbers_of(task.gram, begin, end - begin, chunk);
+#pragma GCC ivdep
+  for (int64_t j = begin; j < end; ++j) m[j] = h_scale * h[j] + gram_scale * gram[j - begin];
+}
+
+// Slots [begin, end) of the new momentum, of which `identity` is subtracted.
+template <class T>
+void momentum_slots(const FactorTask& task, const MomentumTerms& terms, double weight,
+                    double identity, int64_t begin, int64_t end) {
   const T alpha1 = static_cast<T>(terms.old), one = static_cast<T>(identity);
-  T gram_chunk[kChunk], old_chunk[kChunk];
+  T chunk[kChunk];
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t count = smaller(kChunk, end - first);
-    const T* gram = numbers_of(task.gram, first, count, gram_chunk);
-    const auto fresh = [&](int64_t j) {
-      return h_scale * h[first + j] + gram_scale * gram[j] - one;
-    };
+    T* m = static_cast<T*>(task.h) + first;
+    if (!task.is_added_up) add_curvature<T>(task, terms, weight, first, first + count);
     if (task.momentum.data == nullptr) {
-#pragma GCC ivdep
-      for (int64_t j = 0; j < count; ++j) m[first + j] = fresh(j);
+      for (int64_t j = 0; j < count; ++j) m[j] -= one;
       continue;
     }
-    const T* old = numbers_of(task.momentum, first, count, old_chunk);
+    const T* old = numbers_of(task.momentum, first, count, chunk);
 #pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j) m[first + j] = fresh(j) + alpha1 * old[j];
+    for (int64_t j = 0; j < count; ++j) m[j] += alpha1 * old[j] - one;
   }
 }
 

@@ -73,7 +73,7 @@ SINGD_INLINE void for_each_arrow_row(const StepLayer<T>& layer, int64_t begin, i
 
 // Asks for a panel of G, along its rows.
 template <class T>
-void ask_for_gradient(const StepLayer<T>& layer, const Panel& panel) {
+SINGD_INLINE void ask_for_gradient(const StepLayer<T>& layer, const Panel& panel) {
   for_each_place(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
     with_type(part.gradient, [&](const auto* gradient) {
       const int64_t bytes = count * static_cast<int64_t>(sizeof(*gradient));
