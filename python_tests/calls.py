@@ -130,3 +130,11 @@ def update_parameters(
         "weight": weight, "bias": bias, "momentum": momentum, "momentum_bias": momentum_bias,
         "skipped": skipped, "outcomes": [outcomes],
     }  # fmt: skip
+
+
+def assert_same(*results: dict[str, list[Tensor]]) -> None:
+    """All calls left the same bits."""
+    for name, tensors in results[0].items():
+        for result in results[1:]:
+            for first, other in zip(tensors, result[name], strict=True):
+                assert torch.equal(first, other), name

@@ -1,5 +1,6 @@
 """What is kept from step to step: the operators' working memory, and K Kᵀ of the factors."""
 
+import calls
 import pytest
 import torch
 from nets import snapshot, trained
@@ -114,6 +115,22 @@ def test_products_in_another_type_are_made_anew(dtypes: tuple[torch.dtype, torch
     products = torch.empty(0, dtype=torch.uint8)
     stepped(products, dtype=dtypes[0])
     assert torch.equal(stepped(products, 2.0, dtypes[1]), stepped(None, 2.0, dtypes[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", ["block_diagonal:30", "rank_tril:24", "hierarchical:15,15"])
+def test_products_that_are_not_kept_are_made_of_every_group_of_layers(
+    spec: str, dtype: torch.dtype
+) -> None:
+    """Each of these layers is a group of its own, and every third shares memory for P."""
+    shapes = [calls.Shape(515, 510 + 3 * i, bool(i % 2)) for i in range(7)]
+    kept = torch.empty(0, dtype=torch.uint8)
+    calls.assert_same(
+        *(
+            calls.update_parameters(spec, spec, shapes, dtype, products=products)
+            for products in (kept, kept, None)
+        )
+    )
 
 
 def test_a_void_call_makes_no_products() -> None:
