@@ -105,9 +105,8 @@ class Gatherer {
 
   // Finds everything where it is now: the states of all layers, and the operators.
   void bind(const py::dict& optimizer_state, const std::string& name_space) {
-    if (!operators_ || operators_->name_space != name_space) {
-      operators_ = std::make_shared<const Operators>(name_space);
-    }
+    // Anew each time: an operator of this name may have been registered in the place of another.
+    operators_ = std::make_shared<const Operators>(name_space);
     for (const auto& layer : layers_) {
       follow(*layer);
       layer->bind(optimizer_state);

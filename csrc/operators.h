@@ -10,7 +10,6 @@
 namespace singd {
 
 struct Operators {
-  std::string name_space;
   c10::TypedOperatorHandle<void(at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t,
                                 const std::string&, bool, const std::string&, bool)>
       accumulate_statistic_;
@@ -29,9 +28,8 @@ struct Operators {
       const std::optional<at::Tensor>&, std::optional<at::IntArrayRef>)>
       preconditioned_update_;
 
-  explicit Operators(const std::string& of)
-      : name_space(of),
-        accumulate_statistic_(found(name_space + "::accumulate_statistic_")),
+  explicit Operators(const std::string& name_space)
+      : accumulate_statistic_(found(name_space + "::accumulate_statistic_")),
         update_factors_(found(name_space + "::update_factors_")),
         preconditioned_update_(found(name_space + "::preconditioned_update_")) {}
 
