@@ -110,6 +110,21 @@ def test_momenta_and_factors_that_users_exchange_are_used() -> None:
     assert not torch.equal(*results)
 
 
+def test_zero_grad_drops_statistics_of_a_state_that_was_exchanged() -> None:
+    net, optimizer = with_gradients()
+    for group in optimizer.param_groups:
+        group["T"] = 100
+    gathered = dict(optimizer.state[net[0].weight])
+    assert "statistic_K" in gathered
+    optimizer.zero_grad()
+    optimizer.state[net[0].weight] = gathered
+    net(torch.randn(5, 4)).square().sum().backward()
+    optimizer.step()  # finds the state; without an update of the factors
+    assert "statistic_K" in gathered
+    optimizer.zero_grad()
+    assert "statistic_K" not in gathered
+
+
 def test_a_statistic_that_fails_leaves_no_memory_that_holds_nothing() -> None:
     """The next pass begins anew."""
     net, optimizer = with_gradients()

@@ -83,16 +83,22 @@ def test_scaled_gradients_are_divided_by_their_scale() -> None:
 @pytest.mark.parametrize("spec", ["diagonal", "block_diagonal:5", "hierarchical:2,2"])
 @pytest.mark.parametrize("index", [0, 4, 11])
 @pytest.mark.parametrize("side", [0, 1], ids=["K", "C"])
+@pytest.mark.parametrize(
+    ("entry", "statistic"), [(1.0, 1e6), (256.0, 2.0**-5)], ids=["momentum", "factor alone"]
+)
 def test_one_entry_that_overflows_as_it_is_stored_keeps_both_factors(
-    spec: str, index: int, side: int
+    spec: str, index: int, side: int, entry: float, statistic: float
 ) -> None:
     """IKFAC, where the factors do not depend on each other: one update is finite in float16."""
     dim = 12
-    factors = [StructuredMatrix.eye(spec, dim, torch.float16).data for _ in range(2)]
+
+    def extracted(value: float, dtype: torch.dtype) -> list[Tensor]:
+        dense = [torch.eye(dim), torch.eye(dim)]
+        dense[side][index, index] = value
+        return [StructuredMatrix.extract(spec, x).data.to(dtype) for x in dense]
+
+    factors, statistics = extracted(entry, torch.float16), extracted(statistic, torch.float32)
     momenta = [torch.zeros_like(f) for f in factors]
-    dense = [torch.eye(dim), torch.eye(dim)]
-    dense[side][index, index] = 1e6
-    statistics = [StructuredMatrix.extract(spec, u).data for u in dense]
     before = [t.clone() for t in (*factors, *momenta)]
     rejected = torch.zeros((), dtype=torch.int64)
     outcomes = ops.update_factors_(

@@ -260,7 +260,8 @@ def preconditioned_update_(
             saves allocations.
         products: uint8 memory that the CPU fills with K Kᵀ and C Cᵀ of sparse factors. Given to
             the next call as it is, it saves computing them again; give an empty tensor if a factor
-            was changed or the layers are others.
+            was changed or the layers are others. Without it they are not kept, and the workspace
+            has those of few layers at a time.
 
     Returns:
         `outcomes`: 0 updated, 1 skipped.

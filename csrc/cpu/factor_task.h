@@ -63,9 +63,9 @@ SINGD_INLINE_EVERYWHERE int64_t storage_rows(const Layout& layout) {
 inline int64_t factor_scratch(const Layout& layout) {
   const int64_t d = layout.dim, k = layout.block, border = layout.head + layout.tail;
   const int64_t block = 2 * k * padded(k) + 4 * kPadding;
-  const int64_t strips = 2 * border * (padded(d) + border);
-  const int64_t transposed = layout.transposed ? (border + d) * padded(border) : 0;
-  return block + strips + transposed + 2 * padded(d);
+  const int64_t rows = border * (padded(d) + border);
+  const int64_t transposed = layout.transposed ? d * padded(border) : 0;
+  return block + rows + transposed + 2 * padded(d);
 }
 
 struct FactorKernels {

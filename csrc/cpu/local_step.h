@@ -20,6 +20,7 @@
 
 #include "arena.h"
 #include "kernels.h"
+#include "layer_groups.h"
 #include "local_product.h"
 #include "shares.h"
 
@@ -60,15 +61,16 @@ class LocalStep {
     }
     first_read_.push_back(read_tasks_.size());
     first_write_.push_back(write_tasks_.size());
-    plan_groups();
+    groups_.plan(layers_.size(), [&](size_t begin, size_t end) { return elements(begin, end); });
     const bool kept = fit_products();
     Arena::run(workspace_, [&](Arena& arena) { allocate(arena); });
     if (products_ != nullptr) prepare_all(kept);
     writes_.assign(layers_.size(), 1);
-    for (int64_t g = -2; g < static_cast<int64_t>(groups_.size()); ++g) {
-      const Group now = group(g);
+    for (int64_t g = -2; g < groups_.count(); ++g) {
+      const LayerGroup now = groups_.at(g);
       for (size_t i = now.begin; i < now.end; ++i) writes_[i] = finish_read(i);
-      parallel_over(now, group(g + 1), products_ != nullptr ? Group{} : group(g + 2));
+      parallel_over(now, groups_.at(g + 1),
+                    products_ != nullptr ? LayerGroup{} : groups_.at(g + 2));
     }
     for (size_t i = 0; i < layers_.size(); ++i) updated(i, static_cast<bool>(writes_[i]));
   }
@@ -87,20 +89,12 @@ class LocalStep {
     size_t layer, index;
   };
 
-  // Layers [begin, end).
-  struct Group {
-    size_t begin = 0, end = 0;
-  };
-
   // Elements of a panel: with products two of them fit the first cache, or with blocks on the left,
   // which need many rows, the second, so that rows are long pieces. Without products none is
   // visited twice; taking a task waits for all that was stored past the caches, so these are
   // larger.
   static constexpr int64_t kPointwisePanel = 16384, kPanel = 8192, kWidePanel = 32768;
   static constexpr int64_t kPanelRows = 12, kTilePanelRows = 32;
-  // Elements of the gradients of a group: they should fit a cache, and what is kept of them is
-  // little memory.
-  static constexpr int64_t kGroup = int64_t{1} << 18;
   // Bytes of all weights that are stored past the caches where several threads have read each of
   // them: more than a cache of one thread holds, since smaller ones stay there, and less than the
   // last cache, since of larger ones no cache has copies that must be told.
@@ -186,14 +180,6 @@ class LocalStep {
     }
   }
 
-  void plan_groups() {
-    for (size_t begin = 0; begin < layers_.size(); begin = groups_.back().end) {
-      size_t end = begin + 1;
-      while (end < layers_.size() && elements(begin, end + 1) <= kGroup) ++end;
-      groups_.push_back({begin, end});
-    }
-  }
-
   static int64_t unit(const LocalProduct<T>& product) {
     return product.kind == LocalKind::kBlocks ? product.layout.block : 1;
   }
@@ -226,30 +212,14 @@ class LocalStep {
     scratch_ = (scratch_ + 63) / 64 * 64;
     memory_ = arena.take<T>(scratch_ * at::get_num_threads());
     // What is read of a group is needed until it is written, and P while it is read before that.
-    take_turns<2>(arena, [&](const Group& g, Arena& own) { allocate_reads(g, own); });
+    groups_.take_turns<2>(arena, [&](const LayerGroup& g, Arena& own) { allocate_reads(g, own); });
     if (products_ != nullptr) return;
-    take_turns<3>(arena, [&](const Group& g, Arena& own) {
+    groups_.take_turns<3>(arena, [&](const LayerGroup& g, Arena& own) {
       for (size_t i = 2 * g.begin; i < 2 * g.end; ++i) allocate_product(product(i), own);
     });
   }
 
-  // plan(group, arena) for all groups, in memory that every kTurns-th of them shares.
-  template <int kTurns, class Plan>
-  void take_turns(Arena& arena, Plan plan) {
-    int64_t needed[kTurns] = {};
-    for (size_t g = 0; g < groups_.size(); ++g) {
-      int64_t& most = needed[g % kTurns];
-      most = std::max(most, Arena::size([&](Arena& own) { plan(groups_[g], own); }));
-    }
-    std::byte* memory[kTurns];
-    for (int i = 0; i < kTurns; ++i) memory[i] = arena.take<std::byte>(needed[i]);
-    for (size_t g = 0; g < groups_.size(); ++g) {
-      Arena own(memory[g % kTurns]);
-      plan(groups_[g], own);
-    }
-  }
-
-  void allocate_reads(const Group& group, Arena& arena) {
+  void allocate_reads(const LayerGroup& group, Arena& arena) {
     for (size_t i = group.begin; i < group.end; ++i) {
       StepLayer<T>& layer = layers_[i];
       if (!layer.left.has_border()) continue;
@@ -296,12 +266,6 @@ class LocalStep {
     for (size_t i = 0; i < factors_.size(); ++i) product(i).norm = norms_[i];
   }
 
-  // One of the groups, or an empty one.
-  Group group(int64_t index) const {
-    const auto i = static_cast<size_t>(index);
-    return index >= 0 && i < groups_.size() ? groups_[i] : Group{};
-  }
-
   int64_t elements(size_t begin, size_t end) const {
     int64_t sum = 0;
     for (size_t i = begin; i < end; ++i) sum += layers_[i].rows * layers_[i].columns;
@@ -311,7 +275,8 @@ class LocalStep {
   // Writes a group, reads the next one and prepares a third, in threads, each of which takes its
   // share of every layer: the rows that torch's products gave it, so that gradients are where it
   // wrote them. What takes longest comes first.
-  void parallel_over(const Group& writes, const Group& reads, const Group& prepares) {
+  void parallel_over(const LayerGroup& writes, const LayerGroup& reads,
+                     const LayerGroup& prepares) {
     int64_t work = elements(writes.begin, writes.end) + elements(reads.begin, reads.end);
     for (size_t i = 2 * prepares.begin; i < 2 * prepares.end; ++i) work += factors_[i].size;
     if (work == 0) return;
@@ -392,7 +357,7 @@ class LocalStep {
   std::vector<Read> read_tasks_;
   std::vector<Panel> write_tasks_;
   std::vector<size_t> first_read_, first_write_;  // of every layer, and one past the last
-  std::vector<Group> groups_;
+  LayerGroups groups_;
   Shares<Task> shares_;
   std::vector<char> writes_;
   int64_t scratch_ = 0;  // of one thread

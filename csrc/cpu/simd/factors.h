@@ -21,6 +21,13 @@ SINGD_INLINE void for_each_diagonal(const Layout& layout, Function f) {
 }
 
 template <class T>
+double sum_of(const T* numbers, int64_t count) {
+  double sum = 0;
+  for (int64_t j = 0; j < count; ++j) sum += static_cast<double>(numbers[j]);
+  return sum;
+}
+
+template <class T>
 double mean_diagonal(const Layout& layout, const T* numbers) {
   double sum = 0;
   for_each_diagonal(layout, [&](int64_t slot) { sum += static_cast<double>(numbers[slot]); });
@@ -53,23 +60,7 @@ struct Border {
         wide(padded(layout.dim)) {}
 
   int64_t interior() const { return d - border; }
-  int64_t index(int64_t r) const { return r < head ? r : r + d - border; }
   const T* diagonal(const T* storage) const { return storage + border * d; }
-
-  // Where the interiors of Pi(K^T K) and H are kept, in memory of the size of the storage.
-  template <class Number>
-  Number* gram_interior(Number* memory) const {
-    return memory;
-  }
-  template <class Number>
-  Number* h_interior(Number* memory) const {
-    return memory + interior();
-  }
-  double sum(const T* interior_numbers) const {
-    double sum = 0;
-    for (int64_t j = 0; j < interior(); ++j) sum += static_cast<double>(interior_numbers[j]);
-    return sum;
-  }
 
   // f(row of the border, column of the border, that column's index) for all of E[:, B].
   template <class Function>
@@ -118,9 +109,9 @@ struct Border {
   }
 };
 
-// K = R: U K = U[:, B] E + U diag(D) is kept in the place of H, in rows `wide` apart. Behind the
-// momentum's one product by K^T nothing else of H and Pi(K^T K) is needed but their interiors,
-// which are in the place of the latter. scratch: border^2.
+// K = R: U K = U[:, B] E + U diag(D) is kept in the place of H, in rows `wide` apart. One product
+// of the momentum by K^T makes the border's rows of H and Pi(K^T K) from it; their interiors are
+// kept in the place of the latter, one behind the other. scratch: border^2.
 template <class T>
 void row_border_curvature(FactorTask& task, const T* u, T* scratch) {
   const Numbers<T> n(task);
@@ -130,7 +121,7 @@ void row_border_curvature(FactorTask& task, const T* u, T* scratch) {
   multiply<T>(b.border, b.wide, b.border, {scratch, b.border, 1}, n.k, b.d, n.h, b.wide,
               kOverwrite<T>);
   const T *diagonal = b.diagonal(n.k), *u_diagonal = b.diagonal(u);
-  T *gram = b.gram_interior(n.gram), *h = b.h_interior(n.gram);
+  T *gram = n.gram, *h = gram + count;
   for (int64_t j = 0; j < count; ++j) {
     gram[j] = diagonal[j] * diagonal[j];
     h[j] = diagonal[j] * u_diagonal[j] * diagonal[j];
@@ -146,7 +137,7 @@ void row_border_curvature(FactorTask& task, const T* u, T* scratch) {
       uk[j] += scaled;
     }
   }
-  double h_trace = b.sum(h), gram_trace = b.sum(gram);
+  double h_trace = sum_of(h, count), gram_trace = sum_of(gram, count);
   b.for_each_core([&](int64_t r, int64_t, int64_t column) {
     const T k = n.k[r * b.d + column];
     h_trace += static_cast<double>(k * n.h[r * b.wide + column]);
@@ -194,7 +185,7 @@ void row_border_sum(const FactorTask& task, T h_scale, T gram_scale, T* scratch)
   multiply<T>(b.border, b.wide, b.border, {core, 1, b.border}, n.h, b.wide, rows, b.wide,
               kOverwrite<T>);
   b.store_weighted(rows, n.h);
-  const T *gram = b.gram_interior(n.gram), *h = b.h_interior(n.gram);
+  const T *gram = n.gram, *h = gram + count;
   T* interior = n.h + b.border * b.d;
 #pragma GCC ivdep
   for (int64_t j = 0; j < count; ++j) interior[j] = h_scale * h[j] + gram_scale * gram[j];
