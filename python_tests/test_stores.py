@@ -58,6 +58,28 @@ def test_stores_round_to_nearest_as_torch_does(dtype: torch.dtype) -> None:
     assert torch.equal(after, (weight.float() - gradient.float()).to(dtype))
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64])
+def test_one_number_that_is_not_finite_is_seen_wherever_it_is(
+    dtype: torch.dtype, value: float
+) -> None:
+    """One layer for each place: rows of 75 numbers are lines of a cache and some that are left."""
+    rows, columns = 2, 75
+    gradients = torch.zeros(rows * columns, rows, columns, dtype=dtype)
+    gradients.view(rows * columns, -1).fill_diagonal_(value)
+    weights = [torch.ones(rows, columns, dtype=dtype) for _ in gradients]
+    momenta = [torch.zeros_like(w) for w in weights]
+    empty = [weights[0].new_empty(0)] * len(weights)
+    outcomes = ops.preconditioned_update_(
+        weights, empty, momenta, empty, [torch.zeros((), dtype=torch.int64) for _ in weights],
+        list(gradients), empty, [torch.ones(columns)] * len(weights),
+        [torch.ones(rows)] * len(weights), "diagonal", "diagonal",
+        lr=torch.tensor(1.0), momentum=0.5, weight_decay=0.5,
+    )  # fmt: skip
+    assert outcomes.tolist() == [1] * len(weights)
+    assert all((w == 1).all() for w in weights) and not any(m.any() for m in momenta)
+
+
 def test_stochastic_rounding_draws_anew_for_every_element() -> None:
     weight = torch.ones(64, 64, dtype=torch.bfloat16)
     gradient = torch.full_like(weight, 2.0**-9)  # half of the spacing below 1

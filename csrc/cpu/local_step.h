@@ -108,10 +108,10 @@ class LocalStep {
     return nullptr;
   }
 
-  // Stored in bfloat16, with sides that fill tiles: the planes of its products have more places.
+  // Stored in bfloat16, with sides that are diagonal or fill tiles: the planes of its products have
+  // more places.
   bool is_for_tiles(const StepLayer<T>& layer) const {
-    if (tiles_ == nullptr || (layer.left.is_pointwise() && layer.right.is_pointwise()))
-      return false;
+    if (tiles_ == nullptr) return false;
     for (int i = 0; i < layer.num_parts; ++i) {
       const StepPart& part = layer.parts[i];
       const Scalar momentum = part.momentum.data != nullptr ? part.momentum.type : part.weight.type;

@@ -38,6 +38,38 @@ void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_s
   }
 }
 
+// Bytes by which a pass over memory asks for more than it works on: two pages, since the prefetchers
+// of processors stop at the end of a page, and where the next one is has to be looked up.
+constexpr int64_t kAheadBytes = 8192;
+
+// Their magnitude bits, of a vector of them.
+template <class Bits, class Stored>
+SINGD_INLINE Vector<Bits> stored_magnitudes(const Stored* x) {
+  Vector<Bits> bits;
+  __builtin_memcpy(&bits, x, sizeof bits);
+  return bits & static_cast<Bits>(static_cast<Bits>(~Bits(0)) >> 1);
+}
+
+// max |x| of numbers as they are stored: infinity or NaN, if one of them is.
+template <class Stored>
+SINGD_INLINE Stored largest_stored(const Stored* x, int64_t count) {
+  using Bits = decltype(magnitude_bits(Stored{}));
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(Stored));
+  Vector<Bits> most{};
+  int64_t j = 0;
+  for (; j + kLine <= count; j += kLine) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x + j) + kAheadBytes, 0, 2);
+    for (int64_t i = 0; i < kLine; i += kLanes<Bits>) {
+      const Vector<Bits> bits = stored_magnitudes<Bits>(x + j + i);
+      most = most < bits ? bits : most;
+    }
+  }
+  Bits largest = 0;
+  for (int64_t i = 0; i < kLanes<Bits>; ++i) largest = larger<Bits>(largest, most[i]);
+  for (; j < count; ++j) largest = larger<Bits>(largest, magnitude_bits(x[j]));
+  return __builtin_bit_cast(Stored, largest);
+}
+
 template <class T>
 double largest_gradient(const StepLayer<T>& layer, const Panel& panel) {
   auto most = magnitude_bits(T(0));
@@ -49,9 +81,8 @@ double largest_gradient(const StepLayer<T>& layer, const Panel& panel) {
       const int64_t rows = gaps ? all : 1, columns = gaps ? count : all * count;
       for (int64_t i = 0; i < rows; ++i) {
         const auto* row = gradient + (panel.row_begin + i) * part.gradient_stride + first;
-        for (int64_t j = 0; j < columns; ++j) {
-          most = larger(most, magnitude_bits(static_cast<T>(widen(row[j]))));
-        }
+        const T largest = static_cast<T>(widen(largest_stored(row, columns)));
+        most = larger(most, magnitude_bits(largest));
       }
     });
   });

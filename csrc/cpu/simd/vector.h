@@ -281,6 +281,8 @@ SINGD_INLINE uint32_t magnitude_bits(float x) {
 SINGD_INLINE uint64_t magnitude_bits(double x) {
   return __builtin_bit_cast(uint64_t, x) & 0x7fffffffffffffffull;
 }
+SINGD_INLINE uint16_t magnitude_bits(BFloat16 x) { return x.bits & 0x7fffu; }
+SINGD_INLINE uint16_t magnitude_bits(Float16 x) { return x.bits & 0x7fffu; }
 SINGD_INLINE float magnitude_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 SINGD_INLINE double magnitude_of(uint64_t bits) { return __builtin_bit_cast(double, bits); }
 

@@ -49,6 +49,59 @@ SINGD_INLINE void write_row(const Gradient* gradient, T row_scale, const T* colu
   }
 }
 
+#if SINGD_TILES
+SINGD_INLINE Vector<float> widened(const float* from) { return load(from); }
+SINGD_INLINE Vector<float> widened(const BFloat16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+
+// One instruction rounds two vectors, but subnormal numbers to zero.
+SINGD_INLINE void narrow(const Vector<float> (&from)[2], BFloat16* to) {
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)from[1], (__m512)from[0]));
+}
+SINGD_INLINE bool has_subnormal(const Vector<float> (&x)[2]) {
+  constexpr int kSubnormal = 0x20;
+  return (_mm512_fpclass_ps_mask((__m512)x[0], kSubnormal) |
+          _mm512_fpclass_ps_mask((__m512)x[1], kSubnormal)) != 0;
+}
+
+// The same for bfloat16 numbers.
+template <bool kMomentum, class Gradient>
+SINGD_INLINE void write_row(const Gradient* gradient, float row_scale, const float* column_scale,
+                            int64_t count, const WriteCoefficients& c, const BFloat16* weight,
+                            BFloat16* to, BFloat16* momentum) {
+  const auto lr = static_cast<float>(c.lr), alpha = static_cast<float>(c.momentum);
+  const auto decay = static_cast<float>(c.weight_decay);
+  const auto write_exactly = [&](int64_t first, int64_t n) {
+    const float* scale = column_scale != nullptr ? column_scale + first : nullptr;
+    write_row<kMomentum, float, Gradient, BFloat16, BFloat16>(
+        gradient + first, row_scale, scale, n, c, weight + first, to + first,
+        kMomentum ? momentum + first : nullptr);
+  };
+  int64_t j = 0;
+  for (; j + 32 <= count; j += 32) {
+    Vector<float> step[2], w[2];
+    for (int i = 0; i < 2; ++i) {
+      const int64_t at = j + 16 * i;
+      Vector<float> scale = splat(row_scale);
+      if (column_scale != nullptr) scale *= load(column_scale + at);
+      w[i] = widened(weight + at);
+      step[i] = widened(gradient + at) * scale + decay * w[i];
+      if (kMomentum) step[i] += alpha * widened(momentum + at);
+      w[i] -= lr * step[i];
+    }
+    if ((kMomentum && has_subnormal(step)) || has_subnormal(w)) {
+      write_exactly(j, 32);
+      continue;
+    }
+    if (kMomentum) narrow(step, momentum + j);
+    narrow(w, to + j);
+  }
+  write_exactly(j, count - j);
+}
+#endif
+
 template <class Stored>
 struct Stochastic {
   template <class T>
