@@ -71,7 +71,9 @@ def test_tiles_are_used_where_the_processor_has_them_and_onednn_may() -> None:
 def test_operators_without_tiles() -> None:
     if not _C.cpu_tiles():
         pytest.skip("all other tests use none")
-    files = [f"python_tests/test_{name}.py" for name in ("step_sizes", "many_rows", "bfloat16")]
+    files = [
+        f"python_tests/test_{name}.py" for name in ("step_sizes", "many_rows", "bfloat16", "stores")
+    ]
     chosen = ["-k", "not emulated and not cuda", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", *chosen, *files]
     run(*command, ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
@@ -84,7 +86,14 @@ def test_operators_with_the_instruction_set(capability: str) -> None:
         pytest.skip("all other tests use this one")
     files = [
         f"python_tests/test_{name}.py"
-        for name in ("step_sizes", "many_rows", "transactions", "trajectories", "whole_factors")
+        for name in (
+            "step_sizes",
+            "many_rows",
+            "transactions",
+            "trajectories",
+            "whole_factors",
+            "stores",
+        )
     ]
     chosen = ["-k", "not emulated and not cuda", "-p", "no:cacheprovider"]
     run(sys.executable, "-m", "pytest", "-q", "-x", *chosen, *files, capability=capability)
