@@ -38,8 +38,9 @@ void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_s
   }
 }
 
-// Bytes by which a pass over memory asks for more than it works on: two pages, since the prefetchers
-// of processors stop at the end of a page, and where the next one is has to be looked up.
+// Bytes by which a pass over memory asks for more than it works on: two pages, since the
+// prefetchers of processors stop at the end of a page, and where the next one is has to be looked
+// up.
 constexpr int64_t kAheadBytes = 8192;
 
 // Their magnitude bits, of a vector of them.
