@@ -43,25 +43,18 @@ void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_s
 // up.
 constexpr int64_t kAheadBytes = 8192;
 
-// Their magnitude bits, of a vector of them.
-template <class Bits, class Stored>
-SINGD_INLINE Vector<Bits> stored_magnitudes(const Stored* x) {
-  Vector<Bits> bits;
-  __builtin_memcpy(&bits, x, sizeof bits);
-  return bits & static_cast<Bits>(static_cast<Bits>(~Bits(0)) >> 1);
-}
-
 // max |x| of numbers as they are stored: infinity or NaN, if one of them is.
 template <class Stored>
 SINGD_INLINE Stored largest_stored(const Stored* x, int64_t count) {
   using Bits = decltype(magnitude_bits(Stored{}));
+  constexpr auto kAllButSign = static_cast<Bits>(static_cast<Bits>(~Bits(0)) >> 1);
   constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(Stored));
   Vector<Bits> most{};
   int64_t j = 0;
   for (; j + kLine <= count; j += kLine) {
     __builtin_prefetch(reinterpret_cast<const char*>(x + j) + kAheadBytes, 0, 2);
     for (int64_t i = 0; i < kLine; i += kLanes<Bits>) {
-      const Vector<Bits> bits = stored_magnitudes<Bits>(x + j + i);
+      const Vector<Bits> bits = load(reinterpret_cast<const Bits*>(x + j + i)) & kAllButSign;
       most = most < bits ? bits : most;
     }
   }

@@ -50,23 +50,24 @@ SINGD_INLINE void write_row(const Gradient* gradient, T row_scale, const T* colu
 }
 
 #if SINGD_TILES
-SINGD_INLINE Vector<float> widened(const float* from) { return load(from); }
-SINGD_INLINE Vector<float> widened(const BFloat16* from) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+// 32 numbers as two vectors.
+SINGD_INLINE void load_two(const float* from, Floats (&to)[2]) {
+  for (int i = 0; i < 2; ++i) to[i] = load(from + 16 * i);
+}
+SINGD_INLINE void load_two(const BFloat16* from, Floats (&to)[2]) {
+  const Words numbers = load(reinterpret_cast<const uint32_t*>(from));
+  to[0] = half_of<0>(numbers);
+  to[1] = half_of<1>(numbers);
 }
 
-// One instruction rounds two vectors, but subnormal numbers to zero.
-SINGD_INLINE void narrow(const Vector<float> (&from)[2], BFloat16* to) {
-  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)from[1], (__m512)from[0]));
-}
-SINGD_INLINE bool has_subnormal(const Vector<float> (&x)[2]) {
+SINGD_INLINE bool has_subnormal(const Floats (&x)[2]) {
   constexpr int kSubnormal = 0x20;
   return (_mm512_fpclass_ps_mask((__m512)x[0], kSubnormal) |
           _mm512_fpclass_ps_mask((__m512)x[1], kSubnormal)) != 0;
 }
 
-// The same for bfloat16 numbers.
+// The same where one instruction rounds two vectors to bfloat16, which compilers do not see in the
+// loop above. It takes subnormal numbers for zero: these are left to that loop.
 template <bool kMomentum, class Gradient>
 SINGD_INLINE void write_row(const Gradient* gradient, float row_scale, const float* column_scale,
                             int64_t count, const WriteCoefficients& c, const BFloat16* weight,
@@ -81,22 +82,23 @@ SINGD_INLINE void write_row(const Gradient* gradient, float row_scale, const flo
   };
   int64_t j = 0;
   for (; j + 32 <= count; j += 32) {
-    Vector<float> step[2], w[2];
+    Floats g[2], w[2], m[2];
+    load_two(gradient + j, g);
+    load_two(weight + j, w);
+    if (kMomentum) load_two(momentum + j, m);
     for (int i = 0; i < 2; ++i) {
-      const int64_t at = j + 16 * i;
-      Vector<float> scale = splat(row_scale);
-      if (column_scale != nullptr) scale *= load(column_scale + at);
-      w[i] = widened(weight + at);
-      step[i] = widened(gradient + at) * scale + decay * w[i];
-      if (kMomentum) step[i] += alpha * widened(momentum + at);
-      w[i] -= lr * step[i];
+      Floats scale = splat(row_scale);
+      if (column_scale != nullptr) scale *= load(column_scale + j + 16 * i);
+      const Floats step = g[i] * scale + decay * w[i];
+      m[i] = kMomentum ? step + alpha * m[i] : step;
+      w[i] -= lr * m[i];
     }
-    if ((kMomentum && has_subnormal(step)) || has_subnormal(w)) {
+    if ((kMomentum && has_subnormal(m)) || has_subnormal(w)) {
       write_exactly(j, 32);
       continue;
     }
-    if (kMomentum) narrow(step, momentum + j);
-    narrow(w, to + j);
+    if (kMomentum) store(reinterpret_cast<uint32_t*>(momentum + j), rounded(m[0], m[1]));
+    store(reinterpret_cast<uint32_t*>(to + j), rounded(w[0], w[1]));
   }
   write_exactly(j, count - j);
 }
