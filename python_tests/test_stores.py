@@ -20,14 +20,22 @@ def every_number(dtype: torch.dtype) -> Tensor:
     return torch.where(numbers.float().abs() < 1e36, numbers, torch.zeros_like(numbers))
 
 
-def step(weight: Tensor, gradient: Tensor, **options: object) -> tuple[Tensor, Tensor]:
-    """Weight and momentum after W - M with M = 1/2 old M + gradient, K = C = I and old M = 0."""
+def step(
+    weight: Tensor,
+    gradient: Tensor,
+    factors: tuple[Tensor, Tensor] | None = None,
+    **options: object,
+) -> tuple[Tensor, Tensor]:
+    """Weight and momentum after W - M with M = 1/2 old M + C Cᵀ gradient K Kᵀ and old M = 0.
+
+    factors: diagonals of K and C; default: of ones.
+    """
     weight, momentum = weight.clone(), torch.zeros_like(weight)
     empty = weight.new_empty(0)
-    ones = [torch.ones(d) for d in weight.shape]
+    K, C = factors or (torch.ones(weight.shape[1]), torch.ones(weight.shape[0]))
     ops.preconditioned_update_(
         [weight], [empty], [momentum], [empty], [torch.zeros((), dtype=torch.int64)], [gradient],
-        [empty], [ones[1]], [ones[0]], "diagonal", "diagonal",
+        [empty], [K], [C], "diagonal", "diagonal",
         lr=torch.tensor(1.0), momentum=0.5, weight_decay=0.0, **options,
     )  # fmt: skip
     return weight, momentum
@@ -40,11 +48,25 @@ def test_every_weight_is_read_and_written_exactly(dtype: torch.dtype) -> None:
     assert torch.equal(after, weight)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_every_gradient_is_read_exactly_and_momentum_written(dtype: torch.dtype) -> None:
+def test_every_gradient_is_read_exactly_and_momentum_written(
+    dtype: torch.dtype, weight: float
+) -> None:
     gradient = every_number(dtype)
-    after, momentum = step(torch.zeros_like(gradient), gradient)
-    assert torch.equal(momentum, gradient) and torch.equal(after, -gradient)
+    after, momentum = step(torch.full_like(gradient, weight), gradient)
+    assert torch.equal(momentum, gradient)
+    assert torch.equal(after, (weight - gradient.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_every_column_and_row_has_its_own_scale(dtype: torch.dtype) -> None:
+    """Powers of two, which are exact; 75 numbers are whole vectors and some that are left."""
+    weight = torch.zeros(9, 75, dtype=dtype)
+    K, C = (2.0 ** (torch.arange(d) % 5 - 2.0) for d in (75, 9))
+    after, momentum = step(weight, torch.ones_like(weight), factors=(K, C))
+    expected = torch.outer(C * C, K * K).to(dtype)
+    assert torch.equal(momentum, expected) and torch.equal(after, -expected)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
