@@ -23,6 +23,7 @@
 #include "known_layer.h"
 #include "observation.h"
 #include "operators.h"
+#include "remembered.h"
 #include "step_arguments.h"
 
 namespace py = pybind11;
@@ -105,6 +106,7 @@ class Gatherer {
 
   // Finds everything where it is now: the states of all layers, and the operators.
   void bind(const py::dict& optimizer_state, const std::string& name_space) {
+    last_step_.ask();
     // Anew each time: an operator of this name may have been registered in the place of another.
     operators_ = std::make_shared<const Operators>(name_space);
     for (const auto& layer : layers_) {
@@ -130,6 +132,7 @@ class Gatherer {
       if (matters && !layer->is_owned()) check_owned_(layer->python.get());
       if (!unused) arguments.add(layer, has_momenta);
     }
+    last_step_.add(arguments);
     return arguments;
   }
 
@@ -164,6 +167,7 @@ class Gatherer {
   std::vector<GroupOptions> options_;
   int64_t pass_ = -1;  // that the options are known of
   std::shared_ptr<const Operators> operators_;
+  Remembered last_step_;
 };
 
 // Reads the group's own dictionary, which users may change at any time.

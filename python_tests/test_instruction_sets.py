@@ -53,30 +53,38 @@ def test_bfloat16_products_are_those_of_avx512(capability: str) -> None:
     assert run(sys.executable, "-c", code, capability=capability).strip() == str(expected)
 
 
-def test_tiles_are_used_where_the_processor_has_them_and_onednn_may() -> None:
+def test_instructions_for_bfloat16_are_used_if_onednn_may() -> None:
     flags = Path("/proc/cpuinfo")
     if not flags.exists():
         pytest.skip("only Linux lists what a processor has")
-    has = {"amx_tile", "amx_bf16", "avx512_bf16"} <= set(flags.read_text().split())
-    code = "from singd_ext import _C; print(_C.cpu_tiles())"
+    names = set(flags.read_text().split())
+    own = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    products = own and "avx512_bf16" in names
+    tiles = products and {"amx_tile", "amx_bf16"} <= names
+    code = "from singd_ext import _C; print(_C.cpu_bfloat16_products(), _C.cpu_tiles())"
     for most, wanted in {
-        "DEFAULT": True,
-        "AVX512_CORE_AMX": True,
-        "AVX512_CORE_BF16": False,
+        "DEFAULT": (products, tiles),
+        "AVX512_CORE_AMX": (products, tiles),
+        "avx512_core_bf16": (products, False),
+        "AVX512_CORE_FP16": (products, False),
+        "AVX512_CORE": (False, False),
+        "AVX2_VNNI_2": (False, False),
     }.items():
-        printed = run(sys.executable, "-c", code, ONEDNN_MAX_CPU_ISA=most).strip()
-        assert printed == str(has and wanted), most
+        printed = run(sys.executable, "-c", code, ONEDNN_MAX_CPU_ISA=most).split()
+        assert printed == [str(use) for use in wanted], most
 
 
-def test_operators_without_tiles() -> None:
-    if not _C.cpu_tiles():
+@pytest.mark.parametrize("most", ["AVX512_CORE_BF16", "AVX512_CORE"])
+def test_operators_without_instructions_for_bfloat16(most: str) -> None:
+    """Without tiles, and without any."""
+    if not (_C.cpu_tiles() if most.endswith("BF16") else _C.cpu_bfloat16_products()):
         pytest.skip("all other tests use none")
-    files = [
-        f"python_tests/test_{name}.py" for name in ("step_sizes", "many_rows", "bfloat16", "stores")
-    ]
+    names = ["step_sizes", "bfloat16", "stores"]
+    if most.endswith("BF16"):  # without any, rows are converted as under all instruction sets
+        names.append("many_rows")
+    files = [f"python_tests/test_{name}.py" for name in names]
     chosen = ["-k", "not emulated and not cuda", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *chosen, *files]
-    run(*command, ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
+    run(sys.executable, "-m", "pytest", "-q", "-x", *chosen, *files, ONEDNN_MAX_CPU_ISA=most)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -8,8 +8,11 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
+#include <cctype>
 #include <cstdlib>
+#include <initializer_list>
 #include <string>
 
 #include "kernels.h"
@@ -30,13 +33,24 @@ const Kernels& kernels() {
 
 namespace {
 
-// oneDNN's variable, by which users keep AMX out of torch's products, holds here too.
-bool tiles_are_wanted() {
-  const char* name = std::getenv("ONEDNN_MAX_CPU_ISA");
-  const std::string most = name == nullptr ? "" : name;
-  return most.empty() || most == "DEFAULT" || most == "ALL" || most == "default" || most == "all" ||
-         most.find("AMX") != std::string::npos || most.find("amx") != std::string::npos;
+#if defined(__x86_64__)
+// Whether oneDNN's variable, by which users keep torch from instructions, leaves those that a value
+// with one of these names stands for.
+bool onednn_may_use(std::initializer_list<const char*> names) {
+  const char* value = std::getenv("ONEDNN_MAX_CPU_ISA");
+  std::string most = value == nullptr ? "" : value;
+  for (char& letter : most) letter = static_cast<char>(std::toupper(letter));
+  if (most.empty() || most == "DEFAULT" || most == "ALL") return true;
+  return std::any_of(names.begin(), names.end(),
+                     [&](const char* name) { return most.find(name) != std::string::npos; });
 }
+
+bool has_bfloat16() {
+  static const bool has = &kernels() == &avx512::kernels && __builtin_cpu_supports("avx512bf16") &&
+                          onednn_may_use({"BF16", "FP16", "AMX", "AVX10"});
+  return has;
+}
+#endif
 
 // Whether the processor has tiles of bfloat16 numbers, and the system lets this process use them,
 // which it must be asked for: their state makes a thread's context larger.
@@ -45,9 +59,9 @@ bool may_use_tiles() {
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kBoth = kBFloat16 | kTiles;
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return &kernels() == &avx512::kernels && __builtin_cpu_supports("avx512bf16") &&
-         tiles_are_wanted() && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 &&
-         (d & kBoth) == kBoth && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return has_bfloat16() && onednn_may_use({"AMX"}) &&
+         __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBoth) == kBoth &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
   return false;
 #endif
@@ -74,17 +88,32 @@ GramRows* tile_gram_rows() {
   return nullptr;
 }
 
+const StepKernels<float>* bfloat16_step() {
+#if defined(__x86_64__)
+  if (has_bfloat16()) return &avx512_bfloat16::step_kernels;
+#endif
+  return nullptr;
+}
+
 const GramKernels<float>* bfloat16_gram(int64_t width) {
 #if defined(__x86_64__)
-  static const bool has_products =
-      &kernels() == &avx512::kernels && __builtin_cpu_supports("avx512bf16");
   // Intel's processors take twice as long for such an instruction as for one of float32 numbers.
   // What is left there is that one column at a time need not be converted.
   static const bool are_fast = !__builtin_cpu_is("intel");
   if (has_tiles() && fills_tiles(width)) return &amx::gram_kernels;
-  if (has_products && (are_fast || width == 1)) return &avx512_bfloat16::kernels;
+  if (has_bfloat16() && (are_fast || width == 1)) return &avx512_bfloat16::gram_kernels;
 #endif
   return nullptr;
+}
+
+// Intel's processors became slower (docs/cpu.md).
+bool asking_pays() {
+#if defined(__x86_64__)
+  static const bool pays = !__builtin_cpu_is("intel");
+  return pays;
+#else
+  return false;
+#endif
 }
 
 // Asked of the threads themselves: compiled without OpenMP, at::parallel_for is a plain loop.

@@ -75,6 +75,7 @@ struct StepPart {
 struct StepOptions {
   double lr, momentum, weight_decay, unscale;
   bool stream = false;  // weights are stored past the caches
+  bool ask = false;     // what follows is asked for as a row is written
 };
 
 // One layer of a step: M <- alpha2 M + C C^T G K K^T + gamma W and W <- W - beta2 M.
@@ -264,8 +265,9 @@ extern const Kernels kernels;
 }
 // Of bfloat16 rows whose features lie side by side, and of layers stored in bfloat16.
 namespace avx512_bfloat16 {
-extern const GramKernels<float> kernels;
-}
+extern const GramKernels<float> gram_kernels;
+extern const StepKernels<float> step_kernels;
+}  // namespace avx512_bfloat16
 namespace amx {
 extern const GramKernels<float> gram_kernels;
 extern const StepKernels<float> step_kernels;
@@ -288,6 +290,14 @@ GramRows* tile_gram_rows();
 // Kernels that multiply on tiles, for layers whose matrices of P are planes; null if the processor
 // has no tiles.
 const StepKernels<float>* tile_step();
+
+// Kernels that round to bfloat16 by one instruction, for layers that are stored so; null if the
+// processor has none.
+const StepKernels<float>* bfloat16_step();
+
+// Whether a step that is as fast as memory gains by asking for what follows: this processor does
+// not do so by itself.
+bool asking_pays();
 
 // How many threads an operator is run by now.
 int threads();

@@ -12,6 +12,7 @@ namespace {
 
 // clang-format off: in the order of what uses what
 #include "simd/vector.h"
+#include "simd/bfloat16_vectors.h"
 #include "simd/transpose.h"
 #include "simd/product.h"
 #include "simd/tiles.h"

@@ -1,5 +1,5 @@
-// Statistics of bfloat16 rows for AVX-512 with bfloat16 products; everything else of such a
-// processor is in simd_avx512.cpp.
+// For AVX-512 with bfloat16 products: statistics of bfloat16 rows, and steps of layers that are
+// stored in bfloat16. Everything else of such a processor is in simd_avx512.cpp.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -10,14 +10,25 @@ namespace {
 
 // clang-format off: in the order of what uses what
 #include "simd/vector.h"
+#include "simd/bfloat16_vectors.h"
+#include "simd/transpose.h"
 #include "simd/product.h"
+#include "simd/prepare.h"
 #include "simd/rows.h"
 #include "simd/gram.h"
+#include "simd/write.h"
+#include "simd/side_product.h"
+#include "simd/read.h"
+#include "simd/tile_blocks.h"
+#include "simd/step.h"
 // clang-format on
 
 }  // namespace
 
-const GramKernels<float> kernels = gram_kernels<float, Pair>();
+const GramKernels<float> gram_kernels{block_statistic<float, Pair>, border_statistic<float, Pair>};
+const StepKernels<float> step_kernels{
+    prepare_product<float>, load_unscaled<float>, largest_gradient<float>, thin_products<float>,
+    add_products<float>,    finish_border<float>, step_panel<float>};
 
 }  // namespace singd::cpu::avx512_bfloat16
 

@@ -34,6 +34,8 @@ namespace singd::cpu {
 const Kernels& kernels() { return counted::kernels; }
 const GramKernels<float>* bfloat16_gram(int64_t) { return nullptr; }
 const StepKernels<float>* tile_step() { return nullptr; }
+const StepKernels<float>* bfloat16_step() { return nullptr; }
+bool asking_pays() { return true; }
 }  // namespace singd::cpu
 
 using namespace singd;

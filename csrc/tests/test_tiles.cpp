@@ -276,7 +276,7 @@ int main() {
     }
   }
   for (const int64_t rows : {1, 2, 31, 127, 128, 129, 300}) {
-    for (const auto* kernels : {&amx::gram_kernels, &avx512_bfloat16::kernels}) {
+    for (const auto* kernels : {&amx::gram_kernels, &avx512_bfloat16::gram_kernels}) {
       statistics(*kernels, "block_diagonal:30", 100, rows);
       statistics(*kernels, "block_diagonal:30", 31, rows);
       statistics(*kernels, "block_diagonal:21", 60, rows);

@@ -137,21 +137,6 @@ SINGD_INLINE void transpose_tile(const uint32_t* from, int64_t from_stride, uint
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, pairs[i]);
 }
 
-using Floats = Vector<float>;
-using Words = Vector<uint32_t>;
-
-// Two vectors rounded to bfloat16, the second behind the first. NaN stays NaN.
-SINGD_INLINE Words rounded(const Floats& a, const Floats& b) {
-  return (Words)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-}
-
-// The first or second half of such numbers, as float32.
-template <int kHalf>
-SINGD_INLINE Floats half_of(const Words& numbers) {
-  const __m256i half = _mm512_maskz_extracti64x4_epi64(0xf, (__m512i)numbers, kHalf);
-  return (Floats)((Words)_mm512_maskz_cvtepu16_epi32(0xffff, half) << 16);
-}
-
 // The numbers of both halves in turns.
 SINGD_INLINE Words in_turns(const Words& numbers) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,

@@ -51,35 +51,6 @@ SINGD_INLINE void add_product(Vector<double>& sum, const Vector<double>& a,
   sum += a * b;
 }
 
-#if SINGD_BFLOAT16_PRODUCTS
-// Two bfloat16 numbers, whose products one instruction adds to a float32 sum; subnormal numbers
-// count as zero there.
-using Pair = uint32_t;
-
-SINGD_INLINE void add_product(Vector<float>& sum, const Vector<Pair>& a, const Vector<Pair>& b) {
-  sum = (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-}
-
-// The numbers of two vectors in turns: those of their first and those of their last halves.
-SINGD_INLINE __m512i zip_low(__m512i a, __m512i b) {
-  const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
-                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  return _mm512_permutex2var_epi16(a, order, b);
-}
-SINGD_INLINE __m512i zip_high(__m512i a, __m512i b) {
-  const __m512i order =
-      _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54,
-                       22, 53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
-  return _mm512_permutex2var_epi16(a, order, b);
-}
-
-// The first `count` of 32 lanes, as a mask.
-SINGD_INLINE uint32_t first_lanes(int64_t count) {
-  if (count >= 32) return ~0u;
-  return count <= 0 ? 0u : (1u << count) - 1u;
-}
-#endif
-
 // x in every lane; subtraction keeps -0, and costs nothing.
 template <class T>
 SINGD_INLINE Vector<T> splat(T x) {

@@ -49,23 +49,7 @@ SINGD_INLINE void write_row(const Gradient* gradient, T row_scale, const T* colu
   }
 }
 
-#if SINGD_TILES
-// 32 numbers as two vectors.
-SINGD_INLINE void load_two(const float* from, Floats (&to)[2]) {
-  for (int i = 0; i < 2; ++i) to[i] = load(from + 16 * i);
-}
-SINGD_INLINE void load_two(const BFloat16* from, Floats (&to)[2]) {
-  const Words numbers = load(reinterpret_cast<const uint32_t*>(from));
-  to[0] = half_of<0>(numbers);
-  to[1] = half_of<1>(numbers);
-}
-
-SINGD_INLINE bool has_subnormal(const Floats (&x)[2]) {
-  constexpr int kSubnormal = 0x20;
-  return (_mm512_fpclass_ps_mask((__m512)x[0], kSubnormal) |
-          _mm512_fpclass_ps_mask((__m512)x[1], kSubnormal)) != 0;
-}
-
+#if SINGD_BFLOAT16_PRODUCTS
 // The same where one instruction rounds two vectors to bfloat16, which compilers do not see in the
 // loop above. It takes subnormal numbers for zero: these are left to that loop.
 template <bool kMomentum, class Gradient>
@@ -141,6 +125,19 @@ SINGD_INLINE void write_row_stochastic(const Gradient* gradient, T row_scale, co
   }
 }
 
+constexpr int64_t kChunkBytes = 1024;  // of a parameter that are written at a time
+
+// Asks for a chunk of a parameter and of its momentum, two chunks behind the ones that begin here.
+template <class Weight, class Momentum>
+SINGD_INLINE void ask_for_what_follows(const Weight* weight, const Momentum* momentum) {
+  const auto* w = reinterpret_cast<const char*>(weight);
+  const auto* m = reinterpret_cast<const char*>(momentum);
+  for (int64_t i = 2 * kChunkBytes; i < 3 * kChunkBytes; i += kLineBytes) {
+    __builtin_prefetch(w + i);
+    if (m != nullptr) __builtin_prefetch(m + i);
+  }
+}
+
 // `count` numbers of a parameter and its momentum from number `at` on, which have consecutive
 // gradients.
 template <class T, class Gradient, class Weight, class Momentum>
@@ -161,13 +158,16 @@ SINGD_INLINE void write_numbers(const StepOptions& options, const RoundingKey& k
       write_row<false>(g, row_scale, scale, n, c, w, to, m);
     }
   };
-  if (!options.stream) return write(0, count, weight + at);
-  constexpr int64_t kChunk = 1024 / static_cast<int64_t>(sizeof(Weight));
+  if (!options.stream && !options.ask) return write(0, count, weight + at);
+  constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(Weight));
   alignas(64) Weight chunk[kChunk];
   for (int64_t first = 0; first < count; first += kChunk) {
     const int64_t n = smaller(kChunk, count - first);
-    write(first, n, chunk);
-    stream(weight + at + first, chunk, n);
+    Weight* to = weight + at + first;
+    Momentum* buffer = momentum != nullptr ? momentum + at + first : nullptr;
+    if (options.ask) ask_for_what_follows(to, buffer);
+    write(first, n, options.stream ? chunk : to);
+    if (options.stream) stream(to, chunk, n);
   }
 }
 
