@@ -42,6 +42,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &singd::build_info);
   m.def("cpu_instructions", [] { return singd::cpu::kernels().name; });
   m.def("cpu_bfloat16_products", [] { return singd::cpu::bfloat16_gram(1) != nullptr; });
+  m.def("cpu_bfloat16_gram", [] { return singd::cpu::bfloat16_gram_rows() != nullptr; });
   m.def("cpu_tiles", [] { return singd::cpu::tile_step() != nullptr; });
   m.def("cpu_threads", &singd::cpu::threads);
   // Whether a profiler, or anything else, records what runs.

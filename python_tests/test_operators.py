@@ -135,10 +135,10 @@ def test_accumulated_statistic_gives_the_projected_curvature(
             )
         ours = curvature_of(statistic, factor, spec)
         truth = expected_curvature(batches, factor, spec, ones_column, shared, torch.float64)
-        # On tiles, rows and these factors are multiplied in bfloat16, as in torch (docs/cpu.md).
-        on_tiles = backend == "cpu" and _C.cpu_tiles() and dim >= 32 and shared == "expand"
+        # Where that is fast, X K of these is a product in bfloat16, as in torch (docs/cpu.md).
+        is_fast = backend == "cpu" and _C.cpu_bfloat16_gram() and dim >= 32 and shared == "expand"
         whole = spec in ("dense", "tril", "triu", "tril_toeplitz", "triu_toeplitz")
-        rival_dtype = dtype if on_tiles and whole and dtype == torch.bfloat16 else wide
+        rival_dtype = dtype if is_fast and whole and dtype == torch.bfloat16 else wide
         rival = expected_curvature(batches, factor, spec, ones_column, shared, rival_dtype)
         assert_close_to_truth(ours, rival, truth, factor=4.0, floor=16.0)
 

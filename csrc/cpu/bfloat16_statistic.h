@@ -1,5 +1,5 @@
 // The statistic of bfloat16 rows for dense, triangular and small Toeplitz factors, on processors
-// with tiles of such numbers. Y = X K is ATen's and is rounded to bfloat16, as torch does it;
+// that multiply such numbers fast. Y = X K is ATen's and is rounded to bfloat16, as torch does it;
 // products of Y are exact, and their sums float32. They make H = Y^T Y, or its diagonals' sums.
 #pragma once
 
@@ -28,11 +28,11 @@ class Bfloat16Statistic {
                     Shared shared) {
     const int64_t d = layout.dim;
     const bool fits = layout.family == Family::kDense ||
-                      (layout.family == Family::kToeplitz && d <= kWidestToeplitz);
+                      (layout.family == Family::kToeplitz && d <= widest_toeplitz());
     const bool numbers =
         rows.scalar_type() == at::kBFloat16 && factor.scalar_type() == at::kBFloat16;
     return fits && numbers && shared == Shared::kExpand && d >= kTileDepth &&
-           tile_gram_rows() != nullptr;
+           bfloat16_gram_rows() != nullptr;
   }
 
   // rows [batch, shared, features], one fewer than the factor has if a one is behind them.
@@ -48,8 +48,8 @@ class Bfloat16Statistic {
   }
 
  private:
-  // Up to this size FFTs were slower, of 512 rows on a processor with tiles. K is a dense copy.
-  static constexpr int64_t kWidestToeplitz = 1536;
+  // Up to this size FFTs were slower, of 512 rows with tiles and without. K is a dense copy.
+  static int64_t widest_toeplitz() { return tile_step() != nullptr ? 1536 : 1000; }
   // Rows of X at a time, which bounds the memory of Y, and rows of Y^T Y.
   static constexpr int64_t kRows = 4096, kStrip = 64;
 
@@ -99,7 +99,7 @@ class Bfloat16Statistic {
     }
   }
 
-  GramRows* const gram_rows_ = tile_gram_rows();
+  GramRows* const gram_rows_ = bfloat16_gram_rows();
   const StatisticKernels<float>& plain_ = kernels().statistic<float>();
   const Layout& layout_;
   float* statistic_;

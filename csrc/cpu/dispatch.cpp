@@ -50,6 +50,12 @@ bool has_bfloat16() {
                           onednn_may_use({"BF16", "FP16", "AMX", "AVX10"});
   return has;
 }
+
+// Intel's processors take twice as long for such a product as for one of float32 numbers.
+bool has_fast_bfloat16() {
+  static const bool has = has_bfloat16() && !__builtin_cpu_is("intel");
+  return has;
+}
 #endif
 
 // Whether the processor has tiles of bfloat16 numbers, and the system lets this process use them,
@@ -81,13 +87,6 @@ const StepKernels<float>* tile_step() {
   return nullptr;
 }
 
-GramRows* tile_gram_rows() {
-#if defined(__x86_64__)
-  if (has_tiles()) return &amx::rows;
-#endif
-  return nullptr;
-}
-
 const StepKernels<float>* bfloat16_step() {
 #if defined(__x86_64__)
   if (has_bfloat16()) return &avx512_bfloat16::step_kernels;
@@ -97,11 +96,17 @@ const StepKernels<float>* bfloat16_step() {
 
 const GramKernels<float>* bfloat16_gram(int64_t width) {
 #if defined(__x86_64__)
-  // Intel's processors take twice as long for such an instruction as for one of float32 numbers.
-  // What is left there is that one column at a time need not be converted.
-  static const bool are_fast = !__builtin_cpu_is("intel");
   if (has_tiles() && fills_tiles(width)) return &amx::gram_kernels;
-  if (has_bfloat16() && (are_fast || width == 1)) return &avx512_bfloat16::gram_kernels;
+  // What is left on a processor of Intel's is that one column at a time need not be converted.
+  if (has_bfloat16() && (has_fast_bfloat16() || width == 1)) return &avx512_bfloat16::gram_kernels;
+#endif
+  return nullptr;
+}
+
+GramRows* bfloat16_gram_rows() {
+#if defined(__x86_64__)
+  if (has_tiles()) return &amx::rows;
+  if (has_fast_bfloat16()) return &avx512_bfloat16::rows;
 #endif
   return nullptr;
 }

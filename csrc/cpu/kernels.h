@@ -263,10 +263,11 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
-// Of bfloat16 rows whose features lie side by side, and of layers stored in bfloat16.
+// Statistics of bfloat16 rows whose features lie side by side, and steps.
 namespace avx512_bfloat16 {
 extern const GramKernels<float> gram_kernels;
 extern const StepKernels<float> step_kernels;
+GramRows rows;
 }  // namespace avx512_bfloat16
 namespace amx {
 extern const GramKernels<float> gram_kernels;
@@ -284,14 +285,15 @@ const Kernels& kernels();
 // they are slow for blocks or borders of this width.
 const GramKernels<float>* bfloat16_gram(int64_t width);
 
-// The Gram matrix on tiles, of rows as above and of any width; null if the processor has no tiles.
-GramRows* tile_gram_rows();
+// The Gram matrix of bfloat16 rows as above, of any width; null if the processor has no such
+// products, or slow ones.
+GramRows* bfloat16_gram_rows();
 
 // Kernels that multiply on tiles, for layers whose matrices of P are planes; null if the processor
 // has no tiles.
 const StepKernels<float>* tile_step();
 
-// Kernels that round to bfloat16 by one instruction, for layers that are stored so; null if the
+// Kernels that round to bfloat16 by one instruction, for layers stored in any type; null if the
 // processor has none.
 const StepKernels<float>* bfloat16_step();
 

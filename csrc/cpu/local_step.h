@@ -32,7 +32,7 @@ class LocalStep {
   // products: P of all factors, of the size that they take only if it holds them already; null if
   // they are not to be kept.
   LocalStep(at::Tensor& workspace, at::Tensor* products)
-      : workspace_(workspace), products_(products), kernels_(kernels().step<T>()) {}
+      : workspace_(workspace), products_(products) {}
 
   // Adds a layer and its factors C and K; without them its gradient is taken as it is.
   void add(StepLayer<T> layer, const LocalFactor& left = {}, const LocalFactor& right = {}) {
@@ -42,8 +42,7 @@ class LocalStep {
       product->layout = factor->layout;
       factors_.push_back(*factor);
     }
-    kernels_of_.push_back(&choose_kernels(layer));
-    if (kernels_of_.back() == tile_kernels()) {
+    if (is_for_tiles(layer)) {
       layer.left.form = Form::kLeftPlanes;
       layer.right.form = Form::kRightPlanes;
     }
@@ -105,13 +104,15 @@ class LocalStep {
   static constexpr int64_t kGrain = 16384;
   static constexpr int64_t kLeastThinRows = 128, kMostThinTasks = 4;
 
-  static const StepKernels<T>* tile_kernels() {
-    if constexpr (std::is_same_v<T, float>) return tile_step();
-    return nullptr;
+  static const StepKernels<T>& step_kernels() {
+    if constexpr (std::is_same_v<T, float>) {
+      if (bfloat16_step() != nullptr) return *bfloat16_step();
+    }
+    return kernels().step<T>();
   }
 
-  static const StepKernels<T>* bfloat16_kernels() {
-    if constexpr (std::is_same_v<T, float>) return bfloat16_step();
+  static const StepKernels<T>* tile_kernels() {
+    if constexpr (std::is_same_v<T, float>) return tile_step();
     return nullptr;
   }
 
@@ -119,29 +120,25 @@ class LocalStep {
     return layer.left.is_pointwise() && layer.right.is_pointwise();
   }
 
-  // Whether f(part) is, of all parts of a layer.
-  template <class Function>
-  static bool is_bfloat16(const StepLayer<T>& layer, Function f) {
-    return std::all_of(layer.parts, layer.parts + layer.num_parts,
-                       [&](const StepPart& part) { return f(part) == Scalar::kBFloat16; });
-  }
-
-  // Sides that are not diagonal must fill tiles: planes have more places.
-  static bool fills(const LocalProduct<T>& product) {
-    return product.is_pointwise() || fills_tiles(product.width());
-  }
-
-  const StepKernels<T>& choose_kernels(const StepLayer<T>& layer) const {
-    const auto weight = [](const StepPart& part) { return part.weight.type; };
-    const auto gradient = [](const StepPart& part) { return part.gradient.type; };
-    const auto momentum = [](const StepPart& part) {
-      return part.momentum.data != nullptr ? part.momentum.type : part.weight.type;
+  // Stored in bfloat16, with products whose sides are diagonal or fill tiles: their planes have
+  // more places.
+  bool is_for_tiles(const StepLayer<T>& layer) const {
+    if (tiles_ == nullptr || is_pointwise(layer)) return false;
+    for (int i = 0; i < layer.num_parts; ++i) {
+      const StepPart& part = layer.parts[i];
+      const Scalar momentum = part.momentum.data != nullptr ? part.momentum.type : part.weight.type;
+      for (const Scalar type : {part.weight.type, momentum, part.gradient.type}) {
+        if (type != Scalar::kBFloat16) return false;
+      }
+    }
+    const auto fills = [](const LocalProduct<T>& p) {
+      return p.is_pointwise() || fills_tiles(p.width());
     };
-    if (bfloat16_kernels() == nullptr) return kernels_;
-    if (!is_bfloat16(layer, weight) || !is_bfloat16(layer, momentum)) return kernels_;
-    const bool tiles = tile_kernels() != nullptr && !is_pointwise(layer) &&
-                       is_bfloat16(layer, gradient) && fills(layer.left) && fills(layer.right);
-    return tiles ? *tile_kernels() : *bfloat16_kernels();
+    return fills(layer.left) && fills(layer.right);
+  }
+
+  const StepKernels<T>& kernels_of(const StepLayer<T>& layer) const {
+    return layer.left.form == Form::kNumbers ? kernels_ : *tiles_;
   }
 
   bool streams() const {
@@ -265,7 +262,7 @@ class LocalStep {
     LocalProduct<T>& p = product(factor);
     if (p.kind == LocalKind::kIdentity) return;
     const LocalFactor& of = factors_[factor];
-    kernels_of_[factor / 2]->prepare(p, of.storage, of.size, scratch());
+    kernels_of(layers_[factor / 2]).prepare(p, of.storage, of.size, scratch());
   }
 
   // Products that are kept, which `are_there` from an earlier step or not.
@@ -312,7 +309,7 @@ class LocalStep {
         case Phase::kPrepare:
           return prepare(task.index);
         case Phase::kRead:
-          return read(task.layer, read_tasks_[task.index]);
+          return read(layers_[task.layer], read_tasks_[task.index]);
         case Phase::kWrite:
           return write(task.layer, write_tasks_[task.index]);
       }
@@ -323,15 +320,14 @@ class LocalStep {
     shares_.add(begin, end - begin, layer, [&](size_t index) { return Task{phase, layer, index}; });
   }
 
-  void read(size_t index, Read& task) const {
-    const StepLayer<T>& layer = layers_[index];
+  void read(const StepLayer<T>& layer, Read& task) const {
     task.largest = layer.left.has_border()
-                       ? kernels_of_[index]->thin(layer, task.panel, task.products, scratch())
+                       ? kernels_of(layer).thin(layer, task.panel, task.products, scratch())
                        : kernels_.largest(layer, task.panel);
   }
 
   void write(size_t layer, const Panel& panel) const {
-    if (writes_[layer]) kernels_of_[layer]->step(layers_[layer], panel, false, scratch());
+    if (writes_[layer]) kernels_of(layers_[layer]).step(layers_[layer], panel, false, scratch());
   }
 
   // Adds up what the tasks of a layer read; whether it is finite.
@@ -340,7 +336,7 @@ class LocalStep {
     for (size_t i = first_read_[index] + 1; i < first_read_[index + 1]; ++i) {
       if (layer.left.has_border()) kernels_.add_products(layer, read_tasks_[i].products);
     }
-    if (layer.left.has_border()) kernels_of_[index]->finish_border(layer);
+    if (layer.left.has_border()) kernels_of(layer).finish_border(layer);
     return is_finite(index);
   }
 
@@ -359,17 +355,16 @@ class LocalStep {
     std::atomic<bool> finite{true};
     parallel(first_write_[index], first_write_[index + 1], elements(index, index + 1),
              [&](size_t i) {
-               const StepKernels<T>& k = *kernels_of_[index];
-               if (!k.step(layer, write_tasks_[i], true, scratch())) finite = false;
+               if (!kernels_of(layer).step(layer, write_tasks_[i], true, scratch())) finite = false;
              });
     return finite;
   }
 
   at::Tensor& workspace_;
   at::Tensor* products_;
-  const StepKernels<T>& kernels_;
+  const StepKernels<T>& kernels_ = step_kernels();
+  const StepKernels<T>* tiles_ = tile_kernels();
   std::vector<StepLayer<T>> layers_;
-  std::vector<const StepKernels<T>*> kernels_of_;  // every layer
   std::vector<LocalFactor> factors_;
   std::vector<Read> read_tasks_;
   std::vector<Panel> write_tasks_;

@@ -1,5 +1,5 @@
-// For AVX-512 with bfloat16 products: statistics of bfloat16 rows, and steps of layers that are
-// stored in bfloat16. Everything else of such a processor is in simd_avx512.cpp.
+// For AVX-512 with bfloat16 instructions: statistics of bfloat16 rows, and steps, which may store
+// bfloat16 numbers. Everything else of such a processor is in simd_avx512.cpp.
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -24,6 +24,11 @@ namespace {
 // clang-format on
 
 }  // namespace
+
+void rows(const RowsView& view, int64_t dim, int64_t begin, int64_t end, float* sums,
+          float* scratch) {
+  gram_rows(view, dim, begin, end, sums, scratch);
+}
 
 const GramKernels<float> gram_kernels{block_statistic<float, Pair>, border_statistic<float, Pair>};
 const StepKernels<float> step_kernels{

@@ -116,8 +116,10 @@ void products(int64_t rows, int64_t columns, int64_t depth) {
 // Sums of a statistic of `rows` rows of bfloat16 numbers, and a column of ones, against float64.
 void statistics(const GramKernels<float>& kernels, const std::string& spec, int64_t dim,
                 int64_t rows) {
-  const std::string what = (&kernels == &amx::gram_kernels ? "on tiles " : "on vectors ") + spec +
-                           " of " + std::to_string(rows) + " rows, d = " + std::to_string(dim);
+  const bool on_tiles = &kernels == &amx::gram_kernels;
+  GramRows& gram_rows = on_tiles ? amx::rows : avx512_bfloat16::rows;
+  const std::string what = (on_tiles ? "on tiles " : "on vectors ") + spec + " of " +
+                           std::to_string(rows) + " rows, d = " + std::to_string(dim);
   const Layout layout = make_layout(spec, dim);
   const int64_t features = dim - 1, b = layout.head + layout.tail, k = layout.block;
   std::vector<uint16_t> stored(static_cast<size_t>(rows * features));
@@ -152,7 +154,7 @@ void statistics(const GramKernels<float>& kernels, const std::string& spec, int6
     for (int64_t begin = 0; begin < dim; begin += kStrip) {
       const int64_t end = std::min(dim, begin + kStrip), width = padded(dim - begin);
       std::fill(sums.begin(), sums.end(), 0.0f);
-      amx::rows(view, dim, begin, end, sums.data(), scratch.data());
+      gram_rows(view, dim, begin, end, sums.data(), scratch.data());
       for (int64_t i = begin; i < end; ++i) {
         for (int64_t j = i; j < dim; ++j) {
           compare_sum(sums[size_t((i - begin) * width + j - begin)], i, j);
@@ -285,9 +287,9 @@ int main() {
       statistics(*kernels, "hierarchical:15,15", 100, rows);
       statistics(*kernels, "rank_triu:24", 97, rows);
       statistics(*kernels, "rank_triu:1", 97, rows);
+      statistics(*kernels, "dense", 33, rows);
+      statistics(*kernels, "dense", 97, rows);
     }
-    statistics(amx::gram_kernels, "dense", 33, rows);
-    statistics(amx::gram_kernels, "dense", 97, rows);
   }
   squares(70, 100, 30, 32);
   squares(33, 31, 32, 30);

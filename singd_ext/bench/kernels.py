@@ -128,9 +128,10 @@ def _curvature(setting: Setting, case: Case, statistic: Tensor) -> Tensor:
 
 def _is_rounded_between(name: str, setting: Setting) -> bool:
     """Whether X K is rounded to bfloat16 before a statistic is summed up (docs/cpu.md)."""
-    on_tiles = setting.dtype == torch.bfloat16 and setting.device.type == "cpu" and _C.cpu_tiles()
-    is_whole = isinstance(setting.K, (Dense, Toeplitz))
-    return name == "accumulate_statistic_" and on_tiles and is_whole
+    if name != "accumulate_statistic_" or not isinstance(setting.K, (Dense, Toeplitz)):
+        return False
+    of_bfloat16 = setting.dtype == torch.bfloat16 and setting.device.type == "cpu"
+    return of_bfloat16 and _C.cpu_bfloat16_gram()
 
 
 def _tolerance(result: torch.dtype, dtype: torch.dtype) -> float:

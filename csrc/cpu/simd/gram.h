@@ -55,6 +55,8 @@ SINGD_INLINE void for_each_panel(const Panel& part, int64_t unit, Function f) {
   }
 }
 
+constexpr int64_t kGramRows = 16;  // of a Gram matrix that are made at a time: of a tile
+
 #if SINGD_TILES
 // The rows of scratch behind the last pair, up to a whole tile, become zeros.
 SINGD_INLINE void fill_tiles(Pair* x, int64_t depth, int64_t stride) {
@@ -144,6 +146,13 @@ template <class In>
 SINGD_INLINE void fill_tiles(In*, int64_t, int64_t) {}
 template <class In>
 SINGD_INLINE void turn_border(In*, int64_t, int64_t) {}
+#if SINGD_BFLOAT16_PRODUCTS
+SINGD_INLINE void add_gram_rows(const Pair* x, int64_t stride, int64_t depth, int64_t at,
+                                int64_t rows, int64_t width, float* sums) {
+  multiply<float, Pair>(rows, width - at, depth, {x + at, 1, stride}, x + at, stride,
+                        sums + at * (width + 1), width, kAdd<float>);
+}
+#endif
 template <class T, class In>
 SINGD_INLINE void add_border(int64_t border, int64_t width, int64_t depth, const In* e,
                              int64_t thin, const In* x, int64_t stride, T* sums,
@@ -338,7 +347,7 @@ void border_statistic(const RowsView& rows, const Layout& layout, const T* given
   });
 }
 
-#if SINGD_TILES
+#if SINGD_BFLOAT16_PRODUCTS
 // Rows [begin, end) of X^T X, of padded(dim - begin) numbers each, those from the diagonal on.
 inline void gram_rows(const RowsView& rows, int64_t dim, int64_t begin, int64_t end, float* sums,
                       float* scratch) {
@@ -348,8 +357,8 @@ inline void gram_rows(const RowsView& rows, int64_t dim, int64_t begin, int64_t 
     const int64_t depth = depth_of<Pair>(count);
     bring_rows(rows, first, count, begin, dim, x, stride, stride);
     fill_tiles(x, depth, stride);
-    for (int64_t at = 0; at < end - begin; at += kTileRows) {
-      add_gram_rows(x, stride, depth, at, smaller(kTileRows, end - begin - at), width, sums);
+    for (int64_t at = 0; at < end - begin; at += kGramRows) {
+      add_gram_rows(x, stride, depth, at, smaller(kGramRows, end - begin - at), width, sums);
     }
   });
 }
