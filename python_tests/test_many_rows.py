@@ -78,7 +78,7 @@ def test_bfloat16_rows_of_whole_factors(spec: str, rows: int) -> None:
 @pytest.mark.parametrize("spec", WHOLE)
 @pytest.mark.parametrize("rows", [1, 127, 129, 4097])
 def test_every_bfloat16_row_of_whole_factors_counts(spec: str, rows: int) -> None:
-    """Small integers are exact; FFTs may round the last place, of which a row takes hundreds."""
+    """Small integers are exact; FFTs of them are rounded to integers, or to float32 beyond 2^22."""
     for dim, ones_column in ((31, True), (32, False), (130, True), (257, False)):
         x = random(rows, 1, dim - ones_column).sign().bfloat16()
         strided = torch.cat([x, x], dim=2)[..., : x.shape[2]]
@@ -96,7 +96,7 @@ def test_every_bfloat16_row_of_whole_factors_counts(spec: str, rows: int) -> Non
         expected, places = 2 * y.T @ y, 0.0
         if "toeplitz" in spec:
             expected = torch.stack([expected.diagonal(i).sum() for i in range(dim)])
-            places = 2.0**-22 * expected.max().item()  # a last place or two of the largest
+            places = max(0.49, 2.0**-22 * expected.max().item())
             assert places < 0.01 * 2 * y.square().sum(1).min()
         assert (statistic.double() - expected.flatten()).abs().max() <= places, dim
 
