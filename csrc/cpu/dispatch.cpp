@@ -111,7 +111,7 @@ GramRows* bfloat16_gram_rows() {
   return nullptr;
 }
 
-// Intel's processors became slower (docs/cpu.md).
+// On Intel's processors asking for W and M made such a step slower (docs/cpu.md).
 bool asking_pays() {
 #if defined(__x86_64__)
   static const bool pays = !__builtin_cpu_is("intel");

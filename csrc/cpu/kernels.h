@@ -297,8 +297,7 @@ const StepKernels<float>* tile_step();
 // processor has none.
 const StepKernels<float>* bfloat16_step();
 
-// Whether a step that is as fast as memory gains by asking for what follows: this processor does
-// not do so by itself.
+// Whether a step that is as fast as memory gains by asking for what follows.
 bool asking_pays();
 
 // How many threads an operator is run by now.
