@@ -4,8 +4,10 @@
 #include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include "build_info.h"
+#include "cpu/aten_product.h"
 #include "cpu/kernels.h"
 #include "gatherer.h"
 #include "observation.h"
@@ -44,7 +46,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_bfloat16_products", [] { return singd::cpu::bfloat16_gram(1) != nullptr; });
   m.def("cpu_bfloat16_gram", [] { return singd::cpu::bfloat16_gram_rows() != nullptr; });
   m.def("cpu_tiles", [] { return singd::cpu::tile_step() != nullptr; });
+  m.def("cpu_onednn_is_faster", &singd::cpu::onednn_is_faster);
   m.def("cpu_threads", &singd::cpu::threads);
+  m.def("cpu_times_its_transpose", &singd::cpu::times_its_transpose, py::arg("square"));
   // Whether a profiler, or anything else, records what runs.
   m.def("is_recording", &at::hasCallbacks);
   singd::define_observation(m);

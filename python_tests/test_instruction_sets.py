@@ -74,6 +74,17 @@ def test_instructions_for_bfloat16_are_used_if_onednn_may() -> None:
         assert printed == [str(use) for use in wanted], most
 
 
+def test_onednn_multiplies_where_mkl_uses_no_avx512() -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        pytest.skip("only Linux lists what a processor has")
+    words = set(cpuinfo.read_text().split())
+    faster = "avx512bw" in words and "GenuineIntel" not in words
+    code = "from singd_ext import _C; print(_C.cpu_onednn_is_faster())"
+    for most, wanted in {"DEFAULT": faster, "AVX512_CORE": faster, "AVX2": False}.items():
+        assert run(sys.executable, "-c", code, ONEDNN_MAX_CPU_ISA=most).strip() == str(wanted), most
+
+
 @pytest.mark.parametrize("most", ["AVX512_CORE_BF16", "AVX512_CORE"])
 def test_operators_without_instructions_for_bfloat16(most: str) -> None:
     """Without tiles, and without any."""

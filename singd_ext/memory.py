@@ -11,9 +11,6 @@ from torch import Tensor
 from . import _C, incidents
 from .incidents import Incidents
 
-# Columns of a symmetric product at a time.
-_PANEL = 256
-
 
 class Workspace:
     """Memory that calls may overwrite. Calls that follow one another share it."""
@@ -71,19 +68,6 @@ class GroupCalls:
         self.parameter_incidents = Incidents(incidents.PARAMETERS, warned)
 
 
-def _times_its_transpose(square: Tensor) -> Tensor:
-    """Return K Kᵀ; on a CPU panels of one triangle, mirrored: little over half of the work."""
-    if square.device.type != "cpu":
-        return square @ square.T
-    product = torch.empty_like(square)
-    for begin in range(0, len(square), _PANEL):
-        end = min(begin + _PANEL, len(square))
-        panel = product[:end, begin:end]
-        torch.mm(square[:end], square[begin:end].T, out=panel)
-        product[begin:end, :begin] = panel[:begin].T
-    return product
-
-
 def keeps_product(dim: int, other: int, steps: int) -> bool:
     """Whether K Kᵀ of a dense or triangular factor is kept from step to step.
 
@@ -114,7 +98,9 @@ class FactorProduct:
         """Return K Kᵀ [dim, dim] in K's dtype."""
         if not self._factor.are([factor]):
             self._product = torch.empty(0)  # which means none, should there be no memory for it
-            self._product = _times_its_transpose(factor.view(dim, dim))
+            square = factor.view(dim, dim)
+            on_cpu = square.device.type == "cpu"
+            self._product = _C.cpu_times_its_transpose(square) if on_cpu else square @ square.T
         return self._product
 
 

@@ -5,8 +5,8 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -15,6 +15,7 @@
 #include "rows.h"
 #include "shares.h"
 #include "thread_scratch.h"
+#include "toeplitz_product.h"
 
 namespace singd::cpu {
 
@@ -28,7 +29,7 @@ class Bfloat16Statistic {
                     Shared shared) {
     const int64_t d = layout.dim;
     const bool fits = layout.family == Family::kDense ||
-                      (layout.family == Family::kToeplitz && d <= widest_toeplitz());
+                      (layout.family == Family::kToeplitz && d <= kWidestToeplitz);
     const bool numbers =
         rows.scalar_type() == at::kBFloat16 && factor.scalar_type() == at::kBFloat16;
     return fits && numbers && shared == Shared::kExpand && d >= kTileDepth &&
@@ -38,18 +39,16 @@ class Bfloat16Statistic {
   // rows [batch, shared, features], one fewer than the factor has if a one is behind them.
   void add(const at::Tensor& rows, const at::Tensor& factor) const {
     const int64_t count = rows.size(0) * rows.size(1), features = rows.size(2);
-    const at::Tensor x = rows.reshape({count, features}), k = matrix(factor);
+    const at::Tensor x = rows.reshape({count, features});
     for (int64_t first = 0; first < count; first += kRows) {
-      const at::Tensor part = x.narrow(0, first, std::min(kRows, count - first));
-      add_gram(features == layout_.dim ? at::mm(part, k)
-                                       : at::addmm(k[features], part, k.narrow(0, 0, features)));
+      add_gram(product_with(factor, x.narrow(0, first, std::min(kRows, count - first))));
     }
     if (!is_toeplitz()) AtenMath::mirror(statistic_, layout_.dim);
   }
 
  private:
-  // Up to this size FFTs were slower, of 512 rows with tiles and without. K is a dense copy.
-  static int64_t widest_toeplitz() { return tile_step() != nullptr ? 1536 : 1000; }
+  // Up to this size FFTs were slower, with tiles and without.
+  static constexpr int64_t kWidestToeplitz = 1536;
   // Rows of X at a time, which bounds the memory of Y, and rows of Y^T Y.
   static constexpr int64_t kRows = 4096, kStrip = 64;
 
@@ -58,14 +57,17 @@ class Bfloat16Statistic {
 
   bool is_toeplitz() const { return layout_.family == Family::kToeplitz; }
 
-  at::Tensor matrix(const at::Tensor& factor) const {
-    const int64_t d = layout_.dim;
-    if (!is_toeplitz()) return factor.view({d, d});
-    const at::Tensor upper = at::zeros({d, d}, factor.options());
-    const auto* from = factor.const_data_ptr<at::BFloat16>();
-    auto* to = upper.mutable_data_ptr<at::BFloat16>();
-    for (int64_t i = 0; i < d; ++i) std::copy_n(from, d - i, to + i * (d + 1));
-    return layout_.transposed ? upper.t() : upper;
+  // X K.
+  at::Tensor product_with(const at::Tensor& factor, const at::Tensor& x) const {
+    const int64_t d = layout_.dim, features = x.size(1);
+    if (is_toeplitz()) {
+      const at::Tensor y = at::empty({x.size(0), d}, x.options());
+      ToeplitzPanels(factor.const_data_ptr<at::BFloat16>(), d, !layout_.transposed, at::kBFloat16)
+          .multiply(Side::kRight, x, y);
+      return y;
+    }
+    const at::Tensor k = factor.view({d, d});
+    return features == d ? at::mm(x, k) : at::addmm(k[features], x, k.narrow(0, 0, features));
   }
 
   // The rows of Y^T Y from the diagonal on, in strips, of which the first are the longest. A strip

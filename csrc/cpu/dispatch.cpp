@@ -111,6 +111,17 @@ GramRows* bfloat16_gram_rows() {
   return nullptr;
 }
 
+// Where it has AVX-512: MKL uses that on Intel's processors alone. With AVX2 they are as fast.
+bool onednn_is_faster() {
+#if defined(__x86_64__)
+  static const bool is = __builtin_cpu_supports("avx512bw") && !__builtin_cpu_is("intel") &&
+                         onednn_may_use({"AVX512", "AVX10"});
+  return is;
+#else
+  return false;
+#endif
+}
+
 // On Intel's processors asking for W and M made such a step slower (docs/cpu.md).
 bool asking_pays() {
 #if defined(__x86_64__)

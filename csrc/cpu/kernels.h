@@ -297,6 +297,9 @@ const StepKernels<float>* tile_step();
 // processor has none.
 const StepKernels<float>* bfloat16_step();
 
+// Whether large float32 products are faster in oneDNN than as at::mm, which is MKL's.
+bool onednn_is_faster();
+
 // Whether a step that is as fast as memory gains by asking for what follows.
 bool asking_pays();
 

@@ -9,7 +9,6 @@
 #include <ATen/ops/fft_irfft.h>
 #include <ATen/ops/fft_rfft.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/view_as_real.h>
 #include <ATen/ops/zeros.h>
 
@@ -18,16 +17,16 @@
 #include "../structures/layout.h"
 #include "../structures/matrix_view.h"
 #include "../structures/toeplitz.h"
+#include "aten_product.h"
 #include "rows.h"
 #include "thread_scratch.h"
+#include "toeplitz_product.h"
 
 namespace singd::cpu {
 
 template <class T>
 constexpr at::ScalarType scalar_type() {
-  using Number = std::remove_const_t<T>;
-  if (std::is_same_v<Number, at::BFloat16>) return at::kBFloat16;
-  return std::is_same_v<Number, double> ? at::kDouble : at::kFloat;
+  return c10::CppTypeToScalarType<std::remove_const_t<T>>::value;
 }
 
 // The type in which tensors of this dtype are computed with.
@@ -46,21 +45,22 @@ struct AtenMath {
   // Measured on one AVX-512 core in float32: the statistic is as fast either way at d = 512, K X at
   // 384 and X K at about 200; at 256 all of them together are faster through the copy.
   static constexpr int64_t kDirectToeplitz = 256;
+  // Dimensions up to which float32 panels of it are faster than the FFT where oneDNN multiplies
+  // them. Measured on an AMD EPYC; on the left the FFT takes two transposes.
+  static constexpr int64_t kPanelsFromLeft = 850, kPanelsFromRight = 600;
   // Numbers that are transformed at a time: a spectrum of that size stays in a cache, where one of
   // a whole matrix is new memory for every call.
   static constexpr int64_t kTransformed = int64_t{1} << 18;
   // Elements of elementwise work below which a further thread costs more than it saves.
   static constexpr int64_t kGrain = 32768;
-  // Columns of a symmetric product at a time: narrower ones save more, wider ones are faster.
-  static constexpr int64_t kSymmetricPanel = 256;
 
   // C = A B, m x k times k x n, for a batch of equal matrices.
   template <class A, class B, class T>
   static void multiply(int64_t m, int64_t n, int64_t k, MatrixView<A> a, MatrixView<B> b,
                        MatrixView<T> c, int64_t batch = 1) {
     at::Tensor out = tensor(c, m, n, batch);
-    batch == 1 ? at::mm_out(out, tensor(a, m, k, batch), tensor(b, k, n, batch))
-               : at::bmm_out(out, tensor(a, m, k, batch), tensor(b, k, n, batch));
+    batch == 1 ? product_out(tensor(a, m, k, batch), tensor(b, k, n, batch), out)
+               : void(at::bmm_out(out, tensor(a, m, k, batch), tensor(b, k, n, batch)));
   }
 
   // C += A B. ATen's batched product would add term by term to C; a product of its own keeps the
@@ -69,24 +69,37 @@ struct AtenMath {
   static void multiply_add(int64_t m, int64_t n, int64_t k, MatrixView<A> a, MatrixView<B> b,
                            MatrixView<T> c, int64_t batch = 1) {
     at::Tensor out = tensor(c, m, n, batch);
-    batch == 1 ? out.addmm_(tensor(a, m, k, batch), tensor(b, k, n, batch))
-               : out.add_(at::bmm(tensor(a, m, k, batch), tensor(b, k, n, batch)));
+    const at::Tensor left = tensor(a, m, k, batch), right = tensor(b, k, n, batch);
+    if (batch > 1) {
+      out.add_(at::bmm(left, right));
+    } else if (multiplies_in_onednn(scalar_type<T>(), m * n * k)) {
+      out.add_(product(left, right));
+    } else {
+      out.addmm_(left, right);
+    }
   }
 
   // C = A^T B or C += A^T B for k x d matrices whose product is known to be symmetric, as C is,
-  // with rows side by side: panels of one triangle, mirrored.
+  // which has its rows side by side: panels of one triangle, mirrored.
   template <class A, class B, class T>
   static void multiply_symmetric(int64_t d, int64_t k, MatrixView<A> a, MatrixView<B> b,
                                  MatrixView<T> c, bool add) {
     at::Tensor left = tensor(a.transpose(), d, k, 1), right = tensor(b, k, d, 1);
+    const int64_t widest = panel_width(d);
+    if constexpr (std::is_same_v<T, float>) {
+      if (multiplies_in_onednn(at::kFloat, d * widest * k)) {
+        if (a.column_stride == 1) left = turned<float>(a.data, k, d, a.row_stride);
+        if (a.data == b.data) right = left.t();  // of which columns lie side by side
+      }
+    }
     at::Tensor out = tensor(c, d, d, 1), panel;
-    for (int64_t begin = 0; begin < d; begin += kSymmetricPanel) {
-      const int64_t width = std::min(kSymmetricPanel, d - begin), end = begin + width;
+    for (int64_t begin = 0; begin < d; begin += widest) {
+      const int64_t width = std::min(widest, d - begin), end = begin + width;
       panel = out.narrow(0, 0, end).narrow(1, begin, width);
       if (add) {
-        panel.add_(at::mm(left.narrow(0, 0, end), right.narrow(1, begin, width)));
+        panel.add_(product(left.narrow(0, 0, end), right.narrow(1, begin, width)));
       } else {
-        at::mm_out(panel, left.narrow(0, 0, end), right.narrow(1, begin, width));
+        product_out(left.narrow(0, 0, end), right.narrow(1, begin, width), panel);
       }
     }
     mirror(c.data, d);
@@ -127,6 +140,14 @@ struct AtenMath {
   template <class T>
   static void convolve(const T* a, int64_t d, Side side, bool causal, const T* x, T* y,
                        int64_t other) {
+    const bool left = side == Side::kLeft;
+    if (d <= (left ? kPanelsFromLeft : kPanelsFromRight) &&
+        multiplies_in_onednn(scalar_type<T>(), d * d * other / 2)) {
+      const int64_t rows = left ? d : other, columns = left ? other : d;
+      return ToeplitzPanels(a, d, causal, scalar_type<T>())
+          .multiply(side, tensor(MatrixView<const T>{x, columns}, rows, columns, 1),
+                    tensor(MatrixView<T>{y, columns}, rows, columns, 1));
+    }
     const int64_t n = fft_length(d);
     at::Tensor kernel = at::fft_rfft(tensor(MatrixView<const T>{a, d}, 1, d, 1), n, 1);
     if (!causal) kernel = at::conj_physical(kernel);
@@ -143,12 +164,7 @@ struct AtenMath {
         continue;
       }
       // FFTs along columns are several times slower than two transposes.
-      const at::Tensor rows = at::empty({count, d}, at::TensorOptions().dtype(scalar_type<T>()));
-      T* turned = rows.mutable_data_ptr<T>();
-      parallel_for(count, d, [&](int64_t begin, int64_t end) {
-        turn(x + first + begin, d, end - begin, other, turned + begin * d, d);
-      });
-      const at::Tensor result = transform(rows).contiguous();
+      const at::Tensor result = transform(turned(x + first, d, count, other)).contiguous();
       const T* numbers = result.const_data_ptr<T>();
       parallel_for(d, count, [&](int64_t begin, int64_t end) {
         turn(numbers + begin, count, end - begin, n, y + begin * other + first, other);
@@ -176,6 +192,18 @@ struct AtenMath {
   }
 
  private:
+  // The columns of a matrix as rows.
+  template <class T>
+  static at::Tensor turned(const T* matrix, int64_t rows, int64_t columns, int64_t stride) {
+    const at::Tensor out = at::empty({columns, rows}, scalar_type<T>());
+    T* to = out.mutable_data_ptr<T>();
+    parallel_for(columns, rows, [&](int64_t begin, int64_t end) {
+      kernels().statistic<T>().turn(matrix + begin, rows, end - begin, stride, to + begin * rows,
+                                    rows);
+    });
+    return out;
+  }
+
   // In float64, [columns].
   static at::Tensor column_squares(const at::Tensor& rows) {
     const int64_t columns = rows.size(1);

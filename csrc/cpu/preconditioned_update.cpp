@@ -11,6 +11,7 @@
 // kernels write it.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
@@ -23,6 +24,7 @@
 #include "arrays.h"
 #include "local_step.h"
 #include "math.h"
+#include "toeplitz_product.h"
 
 namespace singd::cpu {
 namespace {
@@ -115,17 +117,37 @@ void precondition(const LayerFactor& factor, Side side, int64_t other, T*& p, T*
   });
 }
 
+// The largest Toeplitz factors that were measured: bfloat16 panels took less time than the FFT.
+constexpr int64_t kPanelToeplitz = 3100;
+
+// Whether products with a factor can be ATen's in its own type. Toeplitz ones have the FFT, which
+// is faster than bfloat16 products where the processor has no instructions for them.
+bool multiplies_as_stored(const Layout& layout) {
+  if (layout.family != Family::kToeplitz) return layout.family == Family::kDense;
+  return layout.dim <= kPanelToeplitz && bfloat16_gram_rows() != nullptr;
+}
+
 // Whether ATen can multiply in bfloat16, with sums in float32: it rounds what lies between two
 // products, which saves three quarters of their time.
 bool multiplies_in_bfloat16(const LayerStep& layer, const std::vector<Staged>& staged) {
   bool all = true;
   for (const LayerFactor* factor : {&layer.K, &layer.C}) {
-    all &= factor->layout.family == Family::kDense;
+    all &= multiplies_as_stored(factor->layout);
     all &= factor->storage.scalar_type() == at::kBFloat16;
     all &= !factor->product.defined() || factor->product.scalar_type() == at::kBFloat16;
   }
   for (const Staged& part : staged) all &= part.gradient.scalar_type() == at::kBFloat16;
   return all;
+}
+
+// F (F^T X), or (X F) F^T.
+at::Tensor multiply_toeplitz(const LayerFactor& factor, Side side, const at::Tensor& x) {
+  const at::Tensor y = at::empty_like(x), z = at::empty_like(x);
+  const auto* a = factor.storage.const_data_ptr<at::BFloat16>();
+  const bool is_upper = !factor.layout.transposed;
+  ToeplitzPanels(a, factor.layout.dim, is_upper, at::kBFloat16).multiply(side, x, y);
+  ToeplitzPanels(a, factor.layout.dim, !is_upper, at::kBFloat16).multiply(side, y, z);
+  return z;
 }
 
 // F F^T X, or X F F^T.
@@ -134,6 +156,7 @@ at::Tensor multiply_bfloat16(const LayerFactor& factor, Side side, const at::Ten
     return side == Side::kLeft ? at::mm(f, y) : at::mm(y, f);
   };
   if (factor.product.defined()) return times(factor.product, x);
+  if (factor.layout.family == Family::kToeplitz) return multiply_toeplitz(factor, side, x);
   const int64_t d = factor.layout.dim;
   const at::Tensor f = factor.storage.view({d, d});
   return side == Side::kLeft ? times(f, times(f.t(), x)) : times(f.t(), times(f, x));

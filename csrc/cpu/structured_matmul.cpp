@@ -1,4 +1,6 @@
-// structured_matmul, structured_product, factor_gram: products with a structured factor.
+// structured_matmul, structured_product, factor_gram: products with a structured factor; K K^T of a
+// dense one, which the optimizer keeps from step to step.
+#include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -70,6 +72,18 @@ at::Tensor factor_gram(const at::Tensor& factor, int64_t dim, const std::string&
 }
 
 }  // namespace
+
+at::Tensor times_its_transpose(const at::Tensor& square) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  const int64_t d = square.size(0);
+  const at::Tensor k = square.contiguous(), out = at::empty_like(k);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, k.scalar_type(), "K K^T", [&] {
+    const auto rows = MatrixView<const scalar_t>{k.const_data_ptr<scalar_t>(), d}.transpose();
+    const MatrixView<scalar_t> product{out.mutable_data_ptr<scalar_t>(), d};
+    AtenMath::multiply_symmetric(d, d, rows, rows, product, false);
+  });
+  return out;
+}
 
 TORCH_LIBRARY_IMPL(singd_ext, CPU, m) {
   m.impl("structured_matmul", structured_matmul);
