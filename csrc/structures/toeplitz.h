@@ -2,7 +2,8 @@
 // transpose. The statistic is the sum over every diagonal l of H = K^T U K, which is the
 // autocorrelation of the rows of Y = X K; Pi averages it: h[l] = (1 or 2) statistic[l] / (d - l).
 //
-// Below Math::kDirectToeplitz the products use a dense d x d copy of K, above it the FFT.
+// Up to Math::kDirectToeplitz the products use a dense d x d copy of K, above it what Math has: the
+// FFT, or panels of K.
 #pragma once
 
 #include <cmath>
