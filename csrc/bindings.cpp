@@ -46,7 +46,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_bfloat16_products", [] { return singd::cpu::bfloat16_gram(1) != nullptr; });
   m.def("cpu_bfloat16_gram", [] { return singd::cpu::bfloat16_gram_rows() != nullptr; });
   m.def("cpu_tiles", [] { return singd::cpu::tile_step() != nullptr; });
-  m.def("cpu_onednn_is_faster", &singd::cpu::onednn_is_faster);
+  m.def("cpu_onednn_products",
+        [] { return singd::cpu::multiplies_in_onednn(at::kFloat, INT64_MAX); });
   m.def("cpu_threads", &singd::cpu::threads);
   m.def("cpu_times_its_transpose", &singd::cpu::times_its_transpose, py::arg("square"));
   // Whether a profiler, or anything else, records what runs.

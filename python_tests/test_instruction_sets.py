@@ -74,15 +74,18 @@ def test_instructions_for_bfloat16_are_used_if_onednn_may() -> None:
         assert printed == [str(use) for use in wanted], most
 
 
+@pytest.mark.filterwarnings("ignore:TF32")  # of torch's flags, whatever is set
 def test_onednn_multiplies_where_mkl_uses_no_avx512() -> None:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         pytest.skip("only Linux lists what a processor has")
     words = set(cpuinfo.read_text().split())
     faster = "avx512bw" in words and "GenuineIntel" not in words
-    code = "from singd_ext import _C; print(_C.cpu_onednn_is_faster())"
+    code = "import torch; from singd_ext import _C; print(_C.cpu_onednn_products())"
     for most, wanted in {"DEFAULT": faster, "AVX512_CORE": faster, "AVX2": False}.items():
         assert run(sys.executable, "-c", code, ONEDNN_MAX_CPU_ISA=most).strip() == str(wanted), most
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not _C.cpu_onednn_products()
 
 
 @pytest.mark.parametrize("most", ["AVX512_CORE_BF16", "AVX512_CORE"])
@@ -90,9 +93,9 @@ def test_operators_without_instructions_for_bfloat16(most: str) -> None:
     """Without tiles, and without any."""
     if not (_C.cpu_tiles() if most.endswith("BF16") else _C.cpu_bfloat16_products()):
         pytest.skip("all other tests use none")
-    names = ["step_sizes", "stores"]
+    names = ["step_sizes", "bfloat16", "stores", "large_products"]
     if most.endswith("BF16"):  # without any, rows are converted as under all instruction sets
-        names += ["many_rows", "bfloat16"]
+        names.append("many_rows")
     files = [f"python_tests/test_{name}.py" for name in names]
     chosen = ["-k", "not emulated and not cuda", "-p", "no:cacheprovider"]
     run(sys.executable, "-m", "pytest", "-q", "-x", *chosen, *files, ONEDNN_MAX_CPU_ISA=most)

@@ -3,6 +3,8 @@
 Panels are about 256 wide. Beyond d = 850 (on the left) and 600 (on the right) float32 takes FFTs.
 """
 
+import math
+
 import calls
 import pytest
 import torch
@@ -20,7 +22,16 @@ TOEPLITZ = ["triu_toeplitz", "tril_toeplitz"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_structured_matmul(spec: str, dtype: torch.dtype, side: str, transpose: bool) -> None:
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.filterwarnings("ignore:TF32")  # of torch's flags, whatever is set
+def test_structured_matmul(
+    spec: str, dtype: torch.dtype, side: str, transpose: bool, onednn: bool
+) -> None:
+    with torch.backends.mkldnn.flags(enabled=onednn):
+        check_matmul(spec, dtype, side, transpose)
+
+
+def check_matmul(spec: str, dtype: torch.dtype, side: str, transpose: bool) -> None:
     for dim in DIMS:
         factor = random_member(spec, dim, dtype)
         x = random(*((dim, 131) if side == "left" else (131, dim)), dtype=dtype)
@@ -92,3 +103,18 @@ def test_times_its_transpose(dtype: torch.dtype) -> None:
         if dim > 1:
             strided = _C.cpu_times_its_transpose(square.T)
             assert torch.equal(strided, _C.cpu_times_its_transpose(square.T.contiguous()))
+
+
+@pytest.mark.parametrize("dim", [256, 1024])
+def test_a_rounded_product_is_positive_definite_up_to_some_condition_number(dim: int) -> None:
+    """As docs/cpu.md says of K K^T in bfloat16; K itself, rounded, keeps its least eigenvalue."""
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64)).Q
+    for condition, is_definite in ((1e3, True), (1e4, False)):
+        roots = torch.logspace(0, -math.log10(condition) / 2, dim, dtype=torch.float64)
+        K = (q * roots @ q.T).bfloat16()
+        wide = torch.linalg.eigvalsh(K.double() @ K.double().T)
+        rounded = torch.linalg.eigvalsh(_C.cpu_times_its_transpose(K).double())
+        assert wide[0] > 0.9 / condition
+        assert bool(rounded[0] > 0) == is_definite
+        assert rounded[0].abs() < 1e-3

@@ -35,7 +35,7 @@ def collect() -> dict[str, str]:
         "compiler": f"{build['compiler']}, C++ {build['c++']}",
         "processor": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}, "
         f"singd_ext {_C.cpu_instructions()} {bfloat16} bfloat16 products, {tiles} AMX tiles",
-        "float32 products": "oneDNN's" if _C.cpu_onednn_is_faster() else "those of torch.mm",
+        "float32 products": "oneDNN's" if _C.cpu_onednn_products() else "those of torch.mm",
         "threads": f"torch has {torch.get_num_threads()}, singd_ext uses {_C.cpu_threads()}",
         "CUDA of torch": cuda,
         "CUDA device": _cuda_device(),

@@ -24,8 +24,8 @@ const std::optional<c10::OperatorHandle>& linear() {
   return handle;
 }
 
-// As oneDNN reads it: any other matrix on the right would go through code for all cases, a
-// thousand times as slow.
+// As oneDNN reads it: any other matrix on the right would go through its code for all cases, which
+// is very slow.
 at::Tensor dense(const at::Tensor& matrix) {
   return matrix.is_non_overlapping_and_dense() ? matrix : matrix.contiguous();
 }

@@ -62,7 +62,7 @@ class Bfloat16Statistic {
     const int64_t d = layout_.dim, features = x.size(1);
     if (is_toeplitz()) {
       const at::Tensor y = at::empty({x.size(0), d}, x.options());
-      ToeplitzPanels(factor.const_data_ptr<at::BFloat16>(), d, !layout_.transposed, at::kBFloat16)
+      ToeplitzPanels(factor.const_data_ptr<at::BFloat16>(), d, !layout_.transposed)
           .multiply(Side::kRight, x, y);
       return y;
     }

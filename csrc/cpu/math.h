@@ -144,7 +144,7 @@ struct AtenMath {
     if (d <= (left ? kPanelsFromLeft : kPanelsFromRight) &&
         multiplies_in_onednn(scalar_type<T>(), d * d * other / 2)) {
       const int64_t rows = left ? d : other, columns = left ? other : d;
-      return ToeplitzPanels(a, d, causal, scalar_type<T>())
+      return ToeplitzPanels(a, d, causal)
           .multiply(side, tensor(MatrixView<const T>{x, columns}, rows, columns, 1),
                     tensor(MatrixView<T>{y, columns}, rows, columns, 1));
     }

@@ -145,8 +145,8 @@ at::Tensor multiply_toeplitz(const LayerFactor& factor, Side side, const at::Ten
   const at::Tensor y = at::empty_like(x), z = at::empty_like(x);
   const auto* a = factor.storage.const_data_ptr<at::BFloat16>();
   const bool is_upper = !factor.layout.transposed;
-  ToeplitzPanels(a, factor.layout.dim, is_upper, at::kBFloat16).multiply(side, x, y);
-  ToeplitzPanels(a, factor.layout.dim, !is_upper, at::kBFloat16).multiply(side, y, z);
+  ToeplitzPanels(a, factor.layout.dim, is_upper).multiply(side, x, y);
+  ToeplitzPanels(a, factor.layout.dim, !is_upper).multiply(side, y, z);
   return z;
 }
 

@@ -19,8 +19,11 @@ class ToeplitzPanels {
  public:
   // Of d numbers a. Causal: R^T x and x R; otherwise R x and x R^T.
   template <class T>
-  ToeplitzPanels(const T* a, int64_t d, bool causal, at::ScalarType dtype)
-      : causal_(causal), dim_(d), width_(panel_width(d)), widest_(at::empty({d, width_}, dtype)) {
+  ToeplitzPanels(const T* a, int64_t d, bool causal)
+      : causal_(causal),
+        dim_(d),
+        width_(panel_width(d)),
+        widest_(at::empty({d, width_}, c10::CppTypeToScalarType<T>::value)) {
     T* rows = widest_.mutable_data_ptr<T>();
     at::parallel_for(0, d, 128, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
