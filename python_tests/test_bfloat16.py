@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import adaptive_avg_pool2d, cross_entropy
 
 from singd_ext import SINGD
 
@@ -72,6 +72,39 @@ def test_pure_bfloat16_is_stable(structure: str, kfac_like: bool, kfac_approx: s
     assert all(t.isfinite().all() for t in [*tensors, *network.parameters()])
     assert set(optimizer.rejections().values()) == {(0, 0)}
     assert sum(losses[-10:]) / 10 < 0.5 * losses[0]
+
+
+def final_loss(seed: int, factors: torch.dtype, steps: int = 400) -> float:
+    """Of a bfloat16 network with dense factors and T = 10, whose inputs have a large mean."""
+    images, labels = digits()
+    inputs = adaptive_avg_pool2d(images.float(), 8).flatten(1).bfloat16() + 16
+    torch.manual_seed(seed)
+    network = torch.nn.Sequential(
+        torch.nn.Linear(64, 256), torch.nn.ReLU(),
+        torch.nn.Linear(256, 256), torch.nn.ReLU(),
+        torch.nn.Linear(256, 10),
+    ).to(torch.bfloat16)  # fmt: skip
+    optimizer = SINGD(
+        network, lr=1e-3, damping=0.01, alpha1=0.0, T=10, lr_cov=0.1, structures=("dense", "dense"),
+        kfac_like=True, preconditioner_dtype=(factors, factors),
+    )  # fmt: skip
+    losses = []
+    for _ in range(steps):
+        batch = torch.randint(len(inputs), (128,))
+        optimizer.zero_grad()
+        loss = cross_entropy(network(inputs[batch]).float(), labels[batch])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-50:]) / 50
+
+
+@pytest.mark.filterwarnings("ignore:.*shortened to step_cap")  # as above
+def test_dense_factors_in_bfloat16_train_ill_conditioned_layers_as_those_in_float32() -> None:
+    """The curvature of the inputs' mean is 1e6 times damping: a K Kᵀ in bfloat16 is indefinite."""
+    for seed in range(4):
+        rival = final_loss(seed, torch.float32)
+        assert final_loss(seed, torch.bfloat16) < 1.1 * rival
 
 
 def small_run(**options: Any) -> Tensor:

@@ -88,7 +88,7 @@ def test_step(specs: tuple[str, str], dtype: torch.dtype, bias: bool) -> None:
         ops.preconditioned_update_(
             *weight, *momentum, [torch.zeros((), dtype=torch.int64)], *gradient,
             [K.data], [C.data], *specs, lr=torch.tensor(0.5), momentum=0.5, weight_decay=0.0,
-            P_C=[] if square is None else [_C.cpu_times_its_transpose(square)],
+            P_C=[] if square is None else [(square @ square.T).contiguous()],
         )  # fmt: skip
         ours = torch.cat([t.view(d_o, -1) for (t,) in momentum], 1)
         dense = [K.to_dense(), C.to_dense()]
@@ -97,7 +97,7 @@ def test_step(specs: tuple[str, str], dtype: torch.dtype, bias: bool) -> None:
         assert_close_to_truth(ours, rival, truth)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_times_its_transpose(dtype: torch.dtype) -> None:
     for dim in (1, 2, 127, 256, 257, 384, 700):
         square = StructuredMatrix("dense", dim, random(dim * dim, dtype=dtype)).to_dense()
@@ -111,14 +111,15 @@ def test_times_its_transpose(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dim", [256, 1024])
 def test_a_rounded_product_is_positive_definite_up_to_some_condition_number(dim: int) -> None:
-    """As docs/cpu.md says of K K^T in bfloat16; K itself, rounded, keeps its least eigenvalue."""
+    """Why K K^T is not kept in bfloat16; K itself, rounded, keeps its least eigenvalue."""
     torch.manual_seed(0)
     q = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64)).Q
     for condition, is_definite in ((1e3, True), (1e4, False)):
         roots = torch.logspace(0, -math.log10(condition) / 2, dim, dtype=torch.float64)
         K = (q * roots @ q.T).bfloat16()
-        wide = torch.linalg.eigvalsh(K.double() @ K.double().T)
-        rounded = torch.linalg.eigvalsh(_C.cpu_times_its_transpose(K).double())
+        product = K.double() @ K.double().T
+        wide = torch.linalg.eigvalsh(product)
+        rounded = torch.linalg.eigvalsh(product.bfloat16().double())
         assert wide[0] > 0.9 / condition
         assert bool(rounded[0] > 0) == is_definite
         assert rounded[0].abs() < 1e-3

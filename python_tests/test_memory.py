@@ -197,8 +197,11 @@ def test_kept_products_bound_the_result_as_new_ones_do(structure: str) -> None:
 
 def test_products_are_kept_where_they_save_work() -> None:
     """K Kᵀ of a wide factor is not worth one step with a narrow gradient, but three of them."""
-    assert keeps_product(256, 1024, 1) and keeps_product(256, 256, 1)
-    assert not keeps_product(1024, 256, 1) and keeps_product(1024, 256, 3)
+    for dtype in (torch.float32, torch.float64):
+        assert keeps_product(256, 1024, 1, dtype) and keeps_product(256, 256, 1, dtype)
+        assert not keeps_product(1024, 256, 1, dtype) and keeps_product(1024, 256, 3, dtype)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not keeps_product(256, 1024, 100, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -68,19 +68,21 @@ class GroupCalls:
         self.parameter_incidents = Incidents(incidents.PARAMETERS, warned)
 
 
-def keeps_product(dim: int, other: int, steps: int) -> bool:
+def keeps_product(dim: int, other: int, steps: int, dtype: torch.dtype) -> bool:
     """Whether K Kᵀ of a dense or triangular factor is kept from step to step.
 
     Making it takes about 2/3 dim³ multiply-adds on a CPU, which makes one triangle. In every step
     it saves one product of K with a matrix of dim x other. Few steps, with a narrow matrix, are not
-    worth it.
+    worth it. In bfloat16 and float16 it is never kept: rounded so, it need not be positive
+    definite, and training diverged, where K (Kᵀ G) did as well as factors in float32.
 
     Args:
         dim: Of K.
         other: The dimension of the layer's other factor.
         steps: From one update of K to the next, T.
+        dtype: Of K.
     """
-    return 3 * steps * other >= 2 * dim
+    return dtype.itemsize >= 4 and 3 * steps * other >= 2 * dim
 
 
 class FactorProduct:

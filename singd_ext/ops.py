@@ -251,7 +251,7 @@ def preconditioned_update_(
         weight_decay: γ.
         P_K, P_C: K Kᵀ and C Cᵀ [d, d] of dense and triangular factors, where they are kept from
             step to step: one product a side instead of two. One tensor a layer, empty where there
-            is none, or no tensors at all.
+            is none, or no tensors at all. In 16 bits they need not be positive definite.
         grad_scale: The gradients are divided by it.
         found_inf: If non-zero, nothing is done.
         rounding_key: [seed, step]: round bfloat16 stores stochastically.

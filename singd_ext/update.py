@@ -100,9 +100,10 @@ def _products(arguments: _C.StepArguments, T: int, side: int) -> list[Tensor]:
     result = [NO_PRODUCT] * len(arguments)
     for i in dense:
         dims = (layers[i].dim_K, layers[i].dim_C)
-        if keeps_product(dims[side], dims[1 - side], T):
+        factor = factors[i]
+        if keeps_product(dims[side], dims[1 - side], T, factor.dtype):
             product = (layers[i].product_K, layers[i].product_C)[side]
-            result[i] = product.of(factors[i], dims[side])
+            result[i] = product.of(factor, dims[side])
     return result
 
 

@@ -23,7 +23,7 @@ inline int64_t panel_width(int64_t d) {
 at::Tensor product(const at::Tensor& a, const at::Tensor& b);
 void product_out(const at::Tensor& a, const at::Tensor& b, at::Tensor& c);
 
-// K K^T of a square matrix, in K's type.
+// K K^T of a square matrix, in K's type: float32 or float64.
 at::Tensor times_its_transpose(const at::Tensor& square);
 
 }  // namespace singd::cpu

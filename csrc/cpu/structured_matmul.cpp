@@ -77,7 +77,7 @@ at::Tensor times_its_transpose(const at::Tensor& square) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   const int64_t d = square.size(0);
   const at::Tensor k = square.contiguous(), out = at::empty_like(k);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, k.scalar_type(), "K K^T", [&] {
+  AT_DISPATCH_FLOATING_TYPES(k.scalar_type(), "K K^T", [&] {
     const auto rows = MatrixView<const scalar_t>{k.const_data_ptr<scalar_t>(), d}.transpose();
     const MatrixView<scalar_t> product{out.mutable_data_ptr<scalar_t>(), d};
     AtenMath::multiply_symmetric(d, d, rows, rows, product, false);
