@@ -47,6 +47,8 @@ struct LocalProduct {
   SINGD_INLINE_EVERYWHERE int64_t width() const {
     return kind == LocalKind::kBlocks ? layout.block : border();
   }
+  // Whether its products are of tiles, and not of single rows.
+  SINGD_INLINE_EVERYWHERE bool has_tiles() const { return width() > 1 && !is_pointwise(); }
   // Rows and columns in memory of a matrix of P that has n of them.
   SINGD_INLINE_EVERYWHERE int64_t rows_of(int64_t n) const {
     return form == Form::kNumbers ? n : whole_depths(n);
@@ -75,7 +77,7 @@ struct StepPart {
 struct StepOptions {
   double lr, momentum, weight_decay, unscale;
   bool stream = false;  // weights are stored past the caches
-  bool ask = false;     // what follows is asked for as a row is written
+  bool ask = false;     // W and M are asked for before they are written
 };
 
 // One layer of a step: M <- alpha2 M + C C^T G K K^T + gamma W and W <- W - beta2 M.

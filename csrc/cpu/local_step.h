@@ -56,7 +56,7 @@ class LocalStep {
     const bool stream = streams();
     for (size_t i = 0; i < layers_.size(); ++i) {
       layers_[i].options.stream = stream;
-      layers_[i].options.ask = is_pointwise(layers_[i]) && asking_pays();
+      layers_[i].options.ask = asking_pays();
       plan_writes(i);
       plan_reads(i);
     }
@@ -142,6 +142,7 @@ class LocalStep {
   }
 
   bool streams() const {
+    if (asking_pays()) return false;  // W is asked for early enough to be owned when it is written
     int64_t bytes = 0;
     for (const StepLayer<T>& layer : layers_) {
       bytes += layer.rows * layer.columns * size_of(layer.parts[0].weight.type);

@@ -14,6 +14,7 @@ namespace {
 #include "simd/vector.h"
 #include "simd/bfloat16_vectors.h"
 #include "simd/transpose.h"
+#include "simd/ahead.h"
 #include "simd/product.h"
 #include "simd/tiles.h"
 #include "simd/prepare.h"

@@ -12,6 +12,7 @@ namespace {
 #include "simd/vector.h"
 #include "simd/bfloat16_vectors.h"
 #include "simd/transpose.h"
+#include "simd/ahead.h"
 #include "simd/product.h"
 #include "simd/prepare.h"
 #include "simd/rows.h"

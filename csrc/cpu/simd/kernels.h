@@ -6,6 +6,7 @@ namespace {
 // clang-format off: in the order of what uses what
 #include "vector.h"
 #include "transpose.h"
+#include "ahead.h"
 #include "product.h"
 #include "prepare.h"
 #include "rows.h"

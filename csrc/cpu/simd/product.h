@@ -4,6 +4,8 @@
 //
 // Terms are summed up apart from C, and long sums in parts: one after the other, a thousand terms
 // round several times as much as those of a matrix product of ATen's.
+//
+// Whole tiles ask for memory that is needed later, where `ahead` is given.
 
 // What becomes of the old C.
 template <class T>
@@ -24,7 +26,9 @@ struct Operand {
 
 template <class T, class In, int kRows, int kVectors>
 SINGD_INLINE void multiply_tile(int64_t depth, const Operand<In>& a, const In* b, int64_t b_stride,
-                                T* c, int64_t c_stride, Before<T> before) {
+                                T* c, int64_t c_stride, Before<T> before, Ahead* ahead) {
+  constexpr bool kWhole = 2 * kRows * kVectors >= SINGD_TILE_ROWS * SINGD_TILE_VECTORS;
+  if (kWhole && ahead != nullptr) ahead->ask();
   Vector<T> sums[kRows][kVectors];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
@@ -62,7 +66,7 @@ SINGD_INLINE void multiply_tile(int64_t depth, const Operand<In>& a, const In* b
 
 template <class T, class In, int kVectors>
 void multiply_rows(int64_t rows, int64_t depth, Operand<In> a, const In* b, int64_t b_stride, T* c,
-                   int64_t c_stride, Before<T> before) {
+                   int64_t c_stride, Before<T> before, Ahead* ahead) {
   // A narrow tile is higher: it has about as many sums, which keep the processor busy.
   constexpr int kRows = SINGD_TILE_ROWS * SINGD_TILE_VECTORS / kVectors < SINGD_MOST_TILE_ROWS
                             ? SINGD_TILE_ROWS * SINGD_TILE_VECTORS / kVectors
@@ -74,31 +78,33 @@ void multiply_rows(int64_t rows, int64_t depth, Operand<In> a, const In* b, int6
     c += count * c_stride;
   };
   while (r + kRows <= rows) {
-    multiply_tile<T, In, kRows, kVectors>(depth, a, b, b_stride, c, c_stride, before);
+    multiply_tile<T, In, kRows, kVectors>(depth, a, b, b_stride, c, c_stride, before, ahead);
     advance(kRows);
   }
   while (kRows > 6 && r + 6 <= rows) {
-    multiply_tile<T, In, 6, kVectors>(depth, a, b, b_stride, c, c_stride, before);
+    multiply_tile<T, In, 6, kVectors>(depth, a, b, b_stride, c, c_stride, before, ahead);
     advance(6);
   }
   while (r + 4 <= rows) {
-    multiply_tile<T, In, 4, kVectors>(depth, a, b, b_stride, c, c_stride, before);
+    multiply_tile<T, In, 4, kVectors>(depth, a, b, b_stride, c, c_stride, before, ahead);
     advance(4);
   }
   if (r + 2 <= rows) {
-    multiply_tile<T, In, 2, kVectors>(depth, a, b, b_stride, c, c_stride, before);
+    multiply_tile<T, In, 2, kVectors>(depth, a, b, b_stride, c, c_stride, before, ahead);
     advance(2);
   }
-  if (r < rows) multiply_tile<T, In, 1, kVectors>(depth, a, b, b_stride, c, c_stride, before);
+  if (r < rows) {
+    multiply_tile<T, In, 1, kVectors>(depth, a, b, b_stride, c, c_stride, before, ahead);
+  }
 }
 
 constexpr int64_t kLongestSum = 256;
 
 template <class T, class In = T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, Operand<In> a, const In* b,
-              int64_t b_stride, T* c, int64_t c_stride, Before<T> before) {
+              int64_t b_stride, T* c, int64_t c_stride, Before<T> before, Ahead* ahead = nullptr) {
   for (; depth > kLongestSum; depth -= kLongestSum, before = kAdd<T>) {
-    multiply(rows, columns, kLongestSum, a, b, b_stride, c, c_stride, before);
+    multiply(rows, columns, kLongestSum, a, b, b_stride, c, c_stride, before, ahead);
     a.data += kLongestSum * a.column_stride;
     b += kLongestSum * b_stride;
   }
@@ -110,7 +116,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, Operand<In> a, const
     const int64_t vectors = left == kMost + 1 ? kMost - 1 : smaller(left, kMost);
     const Before<T> at{before.keep, before.scale != nullptr ? before.scale + j : nullptr};
     const auto tiles = [&](auto multiply) {
-      multiply(rows, depth, a, b + j, b_stride, c + j, c_stride, at);
+      multiply(rows, depth, a, b + j, b_stride, c + j, c_stride, at, ahead);
     };
     switch (vectors) {
       case 1:

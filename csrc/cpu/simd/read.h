@@ -116,6 +116,22 @@ SINGD_INLINE void ask_for_gradient(const StepLayer<T>& layer, const Panel& panel
   });
 }
 
+// The rows of G behind those of a panel, for the tiles of its thin products.
+template <class T>
+AskedRows ahead_of_rows(const StepLayer<T>& layer, int64_t begin, int64_t end) {
+  const int64_t tiles = layer.left.border() * layer.columns / kTileNumbers<T>;
+  AskedRows asked;
+  const Panel panel{begin, end, 0, layer.columns};
+  for_each_place(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
+    if (part.width == 1) return;  // a bias
+    with_type(part.gradient, [&](const auto* gradient) {
+      const auto* from = gradient + begin * part.gradient_stride + first;
+      asked = asked_rows(from, end - begin, count, part.gradient_stride, tiles, false);
+    });
+  });
+  return asked;
+}
+
 // P[B, :] G of the panel's rows, in squares that stay in the first cache.
 template <class T>
 double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* products,
@@ -125,7 +141,13 @@ double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* p
   auto most = magnitude_bits(T(0));
   for (int64_t begin = panel.row_begin; begin < panel.row_end; begin += kThinRows) {
     const int64_t end = smaller(begin + kThinRows, panel.row_end);
-    ask_for_gradient(layer, {begin, end, 0, layer.columns});
+    Ahead ahead;
+    if (!layer.options.ask || begin == panel.row_begin) {
+      ask_for_gradient(layer, {begin, end, 0, layer.columns});
+    }
+    if (layer.options.ask && end < panel.row_end) {
+      ahead.first = ahead_of_rows(layer, end, smaller(end + kThinRows, panel.row_end));
+    }
     for (int64_t column = 0; column < layer.columns; column += kThinColumns) {
       const Panel square{begin, end, column, smaller(column + kThinColumns, layer.columns)};
       load_gradient<T>(layer, square, nullptr, nullptr, scratch, square.stride());
@@ -133,7 +155,7 @@ double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* p
       multiply_from_left(left.border(), padded(square.column_end - column), end - begin, left.wide,
                          wide, begin, scratch, square.stride(), layer.options.unscale == 1,
                          products + column, stride,
-                         begin > panel.row_begin ? kAdd<T> : kOverwrite<T>);
+                         begin > panel.row_begin ? kAdd<T> : kOverwrite<T>, ahead);
       for_each_arrow_row(layer, begin, end, [&](int64_t i, int64_t r) {
         __builtin_memcpy(layer.border_rows + r * stride + column,
                          scratch + (i - begin) * square.stride(),

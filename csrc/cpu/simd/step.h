@@ -3,7 +3,8 @@
 
 // x <- x + P[:, B] times these rows, for the columns of a panel; x has room for whole tiles.
 template <class T>
-void add_border_rows(const StepLayer<T>& layer, const Panel& panel, T* x) {
+void add_border_rows(const StepLayer<T>& layer, const Panel& panel, T* x,
+                     [[maybe_unused]] Ahead& ahead) {
   const LocalProduct<T>& left = layer.left;
   const int64_t stride = panel.stride(), width = padded(panel.column_end - panel.column_begin);
   const int64_t rows = panel.row_end - panel.row_begin, b = left.border();
@@ -23,7 +24,8 @@ void add_border_rows(const StepLayer<T>& layer, const Panel& panel, T* x) {
     }
   }
 #else
-  multiply<T>(rows, width, b, {by, thin, 1}, spread + panel.column_begin, all, x, stride, kAdd<T>);
+  multiply<T>(rows, width, b, {by, thin, 1}, spread + panel.column_begin, all, x, stride, kAdd<T>,
+              &ahead);
 #endif
 }
 
@@ -40,11 +42,11 @@ void load_scaled(const StepLayer<T>& layer, const Panel& panel, T* x) {
 // A border on the left: x <- C C^T G for the panel, whose rows x has, already scaled by the
 // diagonal.
 template <class T>
-void multiply_left_border(const StepLayer<T>& layer, const Panel& panel, T* x) {
+void multiply_left_border(const StepLayer<T>& layer, const Panel& panel, T* x, Ahead& ahead) {
   const int64_t stride = panel.stride(), width = padded(panel.column_end - panel.column_begin);
   const int64_t all = padded(layer.columns);
   // A border of one row was added as the gradient was loaded.
-  if (layer.left.border() > 1) add_border_rows(layer, panel, x);
+  if (layer.left.border() > 1) add_border_rows(layer, panel, x, ahead);
   for_each_arrow_row(layer, panel.row_begin, panel.row_end, [&](int64_t i, int64_t r) {
     __builtin_memcpy(x + (i - panel.row_begin) * stride,
                      layer.border_products + r * all + panel.column_begin,
@@ -55,7 +57,7 @@ void multiply_left_border(const StepLayer<T>& layer, const Panel& panel, T* x) {
 // Blocks on the left: to <- C C^T x for the panel's rows.
 template <class T>
 void multiply_left_blocks(const StepLayer<T>& layer, const Panel& panel, const T* x, T* to,
-                          int64_t to_stride) {
+                          int64_t to_stride, Ahead& ahead) {
   const LocalProduct<T>& left = layer.left;
   const int64_t stride = panel.stride(), width = padded(panel.column_end - panel.column_begin);
   for_each_block(left, [&](int64_t begin, int64_t size, int64_t, int64_t at) {
@@ -63,7 +65,7 @@ void multiply_left_blocks(const StepLayer<T>& layer, const Panel& panel, const T
     const int64_t row = begin - panel.row_begin;
     multiply_from_left(size, width, size, left.blocks + at, left.stride_of(size), 0,
                        x + row * stride, stride, layer.options.unscale == 1, to + row * to_stride,
-                       to_stride, kOverwrite<T>);
+                       to_stride, kOverwrite<T>, ahead);
   });
 }
 
@@ -71,14 +73,14 @@ void multiply_left_blocks(const StepLayer<T>& layer, const Panel& panel, const T
 // is written after it; the stride leaves room behind the last.
 template <class T>
 void multiply_right_blocks(const StepLayer<T>& layer, const Panel& panel, const T* x, T* to,
-                           int64_t to_stride) {
+                           int64_t to_stride, Ahead& ahead) {
   const int64_t stride = panel.stride(), rows = panel.row_end - panel.row_begin;
   const LocalProduct<T>& right = layer.right;
   for_each_block(right, [&](int64_t begin, int64_t size, int64_t, int64_t at) {
     if (begin < panel.column_begin || begin >= panel.column_end) return;
     const int64_t column = begin - panel.column_begin;
     multiply_from_right(rows, padded(size), size, x + column, stride, right.blocks + at,
-                        right.stride_of(size), to + column, to_stride, kOverwrite<T>);
+                        right.stride_of(size), to + column, to_stride, kOverwrite<T>, ahead);
   });
 }
 
@@ -103,7 +105,8 @@ void multiply_right_one(const StepLayer<T>& layer, const Panel& panel, T* x) {
 }
 
 template <class T>
-void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch) {
+void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch,
+                           Ahead& ahead) {
   const LocalProduct<T>& right = layer.right;
   if (right.border() == 1) return multiply_right_one(layer, panel, x);
   const int64_t d = layer.columns, b = right.border(), thin = right.stride_of(b);
@@ -115,8 +118,8 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
   if (b <= kFewColumns) {
     multiply_few<T>(rows, b, d, x, stride, right.wide, wide, products, width);
   } else {
-    multiply_from_right(rows, width, d, x, stride, right.thin, thin, products, width,
-                        kOverwrite<T>);
+    multiply_from_right(rows, width, d, x, stride, right.thin, thin, products, width, kOverwrite<T>,
+                        ahead);
   }
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t r = 0; arrow && r < b; ++r) {
@@ -124,7 +127,7 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
     }
   }
   multiply_from_right(rows, all, b, arrow ? coefficients : products, width, right.wide, wide, x,
-                      stride, {true, right.diagonal});
+                      stride, {true, right.diagonal}, ahead);
   for (int64_t i = 0; arrow && i < rows; ++i) {
     for (int64_t r = 0; r < b; ++r) {
       x[i * stride + (r < head ? r : r + tail - head)] = products[i * width + r];
@@ -150,7 +153,8 @@ bool panel_is_finite(const Panel& panel, const T* x, const T* column_scale) {
 // C C^T G of a panel, times K K^T where that has blocks, to `to`: in pieces that stay in the near
 // caches between these products. scratch: 2 * piece_scratch.
 template <class T>
-void precondition_blocks(const StepLayer<T>& layer, const Panel& panel, T* to, T* scratch) {
+void precondition_blocks(const StepLayer<T>& layer, const Panel& panel, T* to, T* scratch,
+                         Ahead& ahead) {
   if (precondition_squares(layer, panel, to)) return;
   const bool left = layer.left.kind == LocalKind::kBlocks;
   const bool right = layer.right.kind == LocalKind::kBlocks;
@@ -162,16 +166,38 @@ void precondition_blocks(const StepLayer<T>& layer, const Panel& panel, T* to, T
     T *x = scratch, *other = scratch + piece_scratch(layer, panel);
     T* result = to + begin - panel.column_begin;
     load_scaled(layer, piece, x);
-    if (layer.left.has_border()) multiply_left_border(layer, piece, x);
+    if (layer.left.has_border()) multiply_left_border(layer, piece, x, ahead);
     if (left && right) {
-      multiply_left_blocks(layer, piece, x, other, piece.stride());
-      multiply_right_blocks(layer, piece, other, result, panel.stride());
+      multiply_left_blocks(layer, piece, x, other, piece.stride(), ahead);
+      multiply_right_blocks(layer, piece, other, result, panel.stride(), ahead);
     } else if (left) {
-      multiply_left_blocks(layer, piece, x, result, panel.stride());
+      multiply_left_blocks(layer, piece, x, result, panel.stride(), ahead);
     } else {
-      multiply_right_blocks(layer, piece, x, result, panel.stride());
+      multiply_right_blocks(layer, piece, x, result, panel.stride(), ahead);
     }
   }
+}
+
+// W and M of a panel, for the tiles of its products.
+template <class T>
+Ahead ahead_of_write(const StepLayer<T>& layer, const Panel& panel) {
+  const int64_t rows = panel.row_end - panel.row_begin;
+  const int64_t sides = int64_t{layer.left.has_tiles()} + int64_t{layer.right.has_tiles()};
+  const int64_t tiles = sides * rows * (panel.column_end - panel.column_begin) / kTileNumbers<T>;
+  Ahead ahead;
+  for_each_place(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
+    if (part.width == 1) return;  // a bias
+    const auto ask = [&](const Array& array, AskedRows& asked) {
+      if (array.data == nullptr) return;
+      with_type(array, [&](const auto* data) {
+        const auto* from = data + panel.row_begin * part.width + first;
+        asked = asked_rows(from, rows, count, part.width, tiles, true);
+      });
+    };
+    ask(part.weight, ahead.first);
+    ask(part.momentum, ahead.second);
+  });
+  return ahead;
 }
 
 template <class T>
@@ -182,13 +208,15 @@ bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, 
     return true;
   }
   T *x = scratch, *more = scratch + panel_scratch(layer, panel);
+  Ahead ahead;
+  if (layer.options.ask && !check_only) ahead = ahead_of_write(layer, panel);
   if (has_blocks(layer)) {
-    precondition_blocks(layer, panel, x, more);
+    precondition_blocks(layer, panel, x, more, ahead);
   } else {
     load_scaled(layer, panel, x);
-    if (layer.left.has_border()) multiply_left_border(layer, panel, x);
+    if (layer.left.has_border()) multiply_left_border(layer, panel, x, ahead);
   }
-  if (layer.right.has_border()) multiply_right_border(layer, panel, x, more);
+  if (layer.right.has_border()) multiply_right_border(layer, panel, x, more, ahead);
   const T* column_scale = layer.right.has_border() ? nullptr : layer.right.diagonal;
   if (check_only) return panel_is_finite(panel, x, column_scale);
   write_panel(layer, panel, x, column_scale);
