@@ -13,7 +13,7 @@ from test_operators import curvature_of, expected_curvature, random, random_memb
 from tolerance import assert_close_to_truth
 from torch import Tensor
 
-from singd_ext import _C, StructuredMatrix, ops
+from singd_ext import _C, SINGD, StructuredMatrix, ops
 
 DIMS = [257, 383, 384, 385, 511, 601, 769, 850, 851]
 TOEPLITZ = ["triu_toeplitz", "tril_toeplitz"]
@@ -109,17 +109,29 @@ def test_times_its_transpose(dtype: torch.dtype) -> None:
             assert torch.equal(strided, _C.cpu_times_its_transpose(square.T.contiguous()))
 
 
-@pytest.mark.parametrize("dim", [256, 1024])
-def test_a_rounded_product_is_positive_definite_up_to_some_condition_number(dim: int) -> None:
-    """Why K K^T is not kept in bfloat16; K itself, rounded, keeps its least eigenvalue."""
+def ill_conditioned(dim: int, condition: float) -> tuple[Tensor, Tensor, Tensor]:
+    """K in bfloat16, the eigenvalues of K Kᵀ when it is rounded to that, and its eigenvectors."""
     torch.manual_seed(0)
     q = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64)).Q
-    for condition, is_definite in ((1e3, True), (1e4, False)):
-        roots = torch.logspace(0, -math.log10(condition) / 2, dim, dtype=torch.float64)
-        K = (q * roots @ q.T).bfloat16()
-        product = K.double() @ K.double().T
-        wide = torch.linalg.eigvalsh(product)
-        rounded = torch.linalg.eigvalsh(product.bfloat16().double())
-        assert wide[0] > 0.9 / condition
-        assert bool(rounded[0] > 0) == is_definite
-        assert rounded[0].abs() < 1e-3
+    roots = torch.logspace(0, -math.log10(condition) / 2, dim, dtype=torch.float64)
+    K = (q * roots @ q.T).bfloat16()
+    product = K.double() @ K.double().T
+    assert torch.linalg.eigvalsh(product)[0] > 0.9 / condition
+    return K, *torch.linalg.eigh(product.bfloat16().double())
+
+
+@pytest.mark.parametrize("dim", [256, 1024])
+def test_a_step_of_ill_conditioned_factors_descends(dim: int) -> None:
+    """Along an eigenvector that a rounded K Kᵀ has with a negative eigenvalue, it would ascend."""
+    assert ill_conditioned(dim, 1e3)[1][0] > 0
+    K, eigenvalues, vectors = ill_conditioned(dim, 1e4)
+    assert -1e-3 < eigenvalues[0] < 0
+    net = torch.nn.Linear(dim, dim, bias=False, dtype=torch.bfloat16)
+    optimizer = SINGD(net, lr=1.0, momentum=0.0, T=10, structures=("dense", "dense"))
+    net(torch.randn(9, dim, dtype=torch.bfloat16)).square().mean().backward()
+    optimizer.step()
+    optimizer.factors()[""][0].data.copy_(K.flatten())
+    torch.nn.init.zeros_(net.weight)
+    net.weight.grad = vectors[:, 0].bfloat16().expand(dim, dim).clone()
+    optimizer.step()
+    assert (net.weight.double() * net.weight.grad.double()).sum() < 0

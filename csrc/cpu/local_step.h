@@ -142,7 +142,7 @@ class LocalStep {
   }
 
   bool streams() const {
-    if (asking_pays()) return false;  // W is asked for early enough to be owned when it is written
+    if (asking_pays()) return false;  // what was asked for is written faster where it is
     int64_t bytes = 0;
     for (const StepLayer<T>& layer : layers_) {
       bytes += layer.rows * layer.columns * size_of(layer.parts[0].weight.type);

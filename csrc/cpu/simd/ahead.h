@@ -6,7 +6,7 @@
 struct AskedRows {
   const char* row = nullptr;
   int64_t rows = 0, length = 0, stride = 0, lines = 0, at = 0;
-  bool write = false;  // lines are asked for to be written: no other core keeps a copy of them
+  bool write = false;  // lines are to be written: with AVX-512, no other core keeps a copy of them
 
   SINGD_INLINE void ask() {
     for (int64_t n = 0; n < lines && rows > 0; ++n) {

@@ -5,7 +5,7 @@
 // Terms are summed up apart from C, and long sums in parts: one after the other, a thousand terms
 // round several times as much as those of a matrix product of ATen's.
 //
-// Whole tiles ask for memory that is needed later, where `ahead` is given.
+// Large tiles ask for memory that is needed later, where `ahead` is given.
 
 // What becomes of the old C.
 template <class T>
@@ -27,8 +27,8 @@ struct Operand {
 template <class T, class In, int kRows, int kVectors>
 SINGD_INLINE void multiply_tile(int64_t depth, const Operand<In>& a, const In* b, int64_t b_stride,
                                 T* c, int64_t c_stride, Before<T> before, Ahead* ahead) {
-  constexpr bool kWhole = 2 * kRows * kVectors >= SINGD_TILE_ROWS * SINGD_TILE_VECTORS;
-  if (kWhole && ahead != nullptr) ahead->ask();
+  constexpr bool kLarge = 2 * kRows * kVectors >= SINGD_TILE_ROWS * SINGD_TILE_VECTORS;
+  if (kLarge && ahead != nullptr) ahead->ask();
   Vector<T> sums[kRows][kVectors];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
