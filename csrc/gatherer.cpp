@@ -132,7 +132,7 @@ class Gatherer {
       if (matters && !layer->is_owned()) check_owned_(layer->python.get());
       if (!unused) arguments.add(layer, has_momenta);
     }
-    last_step_.add(arguments);
+    last_step_.add(arguments, factors_are_due);
     return arguments;
   }
 

@@ -99,9 +99,8 @@ void KnownLayer::forget_statistics() {
 }
 
 bool KnownLayer::is_owned() const {
-  static const py::object* const own_parameters = new py::object(interned("_parameters"));
   for (const WeakReference& module : modules) {
-    const py::dict own = py::getattr(module.get(), *own_parameters);
+    const py::dict own = parameters_of(module);
     for (size_t i = 0; i < parameters.size(); ++i) {
       const py::handle held = find(own, roles[i]);
       if (!held || !THPVariable_Check(held.ptr())) return false;
@@ -109,6 +108,16 @@ bool KnownLayer::is_owned() const {
     }
   }
   return !modules.empty();
+}
+
+py::dict attributes_of(const WeakReference& module) {
+  static const py::object* const attributes = new py::object(interned("__dict__"));
+  return py::getattr(module.get(), *attributes);
+}
+
+py::dict parameters_of(const WeakReference& module) {
+  static const py::object* const own_parameters = new py::object(interned("_parameters"));
+  return py::getattr(module.get(), *own_parameters);
 }
 
 py::handle find(const py::dict& state, const py::object& key) {

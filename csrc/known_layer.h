@@ -66,6 +66,10 @@ struct KnownLayer {
   void forget_statistics();
 };
 
+// The attributes of a module, and those parameters that are its own.
+pybind11::dict attributes_of(const WeakReference& module);
+pybind11::dict parameters_of(const WeakReference& module);
+
 // An entry, or null.
 pybind11::handle find(const pybind11::dict& state, const pybind11::object& key);
 

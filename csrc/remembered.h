@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <cstddef>
+#include <utility>
 #include <vector>
 
 #include "step_arguments.h"
@@ -18,20 +19,22 @@ namespace singd {
 // then is asked for in vain.
 class Remembered {
  public:
-  // Asks for it, and forgets it: another step begins.
+  // Asks for it: a backward pass begins, or a step.
   void ask() {
     for (const char* line : lines_) __builtin_prefetch(line);
-    lines_.clear();
+    is_of_last_step_ = true;
   }
 
-  // Adds what a step with these arguments looks through.
-  void add(const StepArguments& a) {
+  // Adds what a step with these arguments looks through, and forgets the last step.
+  void add(const StepArguments& a, bool factors_are_due) {
+    if (std::exchange(is_of_last_step_, false)) lines_.clear();
     for (const auto& layer : a.layers) {
       note(layer.get(), sizeof(KnownLayer));
       note(layer->parameters.data(), kLine);
       note(layer->states.data(), kLine);
       for (const WeakTensor& parameter : layer->parameters) note(parameter.get());
       for (const pybind11::dict& state : layer->states) note(state);
+      if (factors_are_due) note_factor_update(*layer);
     }
     for (const auto* list : {&a.K, &a.C, &a.skipped, &a.momentum_weight, &a.momentum_bias}) {
       for (const at::Tensor& tensor : *list) note(tensor);
@@ -40,6 +43,18 @@ class Remembered {
 
  private:
   static constexpr std::size_t kLine = 64, kEntries = 6 * kLine;  // of a cache, of a dictionary
+
+  // What is looked at only then: who owns the parameters, and the rest of the state.
+  void note_factor_update(const KnownLayer& layer) {
+    for (const WeakReference& module : layer.modules) {
+      note(attributes_of(module));
+      note(parameters_of(module));
+    }
+    for (const auto* key : {&layer.keys.m_K, &layer.keys.m_C, &layer.keys.rejected}) {
+      const pybind11::handle entry = find(layer.entries(), *key);
+      if (entry && THPVariable_Check(entry.ptr())) note(THPVariable_Unpack(entry.ptr()));
+    }
+  }
 
   void note(const void* object, std::size_t bytes) {
     const char* begin = static_cast<const char*>(object);
@@ -56,6 +71,7 @@ class Remembered {
   }
 
   std::vector<const char*> lines_;
+  bool is_of_last_step_ = false;
 };
 
 }  // namespace singd
