@@ -138,7 +138,7 @@ double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* p
                              T* scratch) {
   const LocalProduct<T>& left = layer.left;
   const int64_t wide = left.stride_of(layer.rows), stride = padded(layer.columns);
-  auto most = magnitude_bits(T(0));
+  double largest = 0;
   for (int64_t begin = panel.row_begin; begin < panel.row_end; begin += kThinRows) {
     const int64_t end = smaller(begin + kThinRows, panel.row_end);
     Ahead ahead;
@@ -150,8 +150,8 @@ double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* p
     }
     for (int64_t column = 0; column < layer.columns; column += kThinColumns) {
       const Panel square{begin, end, column, smaller(column + kThinColumns, layer.columns)};
+      largest = larger(largest, largest_gradient(layer, square));
       load_gradient<T>(layer, square, nullptr, nullptr, scratch, square.stride());
-      most = larger(most, largest_bits(scratch, square.scratch()));
       multiply_from_left(left.border(), padded(square.column_end - column), end - begin, left.wide,
                          wide, begin, scratch, square.stride(), layer.options.unscale == 1,
                          products + column, stride,
@@ -163,7 +163,7 @@ double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* p
       });
     }
   }
-  return most >= kInfinityBits<T> ? __builtin_inf() : static_cast<double>(magnitude_of(most));
+  return largest;
 }
 
 // The same for a border of one row: a weighted sum of rows, taken from where they are.

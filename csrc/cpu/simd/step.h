@@ -121,17 +121,18 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
     multiply_from_right(rows, width, d, x, stride, right.thin, thin, products, width, kOverwrite<T>,
                         ahead);
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t r = 0; arrow && r < b; ++r) {
-      coefficients[i * width + r] = x[i * stride + (r < head ? r : r + d - b)];
-    }
+  // Numbers of the border: its head, then its tail.
+  const auto copy_border = [&](const T* from, int64_t from_tail, T* to, int64_t to_tail) {
+    for (int64_t r = 0; r < head; ++r) to[r] = from[r];
+    for (int64_t r = 0; r < right.layout.tail; ++r) to[to_tail + r] = from[from_tail + r];
+  };
+  for (int64_t i = 0; arrow && i < rows; ++i) {
+    copy_border(x + i * stride, tail, coefficients + i * width, head);
   }
   multiply_from_right(rows, all, b, arrow ? coefficients : products, width, right.wide, wide, x,
                       stride, {true, right.diagonal}, ahead);
   for (int64_t i = 0; arrow && i < rows; ++i) {
-    for (int64_t r = 0; r < b; ++r) {
-      x[i * stride + (r < head ? r : r + tail - head)] = products[i * width + r];
-    }
+    copy_border(products + i * width, head, x + i * stride, tail);
   }
 }
 
