@@ -9,10 +9,11 @@ struct SharedRow {
 };
 
 // Rows of unscale G, `stride` apart with zeros between; where given, row i is multiplied by
-// row_scale[i], and then the shared row is added.
-template <class T>
-void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_scale,
-                   const SharedRow<T>* shared, T* to, int64_t stride) {
+// row_scale[i], and then the shared row is added. look(numbers, count) comes first, with pieces of
+// rows as they are stored.
+template <class T, class Look>
+SINGD_INLINE void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_scale,
+                                const SharedRow<T>* shared, T* to, int64_t stride, Look look) {
   const int64_t rows = panel.row_end - panel.row_begin;
   const T unscale = static_cast<T>(layer.options.unscale);
   for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
@@ -22,6 +23,7 @@ void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_s
         const T scale = row_scale != nullptr ? unscale * row_scale[row] : unscale;
         const auto* from = gradient + row * part.gradient_stride + first;
         T* x = to + i * stride + at;
+        look(from, count);
         if (shared == nullptr) {
           load_row(from, count, scale, x);
         } else {
@@ -36,6 +38,11 @@ void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_s
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = columns; j < stride; ++j) to[i * stride + j] = T(0);
   }
+}
+template <class T>
+void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_scale,
+                   const SharedRow<T>* shared, T* to, int64_t stride) {
+  load_gradient(layer, panel, row_scale, shared, to, stride, [](const auto*, int64_t) {});
 }
 
 // Bytes by which a pass over memory asks for more than it works on: two pages, since the
@@ -64,9 +71,27 @@ SINGD_INLINE Stored largest_stored(const Stored* x, int64_t count) {
   return __builtin_bit_cast(Stored, largest);
 }
 
+// max |unscale G| over what was looked at.
+template <class T>
+class LargestGradient {
+ public:
+  template <class Stored>
+  SINGD_INLINE void look(const Stored* x, int64_t count) {
+    most_ = larger(most_, magnitude_bits(static_cast<T>(widen(largest_stored(x, count)))));
+  }
+  // Infinite if not all was finite.
+  double value(double unscale) const {
+    if (most_ >= kInfinityBits<T>) return __builtin_inf();
+    return static_cast<double>(magnitude_of(most_)) * (unscale < 0 ? -unscale : unscale);
+  }
+
+ private:
+  decltype(magnitude_bits(T{})) most_ = 0;
+};
+
 template <class T>
 double largest_gradient(const StepLayer<T>& layer, const Panel& panel) {
-  auto most = magnitude_bits(T(0));
+  LargestGradient<T> largest;
   for_each_piece(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
     with_type(part.gradient, [&](const auto* gradient) {
       // Rows without gaps are one long row: the lanes of a vector are compared at its end.
@@ -74,15 +99,11 @@ double largest_gradient(const StepLayer<T>& layer, const Panel& panel) {
       const int64_t all = panel.row_end - panel.row_begin;
       const int64_t rows = gaps ? all : 1, columns = gaps ? count : all * count;
       for (int64_t i = 0; i < rows; ++i) {
-        const auto* row = gradient + (panel.row_begin + i) * part.gradient_stride + first;
-        const T largest = static_cast<T>(widen(largest_stored(row, columns)));
-        most = larger(most, magnitude_bits(largest));
+        largest.look(gradient + (panel.row_begin + i) * part.gradient_stride + first, columns);
       }
     });
   });
-  const double unscale = layer.options.unscale;
-  if (most >= kInfinityBits<T>) return __builtin_inf();
-  return static_cast<double>(magnitude_of(most)) * (unscale < 0 ? -unscale : unscale);
+  return largest.value(layer.options.unscale);
 }
 
 // f(row, its number in the border) for rows of the panel that are in an arrowhead's border.
@@ -138,7 +159,7 @@ double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* p
                              T* scratch) {
   const LocalProduct<T>& left = layer.left;
   const int64_t wide = left.stride_of(layer.rows), stride = padded(layer.columns);
-  double largest = 0;
+  LargestGradient<T> largest;
   for (int64_t begin = panel.row_begin; begin < panel.row_end; begin += kThinRows) {
     const int64_t end = smaller(begin + kThinRows, panel.row_end);
     Ahead ahead;
@@ -150,8 +171,8 @@ double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* p
     }
     for (int64_t column = 0; column < layer.columns; column += kThinColumns) {
       const Panel square{begin, end, column, smaller(column + kThinColumns, layer.columns)};
-      largest = larger(largest, largest_gradient(layer, square));
-      load_gradient<T>(layer, square, nullptr, nullptr, scratch, square.stride());
+      load_gradient<T>(layer, square, nullptr, nullptr, scratch, square.stride(),
+                       [&](const auto* row, int64_t count) { largest.look(row, count); });
       multiply_from_left(left.border(), padded(square.column_end - column), end - begin, left.wide,
                          wide, begin, scratch, square.stride(), layer.options.unscale == 1,
                          products + column, stride,
@@ -163,7 +184,7 @@ double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* p
       });
     }
   }
-  return largest;
+  return largest.value(layer.options.unscale);
 }
 
 // The same for a border of one row: a weighted sum of rows, taken from where they are.
