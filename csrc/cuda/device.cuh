@@ -7,7 +7,9 @@
 //                                     Cache::kStreaming marks data that is not needed again
 //   prefetch(p)                       asks for the memory at p to be in L2 soon
 //   shared_load(p), shared_store(p, v)  the same for shared memory
+//   shared_read(p)                    a structure, word by word
 //   dynamic_shared<T>()               the dynamic shared memory of the block
+//   max_of_halves(a, b)               of two unsigned 16-bit numbers in a word, each by itself
 //   add_release(p, v)                 atomic add on an int; writes before it are visible to ...
 //   wait_for(p, v)                    ... blocks that have waited until *p >= v. Only for values
 //   that
@@ -16,6 +18,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "../structures/layout.h"
 
@@ -128,6 +132,8 @@ __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(singd_dynamic_shared);
 }
 
+__device__ __forceinline__ uint32_t max_of_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+
 __device__ __forceinline__ int add_release(int* p, int value) {
   __threadfence();
   return atomicAdd(p, value);
@@ -139,5 +145,17 @@ __device__ __forceinline__ void wait_for(const int* p, int value) {
 }
 
 #endif  // !SINGD_EMULATION
+
+template <class T>
+__device__ __forceinline__ T shared_read(const T* p) {
+  constexpr int kWords = sizeof(T) / 4;
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % 4 == 0);
+  uint32_t words[kWords];
+#pragma unroll
+  for (int n = 0; n < kWords; ++n) words[n] = shared_load(reinterpret_cast<const uint32_t*>(p) + n);
+  T value;
+  memcpy(static_cast<void*>(&value), words, sizeof value);
+  return value;
+}
 
 }  // namespace singd::cuda

@@ -1,385 +1,527 @@
-// A tile of the update on the tensor cores, by one block of 8 warps. With delta and N of a side
-// (preconditioned_update.h), transposed, so that Z^T goes from the sums of one product to the
-// operand of the next within a warp's registers:
-//
-//   Z^T[j, i] = delta_K[j] G[i, j] + sum_t N_K[t, j] S[i, t]
-//   P^T[j, i] = delta_C[i] Z[i, j] + sum_t N_C[t, i] Q[t, j]
-//
-// S: the columns of G that a block of A_K meets, or the border columns of a row-bordered K, or
-// G N_K^T; Q: the rows of Z that a block of A_C meets, or N_C Z of a bordered C.
-//
-// A tile is up to 64 rows high and up to 128 columns wide, of which a warp owns 16.
+// A tile of the update on the tensor cores, by one block of 8 warps: see matrix_operands.h for what
+// is multiplied. A warp owns 16 rows and, one after the other, two units of 32 columns. G is
+// brought to shared memory where blocks of K multiply it, and Z where blocks of C do; M, W, and G
+// elsewhere, go straight between memory and the lanes, which hold eight neighbouring columns of two
+// rows.
 #pragma once
 
+#include "matrix_layer.cuh"
 #include "planes.cuh"
-#include "step.cuh"
 
 namespace singd::cuda {
 
-constexpr int kTileColumns = 128;
+constexpr int kTileElements = 8192;
 constexpr int kPad = 8;  // elements beside a row, so that rows of 16 bytes meet no bank twice
-constexpr int kGradientPitch = kTileColumns + kPad;
-constexpr int kResultPitch = kTileColumns + 4;
-static_assert(kTileColumns == kStepThreads / kWarp * kMatrix, "a warp owns 16 columns");
+constexpr int kLaneColumns = 8;
+constexpr int kUnitsOfWarp = 2;
 
 template <class E>
 struct TileShape {
   static constexpr int kGradientPlanes = kStoredPlanes<typename E::Stored>;
   static constexpr int kPlanes = kComputePlanes<typename E::Stored>;  // of factors and of Z
-  static constexpr int kRows = 64;
-  static constexpr int kRowTiles = kRows / kMatrix;
-  static constexpr int kLeftPitch = kRows + kPad;
+  static constexpr int kParts = kLaneColumns / E::kCount;             // vectors of a lane's row
 };
 
-SINGD_HOST_DEVICE inline int whole_matrices(int count) {
-  return (count + kMatrix - 1) / kMatrix * kMatrix;
-}
+// The planes in shared memory, in elements: G of the tile, and Z of one unit of every warp.
+template <class E, bool kRightBlocks, bool kLeftBlocks>
+struct TilePlanes {
+  int rows, pitch, z_pitch, plane, z_plane, z, size;
 
-// TileOperands of bfloat16 in shared memory, and their sizes. The float32 result lies over them.
-template <class E>
-struct TileOperands {
-  int border_pitch, border_plane, left_rows, left_plane;
-  int border, left, size;  // G comes first
-
-  SINGD_HOST_DEVICE explicit TileOperands(const StepLayer& l) {
-    using S = TileShape<E>;
-    border_pitch = whole_matrices(l.right.width) + kPad;
-    border_plane = S::kRows * border_pitch;
-    left_rows = l.left.bordered() ? whole_matrices(l.left.width) : S::kRows;
-    left_plane = left_rows * S::kLeftPitch;
-    border = S::kGradientPlanes * S::kRows * kGradientPitch;
-    left = border + (l.right.bordered() ? S::kPlanes * border_plane : 0);
-    size = left + (l.left.action == Action::kDiagonal ? 0 : S::kPlanes * left_plane);
-  }
-  SINGD_HOST_DEVICE size_t bytes() const {
-    const size_t operands = size * sizeof(bfloat16);
-    const size_t result = TileShape<E>::kRows * kResultPitch * sizeof(float);
-    return operands > result ? operands : result;
-  }
+  SINGD_HOST_DEVICE explicit TilePlanes(bool wide)
+      : rows(wide ? 32 : 64),
+        pitch(kTileElements / rows + kPad),
+        z_pitch(kTileElements / rows / kUnitsOfWarp + kPad),
+        plane(rows * pitch),
+        z_plane(rows * z_pitch),
+        z(kRightBlocks ? TileShape<E>::kGradientPlanes * plane : 0),
+        size(z + (kLeftBlocks ? TileShape<E>::kPlanes * z_plane : 0)) {}
 };
 
-// The columns or rows that one of the factor's own meets: N[t, index] for t < count, at position
-// origin + t.
-struct Band {
-  int origin = 0, count = 0;
-
-  __device__ Band(const SideShape& side, int64_t index, int64_t dim, int64_t first) {
-    if (index >= dim) return;
-    count = side.width;
-    if (side.action != Action::kBlocks) return;
-    const int start = static_cast<int>(index) / side.width * side.width;
-    origin = start - static_cast<int>(first);
-    count = min(count, static_cast<int>(dim) - start);
-  }
-};
-
-template <class E>
+// kRightBlocks: K has blocks; kLeftBlocks: C has; kStochastic: M and W are rounded stochastically.
+template <class E, bool kRightBlocks, bool kLeftBlocks, bool kStochastic>
 class TileUpdate {
  public:
   using S = TileShape<E>;
 
-  __device__ TileUpdate(const StepLayer& layer, const Tile& t)
+  // `common` is in shared memory.
+  __device__ TileUpdate(const StepLayer& layer, const TileLayer& common, int number)
       : l(layer),
-        tile(t),
-        arrays(layer),
-        offsets(layer),
-        workspace(static_cast<const float*>(layer.workspace)),
+        common(common),
+        planes(layer.wide_tiles()),
         shared(dynamic_shared<bfloat16>()),
-        lane(threadIdx.x % kWarp),
-        first_slot(static_cast<int>(threadIdx.x) / kWarp * kMatrix) {}
-
-  // Everything that the products read.
-  __device__ __forceinline__ void stage() {
-    stage_gradient();
-    if (l.right.bordered()) stage_border();
-    if (l.left.action == Action::kBlocks) stage_left_blocks();
-    if (l.left.bordered()) stage_left_border();
+        lane(threadIdx.x % kWarp) {
+    const int across = shared_load(&common.across);
+    row_tile = number / across;
+    column_tile = number - row_tile * across;
+    tile.row = row_tile * l.tile_rows;
+    tile.column = column_tile * l.tile_columns;
+    tile.rows = min(static_cast<int>(l.tile_rows), l.rows - tile.row);
+    tile.columns = min(static_cast<int>(l.tile_columns), l.columns - tile.column);
+    tile.base = tile.column / E::kCount * E::kCount;
+    in_vectors = l.gradient_in_vectors && tile.base == tile.column &&
+                 tile.columns % E::kCount == 0 && tile.base + tile.columns <= l.weight_columns();
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    warps = l.wide_tiles() ? 4 : 2;
+    group = l.wide_tiles() ? warp / 4 : warp / 2;
+    slot = warp & (warps - 1);
   }
 
-  // P of the warp's columns, transposed.
-  __device__ __forceinline__ void multiply(MatrixSums (&p)[S::kRowTiles]) const {
-    MatrixSums z[S::kRowTiles];
-    if (l.right.action != Action::kDiagonal) multiply_right(z);
-    if (l.right.action != Action::kBlocks) add_diagonal(z);
-    if (l.right.action == Action::kRowBordered) replace_border_columns(z);
-    if (l.left.action == Action::kBlocks) return multiply_left_blocks(z, p);
-    scale_rows(z, p);
-    if (l.left.bordered()) add_left_border(p);
-    if (l.left.action == Action::kRowBordered) replace_border_rows(p);
-  }
-
-  __device__ __forceinline__ void store_result(const MatrixSums (&p)[S::kRowTiles]) const {
-    for_each_entry(p, [&](int row, int slot, const float& value) {
-      shared_store(result_row(row) + slot, value);
-    });
-  }
-
-  __device__ float* result_row(int row) const {
-    return reinterpret_cast<float*>(shared) + row * kResultPitch;
+  __device__ __forceinline__ void run() {
+    if constexpr (kRightBlocks) {
+      stage_gradient();
+      __syncthreads();
+    }
+#pragma unroll 1
+    for (int n = 0; n < kUnitsOfWarp; ++n) {
+      const int unit = n * warps + slot;
+      const bool active = group * kMatrixSide < tile.rows && unit * kUnitColumns < owned_end();
+      MatrixSums p[2];
+      if (active) make_z(unit, p);
+      if constexpr (kLeftBlocks) {
+        if (n > 0) __syncthreads();
+        if (active) store_z(p);
+        __syncthreads();
+        if (active) multiply_left(p);
+      } else {
+        if (active) finish(unit, p);
+      }
+      if (active) apply(unit, p);
+    }
   }
 
  private:
+  using Operand = MatrixOperand<bfloat16>;
+
   const StepLayer& l;
-  const Tile& tile;
-  const TileOperands<E> arrays;
-  const StepOffsets offsets;
-  const float* const workspace;
+  const TileLayer& common;
+  const TilePlanes<E, kRightBlocks, kLeftBlocks> planes;
   bfloat16* const shared;
-  const int lane, first_slot;
+  const int lane;
+  Tile tile;
+  int row_tile, column_tile;
+  int warps, group, slot;  // warps of a group of 16 rows, and the warp's number there
+  bool in_vectors;         // G, M and W of the tile are whole vectors
 
-  // f(row, slot, value) for the lane's entries of the warp's columns.
-  template <class Sums, class Function>
-  __device__ __forceinline__ void for_each_entry(Sums& sums, Function&& f) const {
+  __device__ int origin() const { return tile.column - tile.base; }
+  __device__ int owned_end() const { return origin() + tile.columns; }
+
+  // The lane's rows and columns: value `e` of p[half] lies in row(e / 2 % 2), and the eight of a
+  // row in neighbouring columns from column(unit) on.
+  __device__ int row(int h) const { return group * kMatrixSide + lane / 4 + 8 * h; }
+  __device__ int column(int unit) const {
+    return tile.base + unit * kUnitColumns + lane % 4 * kLaneColumns;
+  }
+  static __device__ __forceinline__ float& value(MatrixSums (&p)[2], int h, int m) {
+    return p[m / 4].values[m % 4 / 2 * 4 + h * 2 + m % 2];
+  }
+  // Moves each of a row's values but the first to the column before.
+  static __device__ __forceinline__ void rotate(MatrixSums (&p)[2], int h) {
 #pragma unroll
-    for (int n = 0; n < S::kRowTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        f(n * kMatrix + matrix_column(lane, e), first_slot + matrix_row(lane, e),
-          sums[n].values[e]);
-      }
-    }
+    for (int m = 0; m + 1 < kLaneColumns; ++m) value(p, h, m) = value(p, h, m + 1);
   }
 
-  __device__ __forceinline__ void put(bfloat16* to, int plane, float value) const {
-    bfloat16 planes[S::kPlanes];
-    split(value, planes);
-#pragma unroll
-    for (int p = 0; p < S::kPlanes; ++p) shared_store(to + p * plane, planes[p]);
+  __device__ bool is_inside(int h, int j) const {
+    return row(h) < tile.rows && j >= tile.column && j < tile.column + tile.columns;
   }
+
+  // --- From memory
 
   __device__ __forceinline__ void stage_gradient() const {
-    constexpr int kCount = E::kCount, kAcross = kTileColumns / kCount;
-    constexpr int kVectors = S::kRows * kAcross / kStepThreads;
-    float g[kVectors][kCount];
+    in_vectors ? stage_vectors() : stage_elements();
+  }
+
+  // All vectors of a thread are on their way before the first one is stored.
+  __device__ __forceinline__ void stage_vectors() const {
+    using Vector = Vec<typename E::Stored, E::kCount>;
+    constexpr int kVectors = kTileElements / E::kCount / kStepThreads;
+    constexpr int kAcross = kTileElements / 64 / E::kCount;  // of a tile that is not wide
+    const int across = l.wide_tiles() ? 2 * kAcross : kAcross, thread = threadIdx.x;
+    const int i = l.wide_tiles() ? thread / (2 * kAcross) : thread / kAcross;
+    const int rows_at_once = l.wide_tiles() ? kStepThreads / (2 * kAcross) : kStepThreads / kAcross;
+    const int j = (thread & (across - 1)) * E::kCount;
+    const auto* const from = static_cast<const typename E::Stored*>(l.gradient) +
+                             static_cast<int64_t>(tile.row + i) * l.gradient_pitch + tile.base + j;
+    const int64_t step = static_cast<int64_t>(rows_at_once) * l.gradient_pitch;
+    Vector g[kVectors];
 #pragma unroll
     for (int n = 0; n < kVectors; ++n) {
-      const int at = n * kStepThreads + threadIdx.x, row = at / kAcross;
-      const int j = tile.base + at % kAcross * kCount, end = tile.column + tile.columns;
-      const Columns c{j, max(0, tile.column - j), min(kCount, end - j)};
-      const bool inside = row < tile.rows && c.begin < c.end;
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) g[n][e] = 0;
-      if (!inside) continue;
-      load_gradient<E, Cache::kStreaming>(l, tile.row + row, c, g[n]);
-      prefetch_update<E>(l, tile.row + row, c);
+      const bool inside = i + n * rows_at_once < tile.rows && j < tile.columns;
+      g[n] = Vector{};
+      if (inside) g[n] = load<Cache::kStreaming>(reinterpret_cast<const Vector*>(from + n * step));
     }
+    prefetch_rows(i, rows_at_once, j);
+    bfloat16* const to = shared + i * planes.pitch + j;
 #pragma unroll
     for (int n = 0; n < kVectors; ++n) {
-      const int at = n * kStepThreads + threadIdx.x;
-      Vec<bfloat16, kCount> parts[S::kGradientPlanes];
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) {
-        bfloat16 planes[S::kGradientPlanes];
-        split(g[n][e], planes);
-#pragma unroll
-        for (int p = 0; p < S::kGradientPlanes; ++p) parts[p][e] = planes[p];
-      }
-      bfloat16* const to = shared + at / kAcross * kGradientPitch + at % kAcross * kCount;
+      Vec<bfloat16, E::kCount> parts[S::kGradientPlanes];
+      split_vector(g[n], parts);
 #pragma unroll
       for (int p = 0; p < S::kGradientPlanes; ++p) {
-        shared_store(reinterpret_cast<Vec<bfloat16, kCount>*>(to + p * S::kRows * kGradientPitch),
-                     parts[p]);
+        bfloat16* const at = to + p * planes.plane + n * rows_at_once * planes.pitch;
+        shared_store(reinterpret_cast<Vec<bfloat16, E::kCount>*>(at), parts[p]);
       }
     }
   }
 
-  // S of a bordered K as [row, t].
-  __device__ __forceinline__ void stage_border() const {
-    const SideShape& side = l.right;
-    const int depth = arrays.border_pitch - kPad;
-    for (int at = threadIdx.x; at < S::kRows * depth; at += kStepThreads) {
-      const int row = at / depth, t = at % depth;
-      const int64_t i = tile.row + row;
-      float value = 0;
-      if (row < tile.rows && t < side.width) {
-        value = side.action == Action::kRowBordered
-                    ? load_gradient<E>(l, i, static_cast<int>(side.border_index(t, l.columns)))
-                    : load(workspace + offsets.products + i * side.width + t);
-      }
-      put(shared + arrays.border + row * arrays.border_pitch + t, arrays.border_plane, value);
+  // Asks for M and W of the tile.
+  __device__ __forceinline__ void prefetch_rows(int first, int step, int j) const {
+    if (j >= tile.columns) return;
+    const Parameters<E> parameters(l);
+    for (int i = first; i < tile.rows; i += step) {
+      const int64_t at = static_cast<int64_t>(tile.row + i) * l.weight_columns() + tile.base + j;
+      prefetch(parameters.weight + at);
+      if (parameters.momentum != nullptr) prefetch(parameters.momentum + at);
     }
   }
 
-  // A_C as [source row, row], zero between its blocks.
-  __device__ __forceinline__ void stage_left_blocks() const {
-    const int row = threadIdx.x % S::kRows;
-    const Band band(l.left, tile.row + row, l.rows, tile.row);
-    stage_left(row, band.origin, row < tile.rows ? band.count : 0);
-  }
-
-  // N_C of a bordered C as [t, row].
-  __device__ __forceinline__ void stage_left_border() const {
-    const int row = threadIdx.x % S::kRows;
-    stage_left(row, 0, row < tile.rows ? l.left.width : 0);
-  }
-
-  // N_C[:, row], from position `origin` on.
-  __device__ __forceinline__ void stage_left(int row, int origin, int count) const {
-    static_assert(kStepThreads % S::kRows == 0);
-    const int64_t pitch = padded(l.rows);
-    const float* const n = workspace + offsets.left_n + tile.row + row;
-    bfloat16* const to = shared + arrays.left + row;
-#pragma unroll 4
-    for (int depth = threadIdx.x / S::kRows; depth < arrays.left_rows;
-         depth += kStepThreads / S::kRows) {
-      const int t = depth - origin;
-      const float value = t >= 0 && t < count ? load(n + t * pitch) : 0.0f;
-      put(to + depth * S::kLeftPitch, arrays.left_plane, value);
-    }
-  }
-
-  // Z^T += N_K^T S^T.
-  __device__ __forceinline__ void multiply_right(MatrixSums (&z)[S::kRowTiles]) const {
-    const SideShape& side = l.right;
-    const bool blocks = side.action == Action::kBlocks;
-    const int64_t first = tile.base + first_slot, pitch = padded(l.columns);
-    const Band bands[2] = {Band(side, first + lane / 4, l.columns, tile.base),
-                           Band(side, first + lane / 4 + 8, l.columns, tile.base)};
-    int begin = 0, end = side.width;
-    if (blocks) {  // what the warp's first and last column meet
-      const int64_t last = min(static_cast<int64_t>(tile.column + tile.columns), first + kMatrix);
-      begin = max(0, Band(side, first, l.columns, tile.base).origin);
-      end = last <= first ? 0 : band_end(side, last - 1);
-    }
-    const bfloat16* const source = blocks ? shared : shared + arrays.border;
-    const int source_pitch = blocks ? kGradientPitch : arrays.border_pitch;
-    const float* const n = workspace + offsets.right_n + first + lane / 4;
-    for (int k = begin / kMatrix * kMatrix; k < end; k += kMatrix) {
-      float values[8];
+  __device__ __forceinline__ void split_vector(
+      const Vec<typename E::Stored, E::kCount>& g,
+      Vec<bfloat16, E::kCount> (&parts)[S::kGradientPlanes]) const {
+    if constexpr (S::kGradientPlanes == 1) {
+      parts[0] = g;
+    } else {
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const int half = e / 2 % 2, t = k + matrix_column(lane, e) - bands[half].origin;
-        const bool inside = t >= 0 && t < bands[half].count;
-        values[e] = inside ? load(n + t * pitch + 8 * half) : 0.0f;
-      }
-      MatrixOperand<bfloat16> a[S::kPlanes];
-      split(values, a);
+      for (int e = 0; e < E::kCount; e += 2) {
+        Vec<bfloat16, 2> pairs[S::kGradientPlanes];
+        split_pair(widen<float>(g[e]), widen<float>(g[e + 1]), pairs);
 #pragma unroll
-      for (int r = 0; r < S::kRowTiles; ++r) {
-        const bfloat16* const from = source + r * kMatrix * source_pitch + k;
-        if (blocks) {
-          multiply_planes<S::kPlanes, S::kPlanes, S::kGradientPlanes>(
-              z[r], a, [&](int q, MatrixOperand<bfloat16>& b) {
-                load_right<true>(b, from + q * S::kRows * kGradientPitch, source_pitch);
-              });
-        } else {
-          multiply_planes<S::kPlanes, S::kPlanes, S::kPlanes>(
-              z[r], a, [&](int q, MatrixOperand<bfloat16>& b) {
-                load_right<true>(b, from + q * arrays.border_plane, source_pitch);
-              });
+        for (int p = 0; p < S::kGradientPlanes; ++p) {
+          parts[p][e] = pairs[p][0];
+          parts[p][e + 1] = pairs[p][1];
         }
       }
     }
   }
 
-  __device__ int band_end(const SideShape& side, int64_t index) const {
-    const Band band(side, index, l.columns, tile.base);
-    return band.origin + band.count;
+  __device__ __forceinline__ void stage_elements() const {
+    const int width = planes.pitch - kPad;
+    for (int at = threadIdx.x; at < kTileElements; at += kStepThreads) {
+      const int i = at / width, j = tile.base + at % width;
+      const bool inside = i < tile.rows && j >= tile.column && j < tile.column + tile.columns;
+      const float g = inside ? load_gradient<E>(l, tile.row + i, j) : 0.0f;
+      bfloat16 parts[S::kGradientPlanes];
+      split(g, parts);
+#pragma unroll
+      for (int p = 0; p < S::kGradientPlanes; ++p) {
+        shared_store(shared + p * planes.plane + i * planes.pitch + at % width, parts[p]);
+      }
+    }
   }
 
-  // Z^T += delta_K G^T.
-  __device__ __forceinline__ void add_diagonal(MatrixSums (&z)[S::kRowTiles]) const {
-    const int64_t j = tile.base + first_slot + lane / 4;
-    float delta[2];
+  // A plane of a prepared operand: of the warp's 16 rows, or of half a unit's columns; `step`
+  // counts from the first one, of `steps` that the array has room for.
+  __device__ __forceinline__ void load_left_operand(MatrixOffsets::Array array, int steps, int step,
+                                                    int plane, Operand& operand) const {
+    load_operand(array, (row_tile * (kStepThreads / kWarp / warps) + group) * steps + step, plane,
+                 operand);
+  }
+  __device__ __forceinline__ void load_right_operand(MatrixOffsets::Array array, int unit,
+                                                     int steps, int step, int half, int plane,
+                                                     Operand& operand) const {
+    const int number = (column_tile * warps * kUnitsOfWarp + unit) * steps + step;
+    load_operand(array, number * 2 + half, plane, operand);
+  }
+
+  __device__ __forceinline__ void load_operand(MatrixOffsets::Array array, int number, int plane,
+                                               Operand& operand) const {
+    const float* const from = shared_load(&common.prepared) +
+                              shared_load(common.operands.begin + array) +
+                              number * (S::kPlanes * kOperandFloats) + lane * (kLaneBytes / 4);
+    const auto words = load(reinterpret_cast<const Vec<float, 4>*>(from + plane * kOperandFloats));
+    memcpy(&operand, &words, sizeof words);
+  }
+
+  // --- Z
+
+  __device__ __forceinline__ void make_z(int unit, MatrixSums (&z)[2]) const {
+    const Steps range =
+        shared_read(&common.right).of(origin(), tile.columns, unit * kUnitColumns, kUnitColumns);
+    const int steps = shared_load(&common.operands.steps_z);
+    const auto load_right_z = [&](int step, int half, int plane, Operand& b) {
+      load_right_operand(MatrixOffsets::kRightZ, unit, steps, step - range.begin, half, plane, b);
+    };
+    if constexpr (kRightBlocks) {
+      const bfloat16* const rows = shared + group * kMatrixSide * planes.pitch;
+      const auto load_gradient_plane = [&](int step, int plane, Operand& a) {
+        load_left<false>(a, rows + plane * planes.plane + step * kMatrixSide, planes.pitch);
+      };
+      return multiply_steps<S::kGradientPlanes>(z, range, load_gradient_plane, load_right_z);
+    }
+    if (in_vectors) ask_for(unit);
+    if (l.right.bordered()) {
+      const auto load_left_z = [&](int step, int plane, Operand& a) {
+        load_left_operand(MatrixOffsets::kLeftZ, steps, step, plane, a);
+      };
+      multiply_steps<S::kPlanes>(z, range, load_left_z, load_right_z);
+    }
+    float g[2][kLaneColumns] = {};
+    in_vectors ? load_vectors(unit, g) : load_elements(unit, g);
+    float delta[kLaneColumns];
+    load_right_delta(unit, delta);
+#pragma unroll
+    for (int m = 0; m < kLaneColumns; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) value(z, h, m) += delta[m] * g[h][m];
+    }
+    if (l.right.action == Action::kRowBordered) replace_border_columns(unit, z);
+  }
+
+  // Tiles begin at vectors where K has no blocks; beyond the last column G is 0.
+  __device__ __forceinline__ void load_right_delta(int unit, float (&delta)[kLaneColumns]) const {
+    using Vector = Vec<float, kVector<float>>;
+    const auto* const from = reinterpret_cast<const Vector*>(shared_load(&common.right_delta));
+#pragma unroll
+    for (int m = 0; m < kLaneColumns; m += Vector::kSize) {
+      Vector part = {};
+      if (column(unit) < l.columns) part = load(from + (column(unit) + m) / Vector::kSize);
+#pragma unroll
+      for (int e = 0; e < Vector::kSize; ++e) delta[m + e] = part[e];
+    }
+  }
+
+  // Asks for G, M and W in the lane's rows and columns.
+  __device__ __forceinline__ void ask_for(int unit) const {
+    const auto* const gradient = static_cast<const typename E::Stored*>(l.gradient);
+    const Parameters<E> parameters(l);
+    const int j = column(unit);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (!is_inside(h, j)) continue;
+      const int64_t i = tile.row + row(h), at = i * l.weight_columns() + j;
+      prefetch(gradient + i * l.gradient_pitch + j);
+      prefetch(parameters.weight + at);
+      if (parameters.momentum != nullptr) prefetch(parameters.momentum + at);
+    }
+  }
+
+  // G in the lane's rows and columns.
+  __device__ __forceinline__ void load_vectors(int unit, float (&g)[2][kLaneColumns]) const {
+    using Vector = Vec<typename E::Stored, E::kCount>;
+    const auto* const gradient = static_cast<const typename E::Stored*>(l.gradient);
+    Vector vectors[2][S::kParts];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int n = 0; n < S::kParts; ++n) {
+        const int j = column(unit) + n * E::kCount;
+        const int64_t i = tile.row + row(h);
+        vectors[h][n] = Vector{};
+        if (!is_inside(h, j)) continue;
+        vectors[h][n] = load<Cache::kStreaming>(
+            reinterpret_cast<const Vector*>(gradient + i * l.gradient_pitch + j));
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kLaneColumns; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        g[h][m] = widen<float>(vectors[h][m / E::kCount][m % E::kCount]);
+      }
+    }
+  }
+
+  // Column by column, each pushing on those before: a loop that is not unrolled knows no other
+  // index of registers.
+  __device__ __forceinline__ void load_elements(int unit, float (&g)[2][kLaneColumns]) const {
+#pragma unroll 1
+    for (int m = 0; m < kLaneColumns; ++m) {
+      const int j = column(unit) + m;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int k = 0; k + 1 < kLaneColumns; ++k) g[h][k] = g[h][k + 1];
+        g[h][kLaneColumns - 1] = is_inside(h, j) ? load_gradient<E>(l, tile.row + row(h), j) : 0.0f;
+      }
+    }
+  }
+
+  // Column by column, as load_elements.
+  __device__ __forceinline__ void replace_border_columns(int unit, MatrixSums (&z)[2]) const {
+    const SideShape& side = l.right;
+    const int first = column(unit), last = min(first + kLaneColumns, l.columns) - 1;
+    if (first > last || !(side.is_border(first, l.columns) || side.is_border(last, l.columns))) {
+      return;  // a border lies at the ends
+    }
+#pragma unroll 1
+    for (int m = 0; m < kLaneColumns; ++m) {
+      const int j = first + m;
+      const bool is_border = j <= last && side.is_border(j, l.columns);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float next = value(z, h, 0);
+        if (is_border && row(h) < tile.rows) {
+          next = load(shared_load(&common.products) +
+                      static_cast<int64_t>(tile.row + row(h)) * side.width +
+                      side.border_row(j, l.columns));
+        }
+        rotate(z, h);
+        value(z, h, kLaneColumns - 1) = next;
+      }
+    }
+  }
+
+  // --- P
+
+  // Z of the unit as planes, in the order of the lanes' columns.
+  __device__ __forceinline__ void store_z(const MatrixSums (&z)[2]) const {
+    bfloat16* const to = shared + planes.z + slot * kUnitColumns;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const bool inside = j + 8 * half < l.columns;
-      delta[half] = inside ? load(workspace + offsets.right_delta + j + 8 * half) : 0.0f;
-    }
-    for_each_entry(z, [&](int row, int slot, float& value) {
-      float g = 0;
 #pragma unroll
-      for (int p = S::kGradientPlanes - 1; p >= 0; --p) {
-        g += widen<float>(shared_load(shared + (p * S::kRows + row) * kGradientPitch + slot));
-      }
-      value += (slot % 16 < 8 ? delta[0] : delta[1]) * g;
-    });
-  }
-
-  __device__ __forceinline__ void replace_border_columns(MatrixSums (&z)[S::kRowTiles]) const {
-    const SideShape& side = l.right;
-    for_each_entry(z, [&](int row, int slot, float& value) {
-      const int64_t j = tile.base + slot;
-      if (j >= l.columns || row >= tile.rows || !side.is_border(j, l.columns)) return;
-      value = load(workspace + offsets.products + (tile.row + row) * side.width +
-                   side.border_row(j, l.columns));
-    });
-  }
-
-  // P^T = Z^T A_C.
-  __device__ __forceinline__ void multiply_left_blocks(const MatrixSums (&z)[S::kRowTiles],
-                                                       MatrixSums (&p)[S::kRowTiles]) const {
-    const int width = l.left.width;
+      for (int e = 0; e < 8; e += 2) {
+        const int i = group * kMatrixSide + matrix_row(lane, e);
+        const int j = half * kMatrixSide + matrix_column(lane, e);
+        Vec<bfloat16, 2> pairs[S::kPlanes];
+        split_pair(z[half].values[e], z[half].values[e + 1], pairs);
 #pragma unroll
-    for (int r = 0; r < S::kRowTiles; ++r) {
-      const int last = min((r + 1) * kMatrix, tile.rows) - 1;
-      if (last < r * kMatrix) break;
-      // Tiles begin where blocks do.
-      const int begin = r * kMatrix / width * width, end = (last / width + 1) * width;
-      MatrixOperand<bfloat16> a[S::kPlanes];
-      split(z[r].values, a);
-#pragma unroll
-      for (int n = 0; n < S::kRowTiles; ++n) {
-        if ((n + 1) * kMatrix <= begin || n * kMatrix >= end) continue;
-        const bfloat16* const from =
-            shared + arrays.left + r * kMatrix * S::kLeftPitch + n * kMatrix;
-        multiply_planes<S::kPlanes, S::kPlanes, S::kPlanes>(
-            p[n], a, [&](int q, MatrixOperand<bfloat16>& b) {
-              load_right<false>(b, from + q * arrays.left_plane, S::kLeftPitch);
-            });
+        for (int p = 0; p < S::kPlanes; ++p) {
+          shared_store(
+              reinterpret_cast<Vec<bfloat16, 2>*>(to + p * planes.z_plane + i * planes.z_pitch + j),
+              pairs[p]);
+        }
       }
     }
   }
 
-  // P^T = Z^T diag(delta_C).
-  __device__ __forceinline__ void scale_rows(const MatrixSums (&z)[S::kRowTiles],
-                                             MatrixSums (&p)[S::kRowTiles]) const {
+  // P = A_C Z for blocks of C.
+  __device__ __forceinline__ void multiply_left(MatrixSums (&p)[2]) const {
+    const Steps range =
+        shared_read(&common.left).of(0, tile.rows, group * kMatrixSide, kMatrixSide);
+    const int steps = shared_load(&common.operands.steps_p);
+    const bfloat16* const z = shared + planes.z + slot * kUnitColumns;
+    p[0] = p[1] = MatrixSums();
+    const auto load_factor = [&](int step, int plane, Operand& a) {
+      load_left_operand(MatrixOffsets::kLeftP, steps, step - range.begin, plane, a);
+    };
+    const auto load_z = [&](int step, int half, int plane, Operand& b) {
+      const bfloat16* const from = z + step * kMatrixSide * planes.z_pitch + half * kMatrixSide;
+      load_right<false>(b, from + plane * planes.z_plane, planes.z_pitch);
+    };
+    multiply_steps<S::kPlanes>(p, range, load_factor, load_z);
+  }
+
+  // P = diag(delta_C) Z, and the border of C, from Z.
+  __device__ __forceinline__ void finish(int unit, MatrixSums (&p)[2]) const {
 #pragma unroll
-    for (int n = 0; n < S::kRowTiles; ++n) {
+    for (int h = 0; h < 2; ++h) {
+      const bool inside = row(h) < tile.rows;
+      const float delta = inside ? load(shared_load(&common.left_delta) + tile.row + row(h)) : 0.0f;
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const int row = n * kMatrix + matrix_column(lane, e);
-        if (row >= tile.rows) continue;
-        p[n].values[e] = load(workspace + offsets.left_delta + tile.row + row) * z[n].values[e];
+      for (int m = 0; m < kLaneColumns; ++m) value(p, h, m) *= delta;
+    }
+    if (!l.left.bordered()) return;
+    const int steps = shared_load(&common.operands.steps_p);
+    const auto load_left_p = [&](int step, int plane, Operand& a) {
+      load_left_operand(MatrixOffsets::kLeftP, steps, step, plane, a);
+    };
+    const auto load_right_p = [&](int step, int half, int plane, Operand& b) {
+      load_right_operand(MatrixOffsets::kRightP, unit, steps, step, half, plane, b);
+    };
+    multiply_steps<S::kPlanes>(p, Steps{0, steps}, load_left_p, load_right_p);
+    if (l.left.action != Action::kRowBordered) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t i = tile.row + row(h);
+      if (row(h) < tile.rows && l.left.is_border(i, l.rows)) replace_border_row(unit, h, i, p);
+    }
+  }
+
+  __device__ __forceinline__ void replace_border_row(int unit, int h, int64_t i,
+                                                     MatrixSums (&p)[2]) const {
+    const float* const from = shared_load(&common.thin_result) +
+                              l.left.border_row(i, l.rows) * padded(l.columns) + column(unit);
+#pragma unroll
+    for (int m = 0; m < kLaneColumns; ++m) {
+      if (column(unit) + m < l.columns) value(p, h, m) = load(from + m);
+    }
+  }
+
+  // c += A B over a range of steps. The products of the smaller of three planes are summed by
+  // themselves: tensor cores cut off what is below the last bit of a sum, each time they add to it.
+  template <int kPlanesA, class LoadA, class LoadB>
+  __device__ __forceinline__ void multiply_steps(MatrixSums (&c)[2], const Steps& range,
+                                                 LoadA&& load_a, LoadB&& load_b) const {
+    constexpr bool kApart = S::kPlanes > 2;
+    MatrixSums low[2];
+#pragma unroll 1
+    for (int step = range.begin; step < range.end; ++step) {
+      Operand a[kPlanesA];
+#pragma unroll
+      for (int p = 0; p < kPlanesA; ++p) load_a(step, p, a[p]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int q = 0; q < S::kPlanes; ++q) {
+          Operand b;
+          load_b(step, half, q, b);
+#pragma unroll
+          for (int p = 0; p < kPlanesA && p + q < S::kPlanes; ++p) {
+            multiply(kApart && p + q > 0 ? low[half] : c[half], a[p], b);
+          }
+        }
+      }
+    }
+    if constexpr (kApart) {
+#pragma unroll
+      for (int n = 0; n < 16; ++n) c[n / 8].values[n % 8] += low[n / 8].values[n % 8];
+    }
+  }
+
+  // --- M and W
+
+  __device__ __forceinline__ void apply(int unit, MatrixSums (&p)[2]) const {
+    Update<float> update = shared_read(&common.update);
+    if (!in_vectors) return update_elements(unit, update, p);
+    if constexpr (!kStochastic) update.key = RoundingKey{};  // what is known takes no registers
+    // Random numbers, or two vectors a row, need the registers of a row.
+    constexpr int kRowsAtOnce = kStochastic || S::kParts > 1 ? 1 : 2;
+    update_vectors<kRowsAtOnce>(unit, update, p);
+  }
+
+  template <int kRowsAtOnce>
+  __device__ __forceinline__ void update_vectors(int unit, const Update<float>& update,
+                                                 MatrixSums (&p)[2]) const {
+    const Parameters<E> parameters(l);
+    const int64_t width = l.weight_columns();
+    const int64_t first = (tile.row + row(0)) * width + column(unit);
+#pragma unroll
+    for (int h0 = 0; h0 < 2; h0 += kRowsAtOnce) {
+      VectorUpdate<E> vectors[kRowsAtOnce][S::kParts];
+#pragma unroll
+      for (int at = 0; at < kRowsAtOnce * S::kParts; ++at) {
+        const int h = h0 + at / S::kParts, n = at % S::kParts;
+        if (!is_inside(h, column(unit) + n * E::kCount)) continue;
+        vectors[h - h0][n].load_from(parameters, first + 8 * h * width + n * E::kCount);
+      }
+#pragma unroll
+      for (int at = 0; at < kRowsAtOnce * S::kParts; ++at) {
+        const int h = h0 + at / S::kParts, n = at % S::kParts;
+        if (!is_inside(h, column(unit) + n * E::kCount)) continue;
+        float values[E::kCount];
+#pragma unroll
+        for (int e = 0; e < E::kCount; ++e) values[e] = value(p, h, n * E::kCount + e);
+        vectors[h - h0][n].apply(parameters, update, first + 8 * h * width + n * E::kCount, values);
       }
     }
   }
 
-  // P^T += Q^T N_C.
-  __device__ __forceinline__ void add_left_border(MatrixSums (&p)[S::kRowTiles]) const {
-    const SideShape& side = l.left;
-    const int64_t first = tile.base + first_slot, pitch = padded(l.columns);
-    const int begin = side.action == Action::kRowBordered ? side.width : 0;
-    const float* const q_rows = workspace + offsets.thin_result + begin * pitch + first + lane / 4;
-    for (int k = 0; k < side.width; k += kMatrix) {
-      float values[8];
+  // Column by column, as load_elements; p is not needed any more.
+  __device__ __forceinline__ void update_elements(int unit, const Update<float>& update,
+                                                  MatrixSums (&p)[2]) const {
+    const int width = l.weight_columns();
+#pragma unroll 1
+    for (int m = 0; m < kLaneColumns; ++m) {
+      const int j = column(unit) + m;
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const int half = e / 2 % 2, t = k + matrix_column(lane, e);
-        const bool inside = t < side.width && first + lane / 4 + 8 * half < l.columns;
-        values[e] = inside ? load(q_rows + t * pitch + 8 * half) : 0.0f;
-      }
-      MatrixOperand<bfloat16> a[S::kPlanes];
-      split(values, a);
-#pragma unroll
-      for (int n = 0; n < S::kRowTiles; ++n) {
-        const bfloat16* const from = shared + arrays.left + k * S::kLeftPitch + n * kMatrix;
-        multiply_planes<S::kPlanes, S::kPlanes, S::kPlanes>(
-            p[n], a, [&](int q, MatrixOperand<bfloat16>& b) {
-              load_right<false>(b, from + q * arrays.left_plane, S::kLeftPitch);
-            });
+      for (int h = 0; h < 2; ++h) {
+        const int64_t i = tile.row + row(h);
+        const bool is_bias = j >= width;
+        if (is_inside(h, j)) {
+          update_element<E>(l, update, is_bias, is_bias ? i : i * width + j, value(p, h, 0));
+        }
+        rotate(p, h);
       }
     }
-  }
-
-  __device__ __forceinline__ void replace_border_rows(MatrixSums (&p)[S::kRowTiles]) const {
-    const SideShape& side = l.left;
-    for_each_entry(p, [&](int row, int slot, float& value) {
-      const int64_t i = tile.row + row, j = tile.base + slot;
-      if (row >= tile.rows || j >= l.columns || !side.is_border(i, l.rows)) return;
-      value = load(workspace + offsets.thin_result +
-                   side.border_row(i, l.rows) * padded(l.columns) + j);
-    });
   }
 };
 

@@ -8,7 +8,8 @@
 // 2^-24.
 //
 // Bytes: G, M, W read once and M, W written once (5 passes over DRAM): the same launch inspects G
-// before, and reads it again from L2.
+// before, and reads it again from L2. Of operands a tile reads at most 64 bytes for each of its
+// columns and 16 steps, and half of that for its rows, from L2.
 #include "matrix_tile.cuh"
 #include "step_work.cuh"
 
@@ -17,35 +18,29 @@ namespace {
 
 constexpr int kTilesPerInspection = 2;
 
-template <class E>
-__device__ __forceinline__ void update_tile(const StepArguments& a, const StepLayer& l,
-                                            const Tile& tile) {
-  TileUpdate<E> t(l, tile);
-  t.stage();
-  __syncthreads();
-  MatrixSums p[TileShape<E>::kRowTiles];
-  t.multiply(p);
-  __syncthreads();
-  t.store_result(p);
-  __syncthreads();
-  const Update<float> update(a, l);
-  for_each_vector<E>(tile, [&](int row, const Columns& c) {
-    const float* const from = t.result_row(row) + c.j - tile.base;
-    float values[E::kCount];
-#pragma unroll
-    for (int e = 0; e < E::kCount; ++e) values[e] = shared_load(from + e);
-    update_vector<E>(l, update, tile.row + row, c, values);
-  });
+template <class E, bool kRightBlocks, bool kLeftBlocks, bool kStochastic>
+__device__ __forceinline__ void update_tiles(const StepLayer& l, int64_t group) {
+  using Planes = TilePlanes<E, kRightBlocks, kLeftBlocks>;
+  auto* const layer =
+      reinterpret_cast<TileLayer*>(dynamic_shared<bfloat16>() + Planes(l.wide_tiles()).size);
+  copy_tile_layer(l, layer);
+  const int first = static_cast<int>(group) * kMatrixTilesAtOnce;
+  const int end = min(first + kMatrixTilesAtOnce, static_cast<int>(l.tiles()));
+  for (int number = first; number < end; ++number) {
+    __syncthreads();  // the layer is written, and the tile before read
+    TileUpdate<E, kRightBlocks, kLeftBlocks, kStochastic>(l, *layer, number).run();
+  }
 }
 
-template <class E>
+template <class E, bool kRightBlocks, bool kLeftBlocks, bool kStochastic>
 __global__ void __launch_bounds__(kStepThreads, 2)
     matrix_update_kernel(const __grid_constant__ StepTable table, const StepArguments a,
                          int* ticket) {
   const Work work = work_of(table, take_ticket(ticket));
   const StepLayer& l = *work.layer;
   if (!work.first) {
-    if (begin_update<float>(a, work)) update_tile<E>(a, l, tile_of<E>(l, work.tile));
+    if (begin_update<float>(a, work))
+      update_tiles<E, kRightBlocks, kLeftBlocks, kStochastic>(l, work.tile);
     return;
   }
   const int64_t begin = work.tile * kTilesPerInspection;
@@ -55,33 +50,59 @@ __global__ void __launch_bounds__(kStepThreads, 2)
   finish_first_tile(a, l);
 }
 
-// Columns of a tile: whole blocks, if possible whole vectors; 0 if not one block fits.
-int64_t tile_columns(const StepLayer& l, int64_t vector) {
-  if (l.right.action != Action::kBlocks) return std::min<int64_t>(kTileColumns, padded(l.columns));
+// f(right_blocks, left_blocks, stochastic), each as a type.
+template <class Function>
+void dispatch_flags(const StepKind& kind, bool stochastic, Function&& f) {
+  const auto with = [](bool flag, auto&& next) {
+    flag ? next(std::true_type{}) : next(std::false_type{});
+  };
+  with(kind.right_blocks, [&](auto right) {
+    with(kind.left_blocks,
+         [&](auto left) { with(stochastic, [&](auto rounding) { f(right, left, rounding); }); });
+  });
+}
+
+// Columns of a tile that is at most so wide: whole blocks, if possible whole vectors; 0 if not one
+// block fits.
+int64_t tile_columns(const StepLayer& l, int64_t most, int64_t vector) {
+  if (l.right.action != Action::kBlocks) return std::min<int64_t>(most, padded(l.columns));
   const int64_t width = l.right.width;
   int64_t unit = width;
-  while (unit % vector != 0 && unit <= kTileColumns) unit += width;
-  if (unit <= kTileColumns) return kTileColumns / unit * unit;
-  return (kTileColumns - (vector - 1)) / width * width;
+  while (unit % vector != 0 && unit <= most) unit += width;
+  if (unit <= most) return most / unit * unit;
+  return (most - (vector - 1)) / width * width;
+}
+
+// Height and width of the tiles, which end where sectors do; both 0 if there are none such.
+struct Extent {
+  int64_t rows = 0, columns = 0;
+};
+
+Extent extent_of(const StepLayer& l, Dtype element) {
+  constexpr int64_t kSector = 32;
+  const int64_t bytes = size_of(element);
+  const int64_t width = l.left.action == Action::kBlocks ? l.left.width : 1;
+  for (const int64_t rows : {64, 32}) {
+    const int64_t columns = tile_columns(l, kTileElements / rows, 16 / bytes);
+    const bool ends = columns >= l.columns || columns * bytes % kSector == 0;
+    if (columns > 0 && ends && width <= rows) return {rows / width * width, columns};
+  }
+  return {};
 }
 
 }  // namespace
 
 bool fits_matrix_update(const StepLayer& layer, const StepKind& kind) {
-  constexpr int64_t kSector = 32;
   if (!kind.in_vectors || kind.element == Dtype::kFloat64) return false;
-  const int64_t bytes = size_of(kind.element), columns = tile_columns(layer, 16 / bytes);
-  return columns >= layer.columns || columns * bytes % kSector == 0;
+  return extent_of(layer, kind.element).columns > 0;
 }
 
 void plan_matrix_update(StepLayer& layer, const StepKind& kind) {
-  dispatch_vectors(kind, [&](auto elements) {
-    using E = decltype(elements);
-    const bool blocks = layer.left.action == Action::kBlocks;
-    const int width = blocks ? layer.left.width : 1;
-    layer.tile_columns = static_cast<int16_t>(tile_columns(layer, E::kCount));
-    layer.tile_rows = static_cast<int16_t>(TileShape<E>::kRows / width * width);
-  });
+  const Extent extent = extent_of(layer, kind.element);
+  layer.tile_rows = static_cast<int16_t>(extent.rows);
+  layer.tile_columns = static_cast<int16_t>(extent.columns);
+  dispatch_vectors(kind,
+                   [&](auto elements) { layer.planes = TileShape<decltype(elements)>::kPlanes; });
   if (layer.left.bordered() || layer.right.bordered()) return;
   layer.first_tiles =
       static_cast<int32_t>((layer.tiles() + kTilesPerInspection - 1) / kTilesPerInspection);
@@ -93,10 +114,16 @@ void matrix_update(StepLayer* layers, int count, const StepKind& kind, const Ste
   const int64_t blocks = fill_work(table, layers, count);
   dispatch_vectors(kind, [&](auto elements) {
     using E = decltype(elements);
-    size_t bytes = 0;
-    for (int n = 0; n < count; ++n) bytes = std::max(bytes, TileOperands<E>(layers[n]).bytes());
-    launch({"matrix_update", blocks, kStepThreads, stream, bytes}, matrix_update_kernel<E>, table,
-           a, ticket);
+    constexpr bool kRounds = std::is_same_v<typename E::Stored, bfloat16>;
+    dispatch_flags(kind, kRounds && a.key.enabled, [&](auto right, auto left, auto stochastic) {
+      if constexpr (kRounds || !stochastic()) {
+        using Planes = TilePlanes<E, right(), left()>;
+        const int most = std::max(Planes(false).size, Planes(true).size);
+        const size_t bytes = most * sizeof(bfloat16) + sizeof(TileLayer);
+        launch({"matrix_update", blocks, kStepThreads, stream, bytes},
+               matrix_update_kernel<E, right(), left(), stochastic()>, table, a, ticket);
+      }
+    });
   });
 }
 

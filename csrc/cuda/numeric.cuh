@@ -63,6 +63,41 @@ __device__ __forceinline__ T narrow(A value, const RoundingKey& key, int64_t ind
   return narrow<T>(value);
 }
 
+// Two numbers rounded to nearest by one instruction.
+template <class T>
+__device__ __forceinline__ Vec<T, 2> narrow_pair(float low, float high) {
+  Vec<T, 2> pair;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+    memcpy(static_cast<void*>(&pair), &both, sizeof pair);
+  } else {
+    const __half2 both = __floats2half2_rn(low, high);
+    memcpy(static_cast<void*>(&pair), &both, sizeof pair);
+  }
+  return pair;
+}
+
+// As narrow of each number, of which the first is number `index` of its array.
+template <class T, class A, int N>
+__device__ __forceinline__ Vec<T, N> narrow(const A (&values)[N], const RoundingKey& key,
+                                            int64_t index) {
+  Vec<T, N> result;
+  if constexpr (sizeof(T) == 2) {
+    if (!key.enabled || !std::is_same_v<T, bfloat16>) {
+#pragma unroll
+      for (int e = 0; e < N; e += 2) {
+        const Vec<T, 2> pair = narrow_pair<T>(values[e], values[e + 1]);
+        result[e] = pair[0];
+        result[e + 1] = pair[1];
+      }
+      return result;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < N; ++e) result[e] = narrow<T>(values[e], key, index + e);
+  return result;
+}
+
 // Element `index` of an array whose type is known at run time, and the store to one.
 template <class A>
 __device__ __forceinline__ A load_as(const void* p, Dtype dtype, int64_t index) {

@@ -26,20 +26,28 @@ __device__ __forceinline__ void split(float value, bfloat16 (&planes)[kPlanes]) 
   }
 }
 
+// Two numbers at a time.
+template <int kPlanes>
+__device__ __forceinline__ void split_pair(float low, float high,
+                                           Vec<bfloat16, 2> (&planes)[kPlanes]) {
+#pragma unroll
+  for (int p = 0; p < kPlanes; ++p) {
+    planes[p] = narrow_pair<bfloat16>(low, high);
+    low -= widen<float>(planes[p][0]);
+    high -= widen<float>(planes[p][1]);
+  }
+}
+
 // The planes of an operand whose elements the lanes hold in the order of matrix.cuh.
 template <int kPlanes>
 __device__ __forceinline__ void split(const float (&values)[8],
                                       MatrixOperand<bfloat16> (&operands)[kPlanes]) {
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
-    bfloat16 low[kPlanes], high[kPlanes];
-    split(values[2 * w], low);
-    split(values[2 * w + 1], high);
+    Vec<bfloat16, 2> pairs[kPlanes];
+    split_pair(values[2 * w], values[2 * w + 1], pairs);
 #pragma unroll
-    for (int p = 0; p < kPlanes; ++p) {
-      const Vec<bfloat16, 2> pair{{low[p], high[p]}};
-      memcpy(&operands[p].words[w], &pair, sizeof pair);
-    }
+    for (int p = 0; p < kPlanes; ++p) memcpy(&operands[p].words[w], &pairs[p], sizeof pairs[p]);
   }
 }
 

@@ -25,6 +25,9 @@ constexpr int64_t kMaxSideWidth = 64;
 
 constexpr int kThinSplitColumns = 512;
 
+// What a block prepares before its first tile is worth several.
+constexpr int kMatrixTilesAtOnce = 4;
+
 enum class Action : int8_t { kDiagonal, kBlocks, kRowBordered, kColumnBordered };
 
 struct SideShape {
@@ -66,6 +69,7 @@ struct StepLayer {
   // Dtypes, in the order weight, bias.
   int8_t parameter_dtype[2] = {}, momentum_dtype[2] = {}, gradient_dtype[2] = {};
   bool gradient_in_vectors = false;  // its rows are aligned like those of the weight
+  int8_t planes = 0;                 // of matrix_update's operands; 0 elsewhere
 
   SINGD_HOST_DEVICE int weight_columns() const { return columns - (bias != nullptr ? 1 : 0); }
   // Thin rows that go through A_K: X, and the border rows of G.
@@ -78,8 +82,14 @@ struct StepLayer {
     return (columns + kThinSplitColumns - 1) / kThinSplitColumns;
   }
   SINGD_HOST_DEVICE int column_tiles() const { return (columns + tile_columns - 1) / tile_columns; }
-  SINGD_HOST_DEVICE int64_t tiles() const {
-    return static_cast<int64_t>((rows + tile_rows - 1) / tile_rows) * column_tiles();
+  // Of matrix_update: tiles are 32 x 256 instead of 64 x 128.
+  SINGD_HOST_DEVICE bool wide_tiles() const { return tile_columns > 128; }
+  SINGD_HOST_DEVICE int row_tiles() const { return (rows + tile_rows - 1) / tile_rows; }
+  SINGD_HOST_DEVICE int64_t tiles() const { return int64_t{row_tiles()} * column_tiles(); }
+  // Tiles that a block of the update launch writes, and blocks that write.
+  SINGD_HOST_DEVICE int tiles_at_once() const { return planes == 0 ? 1 : kMatrixTilesAtOnce; }
+  SINGD_HOST_DEVICE int64_t updates() const {
+    return (tiles() + tiles_at_once() - 1) / tiles_at_once();
   }
 };
 
@@ -152,6 +162,7 @@ struct StepKind {
   Dtype element = Dtype::kFloat32;  // if in_vectors
   Dtype compute = Dtype::kFloat32;  // float32 or float64
   bool uses_matrices = false;       // the update's products are those of the tensor cores
+  bool right_blocks = false, left_blocks = false;  // of such layers: K and C have blocks
 };
 
 constexpr int kMaxStepLayers = 239;
@@ -180,6 +191,8 @@ void thin_results(StepLayer* layers, int count, Dtype compute, Stream stream);
 // The update of layers with another side, on the tensor cores: float32 and 16-bit ones in vectors,
 // whose tiles end where sectors do.
 bool fits_matrix_update(const StepLayer& layer, const StepKind& kind);
+void matrix_operands(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
+                     Stream stream);
 void matrix_update(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                    int* ticket, Stream stream);
 // The update of all other layers.

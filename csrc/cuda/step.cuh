@@ -84,6 +84,39 @@ __device__ __forceinline__ int magnitude(double value) {
   return static_cast<int>(bits >> 32) & 0x7fffffff;
 }
 
+// The largest magnitude of numbers in vectors of N as they are stored.
+template <class Stored, int N>
+class LargestMagnitude {
+ public:
+  __device__ __forceinline__ void add(const Vec<Stored, N>& numbers) {
+    if constexpr (sizeof(Stored) == 2) {
+      uint32_t words[N / 2];
+      memcpy(words, &numbers, sizeof words);
+#pragma unroll
+      for (int n = 0; n < N / 2; ++n) halves_ = max_of_halves(halves_, words[n] & 0x7fff7fffU);
+    } else {
+#pragma unroll
+      for (int n = 0; n < N; ++n) key_ = max(key_, magnitude(numbers[n]));
+    }
+  }
+
+  // As magnitude() of the largest.
+  __device__ __forceinline__ int key() const {
+    if constexpr (sizeof(Stored) == 2) {
+      const auto bits = static_cast<uint16_t>(max(halves_ >> 16, halves_ & 0xffffU));
+      Stored largest;
+      memcpy(static_cast<void*>(&largest), &bits, sizeof largest);
+      return magnitude(widen<float>(largest));
+    } else {
+      return key_;
+    }
+  }
+
+ private:
+  uint32_t halves_ = 0;  // of 16-bit numbers at even and odd places
+  int key_ = 0;
+};
+
 // The largest number of this magnitude.
 template <class T>
 __device__ __forceinline__ T from_magnitude(int key) {
@@ -234,6 +267,7 @@ struct Update {
   T unscale, lr, momentum, weight_decay;
   RoundingKey key;  // of the layer
 
+  Update() = default;
   __device__ Update(const StepArguments& a, const StepLayer& l)
       : unscale(static_cast<T>(1.0 / read(a.grad_scale))),
         lr(static_cast<T>(read(a.lr))),
@@ -281,35 +315,69 @@ __device__ __forceinline__ void prefetch_update(const StepLayer& l, int64_t i, c
   }
 }
 
+// W and M of a layer, in the element type of the launch; M is null for alpha2 = 0, by which W is
+// multiplied then.
+template <class E>
+struct Parameters {
+  typename E::Stored *weight, *momentum;
+
+  __device__ explicit Parameters(const StepLayer& l)
+      : weight(static_cast<typename E::Stored*>(l.weight)),
+        momentum(static_cast<typename E::Stored*>(l.momentum_weight)) {}
+};
+
+// W and M at a vector that begins with element `at` of the weight, in registers between load and
+// store.
+template <class E>
+class VectorUpdate {
+ public:
+  using T = typename E::Compute;
+  using Vector = Vec<typename E::Stored, E::kCount>;
+
+  __device__ __forceinline__ void load_from(const Parameters<E>& to, int64_t at) {
+    w_ = load<Cache::kStreaming>(reinterpret_cast<const Vector*>(to.weight + at));
+    m_ = w_;
+    if (to.momentum == nullptr) return;
+    m_ = load<Cache::kStreaming>(reinterpret_cast<const Vector*>(to.momentum + at));
+  }
+
+  // From the preconditioned gradient p.
+  __device__ __forceinline__ void apply(const Parameters<E>& to, const Update<T>& u, int64_t at,
+                                        const T (&p)[E::kCount]) {
+    using Stored = typename E::Stored;
+    T steps[E::kCount], weights[E::kCount];
+#pragma unroll
+    for (int e = 0; e < E::kCount; ++e) {
+      const T weight = widen<T>(w_[e]);
+      steps[e] = u.new_momentum(p[e], weight, widen<T>(m_[e]));
+      weights[e] = u.new_weight(weight, steps[e]);
+    }
+    const RoundingKey key = u.key.stream(0);
+    store<Cache::kStreaming>(reinterpret_cast<Vector*>(to.weight + at),
+                             narrow<Stored>(weights, key.stream(1), at));
+    if (to.momentum == nullptr) return;
+    store<Cache::kStreaming>(reinterpret_cast<Vector*>(to.momentum + at),
+                             narrow<Stored>(steps, key.stream(0), at));
+  }
+
+ private:
+  Vector w_, m_;
+};
+
 // M and W in row i and these columns, from the preconditioned gradient p.
 template <class E>
 __device__ __forceinline__ void update_vector(const StepLayer& l,
                                               const Update<typename E::Compute>& u, int64_t i,
                                               const Columns& c,
                                               const typename E::Compute (&p)[E::kCount]) {
-  using T = typename E::Compute;
   const int width = l.weight_columns();
   if constexpr (E::kCount > 1) {
     if (is_vector<E>(l, c)) {
-      using Stored = typename E::Stored;
-      using Vector = Vec<Stored, E::kCount>;
       const int64_t at = i * width + c.j;
-      auto* const w_at = reinterpret_cast<Vector*>(static_cast<Stored*>(l.weight) + at);
-      auto* const m_at = reinterpret_cast<Vector*>(static_cast<Stored*>(l.momentum_weight) + at);
-      const bool has_momentum = l.momentum_weight != nullptr;
-      const RoundingKey key = u.key.stream(0);
-      Vector w = load<Cache::kStreaming>(w_at), m = w;
-      if (has_momentum) m = load<Cache::kStreaming>(m_at);
-#pragma unroll
-      for (int e = 0; e < E::kCount; ++e) {
-        const T weight = widen<T>(w[e]);
-        const T step = u.new_momentum(p[e], weight, has_momentum ? widen<T>(m[e]) : T(0));
-        m[e] = narrow<Stored>(step, key.stream(0), at + e);
-        w[e] = narrow<Stored>(u.new_weight(weight, step), key.stream(1), at + e);
-      }
-      store<Cache::kStreaming>(w_at, w);
-      if (has_momentum) store<Cache::kStreaming>(m_at, m);
-      return;
+      const Parameters<E> parameters(l);
+      VectorUpdate<E> vector;
+      vector.load_from(parameters, at);
+      return vector.apply(parameters, u, at, p);
     }
   }
 #pragma unroll

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "matrix_operands.h"
 #include "runtime.h"
 
 namespace singd::cuda {
@@ -82,7 +83,9 @@ StepBatch::Group& StepBatch::group_of(const StepKind& kind, bool tiled) {
   for (Group& group : groups_) {
     if (group.tiled == tiled && group.kind.in_vectors == kind.in_vectors &&
         group.kind.element == kind.element && group.kind.compute == kind.compute &&
-        group.kind.uses_matrices == kind.uses_matrices) {
+        group.kind.uses_matrices == kind.uses_matrices &&
+        group.kind.right_blocks == kind.right_blocks &&
+        group.kind.left_blocks == kind.left_blocks) {
       return group;
     }
   }
@@ -127,6 +130,8 @@ void StepBatch::add(int64_t index, const std::vector<Part>& parts, const at::Ten
   if (!tiled) {
     plan_stream_update(l);
   } else if (kind.uses_matrices) {
+    kind.right_blocks = l.right.action == Action::kBlocks;
+    kind.left_blocks = l.left.action == Action::kBlocks;
     plan_matrix_products(l, kind);
     plan_matrix_update(l, kind);
   } else {
@@ -146,7 +151,10 @@ void StepBatch::launch(Group& group, size_t begin, int count) {
   const int64_t element = size_of(group.kind.compute);
   const int64_t counter_bytes = aligned(4 * (kCounters * (count + 1)));
   int64_t bytes = counter_bytes;
-  for (int n = 0; n < count; ++n) bytes += aligned(StepOffsets(layers[n]).size * element);
+  const auto bytes_of = [&](const StepLayer& l) {
+    return aligned((StepOffsets(l).size + MatrixOffsets(l).size) * element);
+  };
+  for (int n = 0; n < count; ++n) bytes += bytes_of(layers[n]);
   auto* const start = static_cast<char*>(workspace_of(workspace_, bytes + kAlignment));
   const int64_t shift =
       aligned(reinterpret_cast<intptr_t>(start)) - reinterpret_cast<intptr_t>(start);
@@ -163,7 +171,7 @@ void StepBatch::launch(Group& group, size_t begin, int count) {
     l.workspace = at;
     factors[2 * n].delta = at + offsets.right_delta * element;
     factors[2 * n + 1].delta = at + offsets.left_delta * element;
-    at += aligned(offsets.size * element);
+    at += bytes_of(l);
   }
   prepare_step(factors, 2 * count, group.kind.compute, arguments.counters, stream_);
   if (!group.tiled) return stream_update(layers, count, group.kind, arguments, ticket, stream_);
@@ -177,8 +185,11 @@ void StepBatch::launch(Group& group, size_t begin, int count) {
   std::reverse(layers, layers + count);
   thin_row_products(layers, count, group.kind.compute, stream_);
   thin_results(layers, count, group.kind.compute, stream_);
-  const auto update = group.kind.uses_matrices ? matrix_update : tiled_update;
-  update(layers, count, group.kind, arguments, ticket, stream_);
+  if (!group.kind.uses_matrices) {
+    return tiled_update(layers, count, group.kind, arguments, ticket, stream_);
+  }
+  matrix_operands(layers, count, group.kind, arguments, stream_);
+  matrix_update(layers, count, group.kind, arguments, ticket, stream_);
 }
 
 void StepBatch::launch() {

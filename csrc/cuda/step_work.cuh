@@ -16,7 +16,8 @@ constexpr int kLead = 128;
 struct Work {
   const StepLayer* layer;
   bool first;    // a first tile, or an update
-  int64_t tile;  // in the order of memory: updates run backwards, from what is still in the cache
+  int64_t tile;  // or group of tiles, in the order of memory: updates run backwards, from what is
+                 // still in the cache
 };
 
 // The first item has no tiles; the launch begins with the lead of the layer after it.
@@ -36,7 +37,7 @@ __device__ __forceinline__ Work work_of(const StepTable& table, int64_t n) {
   n -= rest;
   const int lead = next < table.items + table.count ? lead_of(*next) : 0;
   if (n < lead) return {next, true, n};
-  return {layer, false, layer->tiles() - 1 - (n - lead)};
+  return {layer, false, layer->updates() - 1 - (n - lead)};
 }
 
 // Host: the table of an update launch, and its number of blocks.
@@ -50,7 +51,7 @@ inline int64_t fill_work(StepTable& table, StepLayer* layers, int count) {
     l.first_block = total;
     total += l.first_tiles - lead_of(l);
     if (n < count) total += lead_of(table.items[n + 1]);
-    if (n > 0) total += l.tiles();
+    if (n > 0) total += l.updates();
   }
   return total;
 }
@@ -108,17 +109,44 @@ __device__ __forceinline__ bool begin_update(const StepArguments& a, const Work&
   return shared_load(&proceeds) != 0;
 }
 
+// The same of the vectors that a thread owns, several of which are on their way at a time.
+template <class E>
+__device__ __forceinline__ int inspect_vectors(const StepLayer& l, const Tile& tile,
+                                               const Share& share) {
+  if constexpr (E::kCount > 1) {
+    constexpr int kAtOnce = 4;
+    LargestMagnitude<typename E::Stored, E::kCount> largest;
+    const int stride = share.row_stride, last = tile.rows - 1;
+    for (int row = share.first_row; row < tile.rows; row += kAtOnce * stride) {
+      Vec<typename E::Stored, E::kCount> g[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {  // beyond the tile, its last row again
+        g[n] = gradient_vector<E>(l, tile.row + min(row + n * stride, last), share.columns);
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) largest.add(g[n]);
+    }
+    return largest.key();
+  }
+  return 0;
+}
+
 // The first tile of a layer without borders: max |G|.
 template <class E>
 __device__ __forceinline__ void inspect(const StepArguments& a, const StepLayer& l,
                                         const Tile& tile) {
+  const Share share = share_of<E>(tile);
   int key = 0;
-  for_each_vector<E>(tile, [&](int row, const Columns& c) {
-    typename E::Compute g[E::kCount];
-    load_gradient<E, Cache::kNormal>(l, tile.row + row, c, g);
+  if (is_gradient_vector<E>(l, share.columns)) {
+    key = inspect_vectors<E>(l, tile, share);
+  } else {
+    for (int row = share.first_row; row < tile.rows; row += share.row_stride) {
+      typename E::Compute g[E::kCount];
+      load_gradient<E, Cache::kNormal>(l, tile.row + row, share.columns, g);
 #pragma unroll
-    for (int e = 0; e < E::kCount; ++e) key = max(key, magnitude(g[e]));
-  });
+      for (int e = 0; e < E::kCount; ++e) key = max(key, magnitude(g[e]));
+    }
+  }
   raise(counters_of(a, l) + kGradientMagnitude, key);
 }
 

@@ -25,8 +25,52 @@ __device__ __forceinline__ void load_delta(const T* p, T (&delta)[kCount]) {
   }
 }
 
+// The update of a thread's vectors, rounded to nearest, while whole groups of them are left;
+// returns the first row that is not done. G, M and W of a group are on their way at a time: what a
+// multiprocessor has asked for has to cover the latency of memory.
 template <class E>
-__global__ void __launch_bounds__(kStepThreads, 3)
+__device__ __forceinline__ int update_vectors(const StepLayer& l,
+                                              Update<typename E::Compute> update, const Tile& tile,
+                                              const Share& share,
+                                              const typename E::Compute (&delta)[E::kCount],
+                                              const typename E::Compute* left) {
+  int row = share.first_row;
+  if constexpr (E::kCount > 1) {
+    using T = typename E::Compute;
+    using Stored = typename E::Stored;
+    constexpr int kAtOnce = 4;
+    if (update.key.enabled || !is_gradient_vector<E>(l, share.columns)) return row;
+    update.key = RoundingKey{};  // what the compiler knows takes no registers
+    const Parameters<E> parameters(l);
+    const int64_t width = l.weight_columns(), pitch = l.gradient_pitch;
+    const auto* const gradient = static_cast<const Stored*>(l.gradient) + share.columns.j;
+    for (; row + (kAtOnce - 1) * share.row_stride < tile.rows; row += kAtOnce * share.row_stride) {
+      Vec<Stored, E::kCount> g[kAtOnce];
+      VectorUpdate<E> vectors[kAtOnce];
+      T scale[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int64_t i = tile.row + row + n * share.row_stride;
+        g[n] = load<Cache::kStreaming>(
+            reinterpret_cast<const Vec<Stored, E::kCount>*>(gradient + i * pitch));
+        vectors[n].load_from(parameters, i * width + share.columns.j);
+        scale[n] = load(left + i);
+      }
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) {
+        const int64_t i = tile.row + row + n * share.row_stride;
+        T p[E::kCount];
+#pragma unroll
+        for (int e = 0; e < E::kCount; ++e) p[e] = widen<T>(g[n][e]) * (scale[n] * delta[e]);
+        vectors[n].apply(parameters, update, i * width + share.columns.j, p);
+      }
+    }
+  }
+  return row;
+}
+
+template <class E>
+__global__ void __launch_bounds__(kStepThreads, 2)
     stream_update_kernel(const __grid_constant__ StepTable table, const StepArguments a,
                          int* ticket) {
   using T = typename E::Compute;
@@ -45,7 +89,8 @@ __global__ void __launch_bounds__(kStepThreads, 3)
   const Share share = share_of<E>(tile);
   T delta[E::kCount];
   load_delta(right + share.columns.j, delta);
-  for (int row = share.first_row; row < tile.rows; row += share.row_stride) {
+  int row = update_vectors<E>(l, update, tile, share, delta, left);
+  for (; row < tile.rows; row += share.row_stride) {
     const int64_t i = tile.row + row;
     T p[E::kCount];
     load_gradient<E, Cache::kStreaming>(l, i, share.columns, p);

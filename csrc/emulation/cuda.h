@@ -239,6 +239,10 @@ T* dynamic_shared() {
   return reinterpret_cast<T*>(emulation::running.shared);
 }
 
+__forceinline__ uint32_t max_of_halves(uint32_t a, uint32_t b) {
+  return max(a & 0xffff0000u, b & 0xffff0000u) | max(a & 0xffffu, b & 0xffffu);
+}
+
 __forceinline__ int add_release(int* p, int value) { return atomicAdd(p, value); }
 
 inline void wait_for(const int* p, int value) {
