@@ -32,6 +32,7 @@ RESIDENT_THREADS = 512
 
 # Opcodes as disassembled; modifiers such as the cache policy come between.
 LOAD_16 = r"LDG\.E\.(\w+\.)*128"
+COPY_16 = r"LDGSTS\.E\.BYPASS\.128"  # to shared memory past the registers
 STORE_16 = r"STG\.E\.(\w+\.)*128"
 TENSOR_CORE = r"HMMA\.16816\.F32"
 MATRIX_LOAD = r"LDSM\.16\."  # of operands of the tensor cores
@@ -78,8 +79,9 @@ EXPECTED = [
     ),
     Expected("border_product_bfloat16_kernel", VECTOR_ROWS, (LOAD_16, TENSOR_CORE)),
     Expected("border_product_bfloat16_kernel", "", (TENSOR_CORE, MATRIX_LOAD)),
-    *(Expected("block_gram_kernel", t + VECTOR_ROWS, (LOAD_16,)) for t in EVERY),
-    *(Expected("bordered_gram_kernel", t + VECTOR_ROWS, (LOAD_16,)) for t in EVERY),
+    *(Expected("block_gram_kernel", t + VECTOR_ROWS, (COPY_16,)) for t in EVERY),
+    *(Expected("bordered_gram_kernel", t + AGAIN + VECTOR_ROWS, (COPY_16,)) for t in LOW_PRECISION),
+    *(Expected("bordered_gram_kernel", 2 * t + VECTOR_ROWS, (COPY_16,)) for t in (FLOAT, DOUBLE)),
     *(Expected("block_gram_kernel", t, (TENSOR_CORE, MATRIX_LOAD)) for t in LOW_PRECISION),
     *(
         Expected("bordered_gram_kernel", t + AGAIN, (TENSOR_CORE, MATRIX_LOAD))

@@ -79,6 +79,16 @@ def test_statistics(spec: str, dtype: torch.dtype, shared: str) -> None:
         )
 
 
+@every_dtype
+@pytest.mark.parametrize(
+    "spec", ["block_diagonal:30", "block_diagonal:32", "hierarchical:16,16", "rank_tril:2"]
+)
+def test_statistics_of_rows_that_go_round_the_ring(spec: str, dtype: torch.dtype) -> None:
+    """More of them than the stages of the Gram kernels hold at a time."""
+    for shape in (calls.Shape(1, 96), calls.Shape(1, 65, True)):
+        compare(lambda t, s=shape: {"statistic": [calls.accumulate(spec, s, 700, t)]}, dtype)
+
+
 @every_structure
 @every_dtype
 @pytest.mark.parametrize(

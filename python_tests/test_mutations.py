@@ -40,10 +40,26 @@ MUTATIONS = [
     Mutation(
         "no barrier between staging and multiplying a Gram tile",
         "gram_tile.cuh",
-        f"      {BARRIER}\n      if (row + kRows < in.end)",
-        "      if (row + kRows < in.end)",
+        f"      wait_for_copies<kRing - 2>();\n      {BARRIER}",
+        "      wait_for_copies<kRing - 2>();",
         ("gram_block", "gram_bordered"),
         "test_statistics and bf16",
+    ),
+    Mutation(
+        "a Gram tile is multiplied while it is on its way",
+        "gram_tile.cuh",
+        "wait_for_copies<kRing - 2>",
+        "wait_for_copies<kRing>",
+        ("gram_block", "gram_bordered"),
+        "test_statistics and bf16",
+    ),
+    Mutation(
+        "a Gram tile takes the place of one that is being read",
+        "gram_tile.cuh",
+        "      free = stage;",
+        "      free = (stage + kRing - 1) % kRing;",
+        ("gram_block", "gram_bordered"),
+        "ring and bf16",
     ),
     Mutation(
         "no bias column",

@@ -6,10 +6,20 @@
 //   size;
 //                                     Cache::kStreaming marks data that is not needed again
 //   prefetch(p)                       asks for the memory at p to be in L2 soon
+//   discard(p)                        the 128 bytes at p, a multiple of 128, are not needed any
+//   more:
+//                                     L2 need not write them to memory; they are undefined then
+//   copy_async(to, from, exists)      16 bytes from global to shared memory past the registers;
+//                                     zeros where there is nothing to copy. They are there once ...
+//   commit_copies(),                  ... the group of copies that the first call ends is not one
+//   wait_for_copies<kGroups>()        of the last kGroups when the second returns; other threads
+//                                     see them after a barrier
 //   shared_load(p), shared_store(p, v)  the same for shared memory
 //   shared_read(p)                    a structure, word by word
 //   dynamic_shared<T>()               the dynamic shared memory of the block
 //   max_of_halves(a, b)               of two unsigned 16-bit numbers in a word, each by itself
+//   held(i)                           i, kept in a register: without it compilers compute again
+//                                     for every use what is cheap to compute
 //   add_release(p, v)                 atomic add on an int; writes before it are visible to ...
 //   wait_for(p, v)                    ... blocks that have waited until *p >= v. Only for values
 //   that
@@ -109,6 +119,36 @@ __device__ __forceinline__ void prefetch(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+__device__ __forceinline__ void discard(void* p) {
+  asm volatile("discard.global.L2 [%0], 128;" ::"l"(p) : "memory");
+}
+
+template <Cache kCache = Cache::kNormal>
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool exists) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = exists ? 16 : 0;
+  if constexpr (kCache == Cache::kStreaming) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(address),
+                 "l"(from), "r"(bytes), "l"(policy)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int kGroups>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
 template <class T>
 __device__ __forceinline__ T shared_load(const T* p) {
   using Word = typename detail::Word<sizeof(T)>::type;
@@ -133,6 +173,10 @@ __device__ __forceinline__ T* dynamic_shared() {
 }
 
 __device__ __forceinline__ uint32_t max_of_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+__device__ __forceinline__ int held(int i) {
+  asm volatile("" : "+r"(i));
+  return i;
+}
 
 __device__ __forceinline__ int add_release(int* p, int value) {
   __threadfence();

@@ -23,20 +23,54 @@ struct Task {
   GramSums sums;
 };
 
-// The pairs a <= b of tiles of the panel that some factor block meets both of; their number.
-__device__ int list_pairs(const BlockPattern& pattern, int64_t first, int64_t begin, int64_t end,
-                          int tiles, int* pairs) {
-  int count = 0;
-  for (int a = 0; a < tiles; ++a) {
-    const int64_t last_of_a = first + (a + 1) * kTile < end ? first + (a + 1) * kTile - 1 : end - 1;
-    const int64_t block = pattern.start(last_of_a);
-    for (int b = a; b < tiles; ++b) {
-      const int64_t first_of_b = first + b * kTile > begin ? first + b * kTile : begin;
-      if (b > a && pattern.start(first_of_b) != block) break;
-      shared_store(pairs + count++, pack_pair(a, b));
-    }
+// A panel as it is staged: column c of the stage is column `first` + c of X.
+struct Panel {
+  int64_t begin;    // of the factor blocks
+  int64_t first;    // begin, at a 16-byte step of the row
+  int margin;       // begin - first
+  int columns;      // staged
+  int block, left;  // the width of a factor block; columns of X from `first` on
+
+  __device__ Panel(const Task& task, int64_t number, int vector) {
+    begin = number * task.panel_columns;
+    first = begin / vector * vector;
+    margin = static_cast<int>(begin - first);
+    block = static_cast<int>(task.pattern.block);
+    left = static_cast<int>(task.pattern.dim - first);
+    columns = static_cast<int>(task.panel_columns) + margin;
+    if (columns > left) columns = left;
   }
-  return count;
+
+  __device__ int tiles() const { return (columns + kTile - 1) / kTile; }
+  // The first column of the factor block of column c.
+  __device__ int start(int c) const {
+    return margin +
+           static_cast<int>(static_cast<unsigned>(c - margin) / static_cast<unsigned>(block)) *
+               block;
+  }
+  // The last tile that a factor block of tile a meets.
+  __device__ int last_tile(int a) const {
+    const int last = (a + 1) * kTile < columns ? (a + 1) * kTile - 1 : columns - 1;
+    const int end = start(last) + block;
+    return ((end < columns ? end : columns) - 1) / kTile;
+  }
+};
+
+// The pairs a <= b of tiles of the panel that some factor block meets both of, listed by the first
+// threads of the block, one for each a; their number. Ends with a barrier.
+__device__ __forceinline__ int list_pairs(const Panel& panel, int* pairs, int* count) {
+  const int a = threadIdx.x, tiles = panel.tiles();
+  if (a < tiles) {
+    int slot = 0;
+#pragma unroll 1
+    for (int before = 0; before < a; ++before) slot += panel.last_tile(before) - before + 1;
+    const int last = panel.last_tile(a);
+#pragma unroll 1
+    for (int b = a; b <= last; ++b) shared_store(pairs + slot++, pack_pair(a, b));
+    if (a == tiles - 1) shared_store(count, slot);
+  }
+  __syncthreads();
+  return shared_load(count);
 }
 
 template <class T, int kPanel, RowAccess kAccess>
@@ -45,30 +79,33 @@ __global__ __launch_bounds__(kGramThreads,
   using Tiles = GramTiles<T, void, kPanel, kAccess>;
   using A = typename Tiles::A;
   __shared__ int pairs[kMaxPairs], pair_count;
-  const int64_t split = blockIdx.x / task.panels, panel = blockIdx.x % task.panels;
-  const int64_t begin = panel * task.panel_columns;
-  const int64_t end =
-      begin + task.panel_columns < task.pattern.dim ? begin + task.panel_columns : task.pattern.dim;
-  const int64_t first = begin / kVector<T> * kVector<T>;
-  const int tiles = static_cast<int>((end - first + kTile - 1) / kTile);
-  if (threadIdx.x == 0) pair_count = list_pairs(task.pattern, first, begin, end, tiles, pairs);
-  __syncthreads();
+  __shared__ int starts[kPanel * kTile];  // of the factor block of each column; -1 if there is none
+  const int64_t split = blockIdx.x / task.panels;
+  const Panel panel(task, blockIdx.x % task.panels, kVector<T>);
 
   typename Tiles::Input in;
-  in.x = task.x;
-  in.panel_runs = {{first, 0}, {tiles, 0}};
+  in.x = &task.x;
+  in.panel_runs = {{panel.first, 0}, {panel.tiles(), 0}};
   in.begin = task.sums.first_row + split * task.sums.rows;
   in.end = in.begin + task.sums.rows < task.x.count ? in.begin + task.sums.rows : task.x.count;
   in.pairs = pairs;
-  in.pair_count = pair_count;
-  in.row_groups = row_groups_for(pair_count, Tiles::kRowGroups);
-  A* out = static_cast<A*>(task.sums.out) + split * task.sums.stride;
-  Tiles::template run<true>(in, [&](int a, int b, int i, int j, A sum) {
-    const int64_t row = first + a * kTile + i, column = first + b * kTile + j;
-    if (row < begin || row >= end || column < begin || column >= end) return;
-    const int64_t slot = task.pattern.slot(row, column);
-    if (slot < 0) return;
-    store(out + slot, task.sums.splits == 1 ? load(out + slot) + sum : sum);
+  const auto list = [&] {
+    for (int c = threadIdx.x; c < kPanel * kTile; c += kGramThreads) {
+      const bool exists = c >= panel.margin && c < panel.columns;
+      shared_store(starts + c, exists ? panel.start(c) : -1);
+    }
+    return list_pairs(panel, pairs, &pair_count);
+  };
+  A* const out =
+      static_cast<A*>(task.sums.out) + split * task.sums.stride + panel.begin * panel.block;
+  Tiles::template run<true>(in, list, [&](int a, int b, int i, int j, A sum) {
+    const int row = a * kTile + i, column = b * kTile + j;
+    const int start = shared_load(starts + row);
+    if (start < 0 || shared_load(starts + column) != start) return;
+    const int width = panel.block < panel.left - start ? panel.block : panel.left - start;
+    A* const to =
+        out + (start - panel.margin) * panel.block + (row - start) * width + column - start;
+    store(to, task.sums.splits == 1 ? load(to) + sum : sum);
   });
 }
 

@@ -50,26 +50,27 @@ __global__ __launch_bounds__(kGramThreads,
   const int tiles = left < kPanel ? static_cast<int>(left) : kPanel;
   const int border_tiles = task.border_runs.tiles();
   const int products = border_tiles * tiles, pair_count = products + (task.packed ? 0 : tiles);
-  for (int n = threadIdx.x; n < pair_count; n += kGramThreads) {
-    const int b = Tiles::kPanelStart + n % tiles;
-    shared_store(pairs + n, pack_pair(n < products ? n / tiles : b, b));
-  }
-  __syncthreads();
+  const auto list = [&] {
+    for (int n = threadIdx.x; n < pair_count; n += kGramThreads) {
+      const int b = Tiles::kPanelStart + n % tiles;
+      shared_store(pairs + n, pack_pair(n < products ? n / tiles : b, b));
+    }
+    __syncthreads();
+    return pair_count;
+  };
 
   typename Tiles::Input in;
-  in.x = task.x;
-  in.border = task.border;
+  in.x = &task.x;
+  in.border = &task.border;
   in.panel_runs = {{first, 0}, {tiles, 0}};
   in.border_runs = task.border_runs;
   in.begin = task.sums.first_row + split * task.sums.rows;
   in.end = in.begin + task.sums.rows < task.x.count ? in.begin + task.sums.rows : task.x.count;
   in.pairs = pairs;
-  in.pair_count = pair_count;
-  in.row_groups = row_groups_for(pair_count, Tiles::kRowGroups);
   const BorderedPattern& pattern = task.pattern;
   const A* scale = static_cast<const A*>(task.scale);
   A* out = static_cast<A*>(task.sums.out) + split * task.sums.stride;
-  Tiles::template run<false>(in, [&](int a, int b, int i, int j, A sum) {
+  Tiles::template run<false>(in, list, [&](int a, int b, int i, int j, A sum) {
     int64_t column = first + (b - Tiles::kPanelStart) * kTile + j;
     if (column >= task.columns) return;
     int64_t slot;

@@ -4,16 +4,16 @@
 //   C[i, j] = sum over rows r of X[r, 16 a + i] X[r, 16 b + j].
 //
 // The warps are row groups x pair groups: a warp owns up to 5 pairs, and every `row_groups`-th
-// slice of the staged rows. While a stage is multiplied, the 16-byte vectors of the next one are on
-// their way to registers. bfloat16 and float16 go through the tensor cores (matrix.cuh, float
-// sums); float32, float64 and float16 beside a float32 border are multiplied in the compute type. A
+// slice of the staged rows. Rows go through a ring of stages: while one is multiplied, those behind
+// it are on their way. bfloat16 and float16 go through the tensor cores (matrix.cuh, float sums);
+// float32, float64 and float16 beside a float32 border are multiplied in the compute type. A
 // float32 border beside bfloat16 rows goes through the tensor cores too, exactly: as three planes
 // of bfloat16 tiles that add up to it.
 //
-// Tile: 64 rows of 2-byte elements, 32 of float, 16 of double, by 8 tiles (128 columns), or twice
+// Stage: 64 rows of 2-byte elements, 32 of float, 16 of double, by 8 tiles (128 columns), or twice
 // the rows by 4 tiles where that would make a grid of too few blocks; beside 4 border tiles if
-// there is a border. Rows in shared memory are padded by 16 bytes: reads of 8 rows x 16 bytes meet
-// no bank twice.
+// there is a border, and 32 rows beside planes of one. Rows in shared memory are padded by 16
+// bytes: reads of 8 rows x 16 bytes meet no bank twice.
 #pragma once
 
 #include "matrix.cuh"
@@ -33,28 +33,39 @@ SINGD_HOST_DEVICE constexpr int first_of_pair(int pair) { return pair & 255; }
 SINGD_HOST_DEVICE constexpr int second_of_pair(int pair) { return pair >> 8; }
 
 // The sums of one warp, through the tensor cores. The first tile of a pair may be a border tile, of
-// which there are kPlanes planes.
+// which there are kPlanes planes; such pairs come first.
 template <class T, int kPlanes>
 struct MmaSums {
   MatrixSums sums[kPairsPerWarp];
+  int first[kPairsPerWarp], second[kPairsPerWarp];  // bytes to the lane's rows of the tiles
+  int count, borders;                               // pairs, and those of them with a border tile
 
-  __device__ __forceinline__ void clear() {
+  __device__ __forceinline__ void begin(const int* pairs, int pair_count, int stride) {
+    count = pair_count;
+    borders = 0;
 #pragma unroll
-    for (int q = 0; q < kPairsPerWarp; ++q) sums[q] = MatrixSums();
+    for (int q = 0; q < kPairsPerWarp; ++q) {
+      const int pair = q < count ? shared_load(pairs + q) : 0;
+      first[q] = held((left_row(stride) + first_of_pair(pair) * kTile) * kSize);
+      second[q] = held((right_row(stride) + second_of_pair(pair) * kTile) * kSize);
+      borders += q < count && first_of_pair(pair) < kBorderTiles ? 1 : 0;
+    }
   }
 
   // Rows 16 group, 16 (group + groups), ... of the stage.
   template <int kRows>
-  __device__ __forceinline__ void multiply(const T* stage, int stride,
-                                           const int (&pairs)[kPairsPerWarp], int count, int group,
-                                           int groups) {
+  __device__ __forceinline__ void multiply(const T* stage, int stride, int group, int groups) {
     for (int r = group * kTile; r < kRows; r += groups * kTile) {
+      const T* const rows = stage + r * stride;
+      multiply_plane(rows, 0, stride, count);
 #pragma unroll
-      for (int p = 0; p < kPlanes; ++p) multiply_plane(stage + r * stride, stride, pairs, count, p);
+      for (int p = 1; p < kPlanes; ++p) {
+        multiply_plane(rows, p * kBorderTiles * kTile, stride, borders);
+      }
     }
   }
 
-  __device__ __forceinline__ void write(int q, int /*pair*/, float* to) const {
+  __device__ __forceinline__ void write(int q, float* to) const {
 #pragma unroll
     for (int n = 0; n < kPairsPerWarp; ++n) {
       if (n != q) continue;
@@ -69,20 +80,22 @@ struct MmaSums {
   }
 
  private:
-  __device__ __forceinline__ void multiply_plane(const T* rows, int stride,
-                                                 const int (&pairs)[kPairsPerWarp], int count,
-                                                 int plane) {
+  static constexpr int kSize = static_cast<int>(sizeof(T));
+
+  static __device__ __forceinline__ const T* at(const T* rows, int bytes) {
+    return reinterpret_cast<const T*>(reinterpret_cast<const char*>(rows) + bytes);
+  }
+
+  // The first tiles of the first `pairs` pairs are those of a plane.
+  __device__ __forceinline__ void multiply_plane(const T* rows, int plane, int stride, int pairs) {
     MatrixOperand<T> a, b;
-    int loaded = -1;
 #pragma unroll
     for (int q = 0; q < kPairsPerWarp; ++q) {
-      const int first = first_of_pair(pairs[q]);
-      if (q >= count || (plane > 0 && first >= kBorderTiles)) continue;
-      if (first != loaded) {
-        load_left<true>(a, rows + (plane * kBorderTiles + first) * kTile, stride);
-        loaded = first;
+      if (q >= pairs) break;
+      if (q == 0 || first[q] != first[q - 1]) {
+        load_left_row(a, at(rows + plane, first[q]), stride);
       }
-      load_right<false>(b, rows + second_of_pair(pairs[q]) * kTile, stride);
+      load_right_row(b, at(rows, second[q]), stride);
       cuda::multiply(sums[q], a, b);
     }
   }
@@ -94,14 +107,17 @@ template <class T, bool kSquares>
 struct FmaSums {
   using Part = Vec<T, 2>;
   T sums[kPairsPerWarp][8];
+  int pairs[kPairsPerWarp], count;
 
   static __device__ __forceinline__ bool is_square(int pair) {
     return kSquares && first_of_pair(pair) == second_of_pair(pair);
   }
 
-  __device__ __forceinline__ void clear() {
+  __device__ __forceinline__ void begin(const int* list, int pair_count, int /*stride*/) {
+    count = pair_count;
 #pragma unroll
     for (int q = 0; q < kPairsPerWarp; ++q) {
+      pairs[q] = q < count ? shared_load(list + q) : 0;
 #pragma unroll
       for (int e = 0; e < 8; ++e) sums[q][e] = T(0);
     }
@@ -109,9 +125,7 @@ struct FmaSums {
 
   // Rows group, group + groups, ... of the stage.
   template <int kRows>
-  __device__ __forceinline__ void multiply(const T* stage, int stride,
-                                           const int (&pairs)[kPairsPerWarp], int count, int group,
-                                           int groups) {
+  __device__ __forceinline__ void multiply(const T* stage, int stride, int group, int groups) {
     const int lane = threadIdx.x % kWarp;
     for (int r = group; r < kRows; r += groups) {
       const T* row = stage + r * stride;
@@ -139,12 +153,12 @@ struct FmaSums {
     }
   }
 
-  __device__ __forceinline__ void write(int q, int pair, T* to) const {
+  __device__ __forceinline__ void write(int q, T* to) const {
     const int lane = threadIdx.x % kWarp;
 #pragma unroll
     for (int n = 0; n < kPairsPerWarp; ++n) {
       if (n != q) continue;
-      if (is_square(pair)) {
+      if (is_square(pairs[n])) {
         if (lane < kTile) shared_store(to + lane * kExchangeStride + lane, sums[n][0]);
         continue;
       }
@@ -154,6 +168,30 @@ struct FmaSums {
         shared_store(to + i * kExchangeStride + j, sums[n][e]);
       }
     }
+  }
+};
+
+// The most row groups, up to `limit`, that leave every warp at most 5 pairs.
+__device__ inline int row_groups_for(int pair_count, int limit) {
+  int groups = limit;
+  while (groups > 1 && pair_count * groups > kMaxPairs) groups /= 2;
+  return groups;
+}
+
+// The pairs and the slices of the staged rows that are the warp's.
+struct WarpShare {
+  int pair_count, row_groups, pair_groups;  // of the block; groups are powers of two
+  int row_group, per_warp, first, count;
+
+  __device__ __forceinline__ WarpShare(int pair_count, int most_row_groups)
+      : pair_count(pair_count), row_groups(row_groups_for(pair_count, most_row_groups)) {
+    const int warp = threadIdx.x / kWarp;
+    pair_groups = kGramWarps / row_groups;
+    row_group = held(warp * row_groups / kGramWarps);
+    per_warp = (pair_count + pair_groups - 1) / pair_groups;
+    first = warp % pair_groups * per_warp;
+    const int left = pair_count - first;
+    count = left < 0 ? 0 : left < per_warp ? left : per_warp;
   }
 };
 
@@ -169,90 +207,108 @@ struct GramTiles {
   using Stage = std::conditional_t<kMma, T, A>;
   using Sums = std::conditional_t<kMma, MmaSums<T, kPlanes>, FmaSums<A, kBordered>>;
   static constexpr int kRows =
-      128 / static_cast<int>(sizeof(Stage)) * (kPlanes > 1 ? 1 : kWidePanel / kPanel);
+      kPlanes > 1 ? 32 : 128 / static_cast<int>(sizeof(Stage)) * (kWidePanel / kPanel);
   static constexpr int kRowGroups = kMma && kRows / kTile < 8 ? kRows / kTile : 8;  // at most
   static constexpr int kPanelStart = kBordered ? kPlanes * kBorderTiles : 0;
   static constexpr int kStride = (kPanelStart + kPanel) * kTile + kVector<Stage>;
+  static constexpr int kStageSize = kRows * kStride;
+  static constexpr int kStageBytes = kStageSize * static_cast<int>(sizeof(Stage));
+  static constexpr int kRing = 3;                            // stages
   static constexpr int kExchange = kTile * kExchangeStride;  // of one warp
-  static constexpr int kStageBytes = kRows * kStride * static_cast<int>(sizeof(Stage));
   static constexpr int kExchangeBytes = kGramWarps * kExchange * static_cast<int>(sizeof(A));
-  static constexpr int kSharedBytes = kStageBytes > kExchangeBytes ? kStageBytes : kExchangeBytes;
+  static constexpr int kRingBytes = kRing * kStageBytes;
+  static constexpr int kSharedBytes = kRingBytes > kExchangeBytes ? kRingBytes : kExchangeBytes;
 
   struct Input {
-    Rows x, border;
+    const Rows *x, *border;
     TileRuns panel_runs, border_runs;
     int64_t begin, end;  // rows
-    const int* pairs;    // in shared memory
-    int pair_count;
-    int row_groups;  // that leave every warp at most 5 pairs
+    int* pairs;          // kMaxPairs in shared memory
   };
 
-  // write(a, b, i, j, sum) for every entry of every pair, by neighbouring threads for neighbouring
-  // j; pairs of different tiles also come mirrored, (b, a, j, i), where kMirror.
-  template <bool kMirror, class Write>
-  static __device__ __forceinline__ void run(const Input& in, Write write) {
-    unsigned char* memory = dynamic_shared<unsigned char>();
-    const int warp = threadIdx.x / kWarp;
-    const int pair_groups = kGramWarps / in.row_groups;
-    const int per_warp = (in.pair_count + pair_groups - 1) / pair_groups;
-    const int first_pair = warp % pair_groups * per_warp;
-    const int left = in.pair_count - first_pair;
-    const int count = left < 0 ? 0 : left < per_warp ? left : per_warp;
-    int pairs[kPairsPerWarp];
-#pragma unroll
-    for (int q = 0; q < kPairsPerWarp; ++q) {
-      pairs[q] = q < count ? shared_load(in.pairs + first_pair + q) : 0;
-    }
-
+  // list() writes the pairs, returns their number and ends with a barrier; the first rows are on
+  // their way meanwhile. write(a, b, i, j, sum) for every entry of every pair, by neighbouring
+  // threads for neighbouring j; pairs of different tiles also come mirrored, (b, a, j, i), where
+  // kMirror.
+  template <bool kMirror, class List, class Write>
+  static __device__ __forceinline__ void run(const Input& in, List list, Write write) {
+    Stage* const ring = dynamic_shared<Stage>();
+    Feeds feeds(in);
+    const int stages = (static_cast<int>(in.end - in.begin) + kRows - 1) / kRows;
+#pragma unroll 1
+    for (int n = 0; n < kRing - 1; ++n) feeds.next(ring + n * kStageSize, n < stages);
+    const WarpShare share(list(), kRowGroups);
     Sums sums;
-    sums.clear();
-    Stage* stage = reinterpret_cast<Stage*>(memory);
-    Stager<T, Stage, kRows, kPanel, 1, kAccess> panel;
-    Stager<std::conditional_t<kBordered, B, T>, Stage, kRows, kBorderTiles, kPlanes, kAccess>
-        border;
-    const auto fetch = [&](int64_t row) {
-      if constexpr (kBordered) border.fetch(in.border, in.border_runs, row, in.end);
-      panel.fetch(in.x, in.panel_runs, row, in.end);
-    };
-    fetch(in.begin);
-    for (int64_t row = in.begin; row < in.end; row += kRows) {
-      if constexpr (kBordered) {
-        border.put(in.border, in.border_runs, row, in.end, stage, kStride);
-      }
-      panel.put(in.x, in.panel_runs, row, in.end, stage + kPanelStart * kTile, kStride);
-      __syncthreads();
-      if (row + kRows < in.end) fetch(row + kRows);
-      sums.template multiply<kRows>(stage, kStride, pairs, count, warp / pair_groups,
-                                    in.row_groups);
-      __syncthreads();
-    }
+    sums.begin(in.pairs + share.first, share.count, kStride);
 
-    A* exchange = reinterpret_cast<A*>(memory);
-    for (int q = 0; q < per_warp; ++q) {
-      if (q < count) sums.write(q, pairs_at(pairs, q), exchange + warp * kExchange);
+    int stage = 0, free = kRing - 1;
+    for (int n = 0; n < stages; ++n) {
+      wait_for_copies<kRing - 2>();
       __syncthreads();
-      for (int n = threadIdx.x; n < pair_groups * kTile * kTile; n += kGramThreads) {
-        const int group = n / (kTile * kTile), i = n / kTile % kTile, j = n % kTile;
-        if (group * per_warp + q >= in.pair_count || q >= per_warp) continue;
-        const int pair = shared_load(in.pairs + group * per_warp + q);
+      feeds.next(ring + free * kStageSize, n + kRing - 1 < stages);
+      sums.template multiply<kRows>(ring + stage * kStageSize, kStride, share.row_group,
+                                    share.row_groups);
+      free = stage;
+      stage = stage + 1 == kRing ? 0 : stage + 1;
+    }
+    __syncthreads();
+    add_and_write<kMirror>(in.pairs, share, sums, write);
+  }
+
+ private:
+  static_assert(kGramThreads == kTile * kTile, "a thread an entry of a pair");
+
+  // Rows of the border, if there is one, beside rows of the panel.
+  struct PanelFeed {
+    RowFeed<T, Stage, kRows, kPanel, 1, kAccess, Cache::kStreaming> panel;
+
+    __device__ __forceinline__ explicit PanelFeed(const Input& in)
+        : panel(*in.x, in.panel_runs, in.begin, in.end) {}
+    __device__ __forceinline__ void next(Stage* stage, bool exists) {
+      if (exists) panel.next(stage, kStride);
+      commit_copies();
+    }
+  };
+  struct BorderedFeed {
+    RowFeed<B, Stage, kRows, kBorderTiles, kPlanes, kAccess, Cache::kNormal> border;
+    RowFeed<T, Stage, kRows, kPanel, 1, kAccess, Cache::kStreaming> panel;
+
+    __device__ __forceinline__ explicit BorderedFeed(const Input& in)
+        : border(*in.border, in.border_runs, in.begin, in.end),
+          panel(*in.x, in.panel_runs, in.begin, in.end) {}
+    __device__ __forceinline__ void next(Stage* stage, bool exists) {
+      if (exists) {
+        border.next(stage, kStride);
+        panel.next(stage + kPanelStart * kTile, kStride);
+      }
+      commit_copies();
+    }
+  };
+  using Feeds = std::conditional_t<kBordered, BorderedFeed, PanelFeed>;
+
+  // The warps' sums of a pair each meet in shared memory.
+  template <bool kMirror, class Write>
+  static __device__ __forceinline__ void add_and_write(const int* pairs, const WarpShare& share,
+                                                       const Sums& sums, Write write) {
+    A* const exchange = dynamic_shared<A>();
+    const int i = threadIdx.x / kTile, j = threadIdx.x % kTile;
+    const int step = share.pair_groups * kExchange;
+    for (int q = 0; q < share.per_warp; ++q) {
+      if (q < share.count) sums.write(q, exchange + threadIdx.x / kWarp * kExchange);
+      __syncthreads();
+      for (int group = 0; group < share.pair_groups; ++group) {
+        const int n = group * share.per_warp + q;
+        if (n >= share.pair_count) break;
+        const int pair = shared_load(pairs + n);
         const int a = first_of_pair(pair), b = second_of_pair(pair);
-        const A* from = exchange + group * kExchange;
-        const int step = pair_groups * kExchange;
-        write(a, b, i, j, total(from + i * kExchangeStride + j, step, in.row_groups));
+        const A* const from = exchange + group * kExchange;
+        write(a, b, i, j, total(from + i * kExchangeStride + j, step, share.row_groups));
         if (kMirror && a != b) {
-          write(b, a, i, j, total(from + j * kExchangeStride + i, step, in.row_groups));
+          write(b, a, i, j, total(from + j * kExchangeStride + i, step, share.row_groups));
         }
       }
       __syncthreads();
     }
-  }
-
- private:
-  static __device__ __forceinline__ int pairs_at(const int (&pairs)[kPairsPerWarp], int q) {
-    int pair = 0;
-#pragma unroll
-    for (int n = 0; n < kPairsPerWarp; ++n) pair = n == q ? pairs[n] : pair;
-    return pair;
   }
 
   // The sum over row groups, in order.
@@ -262,12 +318,5 @@ struct GramTiles {
     return sum;
   }
 };
-
-// The most row groups, up to `limit`, that leave every warp at most 5 pairs.
-__device__ inline int row_groups_for(int pair_count, int limit) {
-  int groups = limit;
-  while (groups > 1 && pair_count * groups > kMaxPairs) groups /= 2;
-  return groups;
-}
 
 }  // namespace singd::cuda

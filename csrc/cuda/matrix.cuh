@@ -33,6 +33,17 @@ SINGD_HOST_DEVICE constexpr int matrix_column(int lane, int e) {
   return lane % 4 * 2 + e % 2 + e / 4 * 8;
 }
 
+// Where the row begins that the lane names when an operand is loaded, a left one that lies
+// transposed or a right one that does not: a loop over many p needs it once.
+__device__ __forceinline__ int left_row(int stride) {
+  const int lane = threadIdx.x % kWarp;
+  return (lane % 8 + lane / 16 * 8) * stride + lane / 8 % 2 * 8;
+}
+__device__ __forceinline__ int right_row(int stride) {
+  const int lane = threadIdx.x % kWarp;
+  return lane % 16 * stride + lane / 16 * 8;
+}
+
 }  // namespace singd::cuda
 
 #if defined(SINGD_EMULATION)
@@ -97,6 +108,17 @@ __device__ __forceinline__ void load_right(MatrixOperand<T>& b, const T* p, int 
   const T* const row =
       kTransposed ? p + (lane % 8 + high) * stride + low : p + (lane % 8 + low) * stride + high;
   detail::load_matrices<!kTransposed>(b.words, row);
+}
+
+// As load_left<true>(a, p, stride) with row = p + left_row(stride), and load_right<false>(b, p,
+// stride) with row = p + right_row(stride).
+template <class T>
+__device__ __forceinline__ void load_left_row(MatrixOperand<T>& a, const T* row, int /*stride*/) {
+  detail::load_matrices<true>(a.words, row);
+}
+template <class T>
+__device__ __forceinline__ void load_right_row(MatrixOperand<T>& b, const T* row, int /*stride*/) {
+  detail::load_matrices<true>(b.words, row);
 }
 
 template <class T>

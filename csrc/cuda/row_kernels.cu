@@ -4,7 +4,8 @@
 //                  of columns: 16 lanes of 16 bytes (256 bytes of a row) x 16 row lanes, each with
 //                  4 loads in flight. Misaligned rows: 64 lanes of one element x 4 row lanes.
 //                  Strided columns: a warp's lanes run along the rows of a column.
-//   add_partials   reads the partial sums once, reads and writes the sums
+//   add_partials   reads the partial sums once, reads and writes the sums; lines of L2 that hold
+//                  nothing but partial sums are discarded then, so that DRAM never sees them
 //   load_rows      reads the rows once, writes them in the compute type
 //   weigh          reads and writes a storage once
 #include "../structures/pattern.h"
@@ -18,6 +19,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kInFlight = 4;
+constexpr int kLine = 128;           // bytes
 constexpr int kStridedColumns = 16;  // of a block, where lanes run along rows
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -124,16 +126,24 @@ __global__ __launch_bounds__(kThreads) void strided_column_sums_kernel(Rows rows
   }
 }
 
-template <class A>
-__global__ __launch_bounds__(kThreads) void add_partials_kernel(const A* partial, int64_t count,
+// A warp owns whole lines of every split (kDiscards), which nothing reads afterwards.
+template <class A, bool kDiscards>
+__global__ __launch_bounds__(kThreads) void add_partials_kernel(A* partial, int64_t count,
                                                                 int64_t stride, int64_t size,
                                                                 A* to) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= size) return;
-  A sum = A(0);
+  if (i < size) {
+    A sum = A(0);
 #pragma unroll 8
-  for (int64_t s = 0; s < count; ++s) sum += load(partial + s * stride + i);
-  store(to + i, load(to + i) + sum);
+    for (int64_t s = 0; s < count; ++s) sum += load(partial + s * stride + i);
+    store(to + i, load(to + i) + sum);
+  }
+  if constexpr (kDiscards) {
+    constexpr int kPerLine = kLine / static_cast<int>(sizeof(A));
+    __syncwarp();
+    if (i % kPerLine != 0 || i >= size) return;
+    for (int64_t s = 0; s < count; ++s) discard(partial + s * stride + i);
+  }
 }
 
 // Vectors: a thread moves kVector<T> columns of one row; otherwise one element, along the rows
@@ -217,13 +227,15 @@ void column_sums(const Rows& rows, const SegmentSums& sums, Stream stream) {
   });
 }
 
-void add_partials(const void* partial, int64_t count, int64_t stride, int64_t size, void* to,
-                  Dtype dtype, Stream stream) {
+void add_partials(void* partial, int64_t count, int64_t stride, int64_t size, void* to, Dtype dtype,
+                  Stream stream) {
   const auto run = [&](auto zero) {
     using A = decltype(zero);
-    launch(Launch{"add_partials", divide_up(size, kThreads), kThreads, stream},
-           add_partials_kernel<A>, static_cast<const A*>(partial), count, stride, size,
-           static_cast<A*>(to));
+    const bool owns_lines = reinterpret_cast<uintptr_t>(partial) % kLine == 0 &&
+                            stride * static_cast<int64_t>(sizeof(A)) % kLine == 0;
+    const auto kernel = owns_lines ? add_partials_kernel<A, true> : add_partials_kernel<A, false>;
+    launch(Launch{"add_partials", divide_up(size, kThreads), kThreads, stream}, kernel,
+           static_cast<A*>(partial), count, stride, size, static_cast<A*>(to));
   };
   dtype == Dtype::kFloat64 ? run(double()) : run(float());
 }

@@ -25,9 +25,9 @@ struct SegmentSums {
 void column_sums(const Rows& rows, const SegmentSums& sums, Stream stream);
 
 // to[i] += sum over s < count of partial[s * stride + i], in this order, for i < size; both have
-// the given dtype.
-void add_partials(const void* partial, int64_t count, int64_t stride, int64_t size, void* to,
-                  Dtype dtype, Stream stream);
+// the given dtype. What the partial sums' memory holds afterwards is undefined.
+void add_partials(void* partial, int64_t count, int64_t stride, int64_t size, void* to, Dtype dtype,
+                  Stream stream);
 
 // out[r * width + j] = rows [first_row + r, j] for r < count; zero for rows.dim() <= j < width.
 // out is float64 for float64 rows, float32 otherwise; width is a multiple of 8.

@@ -10,7 +10,7 @@ namespace singd::cuda {
 namespace {
 
 constexpr int64_t kTargetBlocks = 264;  // two for each multiprocessor of an H100
-constexpr int64_t kPartialShare = 28;   // partial sums take at most this fraction of the rows
+constexpr int64_t kPartialShare = 8;    // partial sums take at most this fraction of the rows
 
 // Whether every row begins at a multiple of 16 bytes and has a length that is one.
 bool is_aligned(const Rows& rows, int64_t inner_rows) {

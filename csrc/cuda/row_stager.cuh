@@ -119,4 +119,107 @@ struct Stager<T, Stage, kRows, kTiles, kPlanes, RowAccess::kVectors> {
   }
 };
 
+// Fills the slots of a ring in shared memory with the rows begin ... end - 1 of kTiles tiles, kRows
+// rows a slot: next(slot) brings the next ones, zeros from row `end` on. They are there after
+// commit_copies, wait_for_copies and a barrier. What stands in columns that x does not have is
+// undefined.
+//
+// Vectors that are staged as they are, are copied asynchronously. Others are loaded to registers
+// one slot ahead, and elements when they are put.
+template <class T, class Stage, int kRows, int kTiles, int kPlanes, RowAccess kAccess, Cache kCache>
+class RowFeed {
+ public:
+  __device__ __forceinline__ RowFeed(const Rows& x, const TileRuns& runs, int64_t begin,
+                                     int64_t end)
+      : x_(x), runs_(runs), row_(begin), end_(end) {
+    stager_.fetch(x_, runs_, row_, end_);
+  }
+
+  __device__ __forceinline__ void next(Stage* slot, int stride) {
+    stager_.put(x_, runs_, row_, end_, slot, stride);
+    row_ += kRows;
+    if (row_ < end_) stager_.fetch(x_, runs_, row_, end_);
+  }
+
+ private:
+  const Rows& x_;
+  const TileRuns& runs_;
+  int64_t row_, end_;
+  Stager<T, Stage, kRows, kTiles, kPlanes, kAccess> stager_;
+};
+
+// A thread copies every kStep-th row of the same kSize columns. Where rows lie at one stride, it
+// goes from row to row by an addition.
+template <class T, int kRows, int kTiles, Cache kCache>
+class RowFeed<T, T, kRows, kTiles, 1, RowAccess::kVectors, kCache> {
+  static constexpr int kSize = kVector<T>;
+  static constexpr int kPerRow = kTiles * kTile / kSize;
+  static constexpr int kStep = kGramThreads / kPerRow;
+  static constexpr int kPieces = kRows / kStep;
+  static_assert(kStep * kPerRow == kGramThreads && kPieces * kStep == kRows, "shared evenly");
+
+ public:
+  __device__ __forceinline__ RowFeed(const Rows& x, const TileRuns& runs, int64_t begin,
+                                     int64_t end)
+      : x_(x), end_(static_cast<int>(end)) {
+    const int row = static_cast<int>(threadIdx.x) / kPerRow;
+    const int staged = static_cast<int>(threadIdx.x) % kPerRow * kSize;
+    const int64_t column = runs.column(staged);
+    row_ = static_cast<int>(begin) + row;
+    stage_row_ = held(row);
+    stage_column_ = held(staged);
+    in_memory_ = held(column < x.features);
+    is_ones_ = held(column == x.features);
+    from_ = static_cast<const T*>(x.data) + column + (strided() ? 0 : x.offset(row_));
+  }
+
+  __device__ __forceinline__ void next(T* slot, int stride) {
+    T* const to = slot + stage_row_ * stride + stage_column_;
+    if (in_memory_) {
+      copy(to, stride);
+    } else if (is_ones_) {
+      put_ones(to, stride);
+    }
+    row_ += kRows;
+  }
+
+ private:
+  // Rows at two strides: from_ is the column of row 0 then, else that of the next row.
+  __device__ __forceinline__ bool strided() const { return x_.inner_count != 1; }
+
+  __device__ __forceinline__ void copy(T* to, int stride) {
+    if (strided()) {
+#pragma unroll 1
+      for (int q = 0; q < kPieces; ++q) {
+        const int row = row_ + q * kStep;
+        copy_async<kCache>(to + q * kStep * stride, from_ + x_.offset(row), row < end_);
+      }
+      return;
+    }
+#pragma unroll
+    for (int q = 0; q < kPieces; ++q) {
+      copy_async<kCache>(to + q * kStep * stride, from_, row_ + q * kStep < end_);
+      from_ += kStep * x_.outer_stride;
+    }
+  }
+
+  __device__ __forceinline__ void put_ones(T* to, int stride) const {
+    using V = Vec<T, kSize>;
+#pragma unroll
+    for (int q = 0; q < kPieces; ++q) {
+      V v;
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) v[e] = narrow<T>(compute_t<T>(0));
+      if (row_ + q * kStep < end_) v[0] = narrow<T>(static_cast<compute_t<T>>(x_.ones));
+      shared_store(reinterpret_cast<V*>(to + q * kStep * stride), v);
+    }
+  }
+
+  const Rows& x_;
+  const T* from_;
+  int row_, end_;
+  int stage_row_, stage_column_;
+  int in_memory_, is_ones_;
+};
+
 }  // namespace singd::cuda

@@ -16,10 +16,26 @@ namespace {
 
 // Bytes of X that are read twice in a row, the second time from L2.
 constexpr int64_t kChunkBytes = int64_t{16} << 20;
-// Below so many blocks, panels are halved: one for each multiprocessor of an H100.
-constexpr int64_t kFewBlocks = 132;
+// Below so many blocks, panels are halved: three for every two multiprocessors of an H100.
+constexpr int64_t kFewBlocks = 198;
 // Rows that are materialised at a time where a border or a block is too wide for the kernels.
 constexpr int64_t kLoadedBytes = int64_t{64} << 20;
+
+// Sums of `size` entries for each split, in lines of their own.
+struct PartialSums {
+  static constexpr int64_t kLine = 128;  // bytes
+  at::Tensor memory;
+  void* data;
+  int64_t stride;
+
+  PartialSums(int64_t splits, int64_t size, const at::TensorOptions& options) {
+    const int64_t line = kLine / static_cast<int64_t>(options.dtype().itemsize());
+    stride = (size + line - 1) / line * line;
+    memory = at::empty({splits * stride + line}, options);
+    const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
+    data = reinterpret_cast<void*>((address + kLine - 1) / kLine * kLine);
+  }
+};
 
 // Adds Gram entries of the rows first_row ... x.count - 1 to the statistic; the grams together give
 // every entry. They share their splits and partial sums, for which the first one decides.
@@ -38,17 +54,17 @@ void add_grams(std::initializer_list<Gram> grams, int64_t first_row, const at::T
     splits = fits(first) ? split(first) : splits;
   }
   const bool narrow = first.narrow && fits(first);
-  at::Tensor sums = statistic;
-  const int64_t stride = padded_width(size);  // every split begins at a sector of its own
-  if (splits.count > 1) sums = at::empty({splits.count, stride}, statistic.options());
-  void* out = sums.mutable_data_ptr();
-  for (Gram gram : grams) {
-    gram.narrow = narrow;
-    accumulate(gram, GramSums{first_row, splits.count, splits.rows, out, stride}, stream);
-  }
-  if (splits.count == 1) return;
-  add_partials(out, splits.count, stride, size, statistic.mutable_data_ptr(), dtype_of(statistic),
-               stream);
+  const auto accumulate_all = [&](void* out, int64_t stride) {
+    for (Gram gram : grams) {
+      gram.narrow = narrow;
+      accumulate(gram, GramSums{first_row, splits.count, splits.rows, out, stride}, stream);
+    }
+  };
+  if (splits.count == 1) return accumulate_all(statistic.mutable_data_ptr(), 0);
+  const PartialSums partial(splits.count, size, statistic.options());
+  accumulate_all(partial.data, partial.stride);
+  add_partials(partial.data, splits.count, partial.stride, size, statistic.mutable_data_ptr(),
+               dtype_of(statistic), stream);
 }
 
 // squares[j] += sum over rows of x[:, j]^2.

@@ -132,6 +132,10 @@ class Counting {
     }
   }
 
+  void discard(uintptr_t address, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += kSectorBytes) l2_.discard((address + i) / kSectorBytes);
+  }
+
   std::map<std::string, Counters> finish_counting() {
     l2_.flush();
     std::map<std::string, Counters> result;
@@ -285,6 +289,9 @@ void count_atomic(const void* p, size_t bytes) {
 }
 void count_shared(const void* p, size_t bytes) {
   active->add(Kind::kShared, __builtin_return_address(0), p, bytes);
+}
+void count_discard(const void* p, size_t bytes) {
+  active->discard(reinterpret_cast<uintptr_t>(p), bytes);
 }
 void count_matrix(const void* p, size_t stride_bytes) {
   active->matrix(static_cast<const char*>(p), stride_bytes);

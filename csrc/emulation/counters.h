@@ -53,6 +53,8 @@ void count_load(const void* p, size_t bytes, bool streaming = false);
 void count_store(const void* p, size_t bytes, bool streaming = false);
 void count_atomic(const void* p, size_t bytes);
 void count_shared(const void* p, size_t bytes);
+// What L2 holds of the bytes is never written to DRAM.
+void count_discard(const void* p, size_t bytes);
 // A warp loads 16 rows of 32 bytes from shared memory.
 void count_matrix(const void* p, size_t stride_bytes);
 

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "async_copies.h"
 #include "counters.h"
 #include "emulator.h"
 
@@ -214,6 +215,32 @@ __forceinline__ void store(T* p, const T& value) {
 
 inline void prefetch(const void*) {}
 
+inline void discard(void* p) {
+  constexpr size_t kBytes = 128;
+  emulation::check_alignment("discard", p, kBytes);
+  if (emulation::counting) emulation::count_discard(p, kBytes);
+  memset(p, 0xFF, kBytes);
+}
+
+template <Cache kCache = Cache{}>
+__forceinline__ void copy_async(void* to, const void* from, bool exists) {
+  emulation::check_alignment("copy_async", to, emulation::kCopyBytes);
+  emulation::check_shared("copy_async", to, emulation::kCopyBytes);
+  if (exists) emulation::check_alignment("copy_async", from, emulation::kCopyBytes);
+  if (emulation::counting) {
+    if (exists) emulation::count_load(from, emulation::kCopyBytes, kStreaming<kCache>);
+    emulation::count_shared(to, emulation::kCopyBytes);
+  }
+  emulation::begin_copy(to, exists ? from : nullptr);
+}
+
+inline void commit_copies() { emulation::commit_copies(); }
+
+template <int kGroups>
+void wait_for_copies() {
+  emulation::land_copies(kGroups);
+}
+
 template <class T>
 __forceinline__ T shared_load(const T* p) {
   static_assert(kIsAccess<T>);
@@ -242,6 +269,7 @@ T* dynamic_shared() {
 __forceinline__ uint32_t max_of_halves(uint32_t a, uint32_t b) {
   return max(a & 0xffff0000u, b & 0xffff0000u) | max(a & 0xffffu, b & 0xffffu);
 }
+inline int held(int i) { return i; }
 
 __forceinline__ int add_release(int* p, int value) { return atomicAdd(p, value); }
 

@@ -9,6 +9,7 @@
 #include <numeric>
 #include <vector>
 
+#include "async_copies.h"
 #include "block.h"
 #include "counters.h"
 
@@ -63,6 +64,7 @@ std::string where(int64_t block) {
   fiber_entered();
   try {
     emulator.body(emulator.data);
+    if (!copies_landed(self())) fail("it ended before its asynchronous copies");
   } catch (...) {
     emulator.error = std::current_exception();
   }
@@ -109,6 +111,7 @@ void begin_block(int64_t block) {
   }
   std::memset(running.shared, 0xFF, running.shared_bytes);
   poison_static_shared();
+  forget_copies();
   running.block.x = static_cast<unsigned>(block);
   release_block();
 }

@@ -70,6 +70,16 @@ void load_right(MatrixOperand<T>& b, const T* p, int stride) {
 }
 
 template <class T>
+void load_left_row(MatrixOperand<T>& a, const T* row, int stride) {
+  load_left<true>(a, row - left_row(stride), stride);
+}
+
+template <class T>
+void load_right_row(MatrixOperand<T>& b, const T* row, int stride) {
+  load_right<false>(b, row - right_row(stride), stride);
+}
+
+template <class T>
 void multiply(MatrixSums& c, const MatrixOperand<T>& a, const MatrixOperand<T>& b,
               emulation::Site site = emulation::Site::here()) {
   using namespace emulation;

@@ -71,12 +71,15 @@ void SectorCache::write_back(Node& node) {
   node.dirty = 0;
 }
 
-int SectorCache::evict(Order& order) {
-  const int index = order.oldest;
-  write_back(nodes_[static_cast<size_t>(index)]);
+void SectorCache::remove(int index) {
   unlink(index);
   remove_from_bucket(index);
-  return index;
+  free_.push_back(index);
+}
+
+void SectorCache::evict_oldest(Order& order) {
+  write_back(nodes_[static_cast<size_t>(order.oldest)]);
+  remove(order.oldest);
 }
 
 int SectorCache::insert(uint64_t sector, bool streaming) {
@@ -104,7 +107,7 @@ void SectorCache::access(uint64_t sector, uint32_t bytes, bool write, bool strea
     link_newest(index, streaming);
   }
   Order& order = order_of(streaming);
-  if (order.count > order.capacity) free_.push_back(evict(order));
+  if (order.count > order.capacity) evict_oldest(order);
   Node& node = nodes_[static_cast<size_t>(index)];
   if (write) {
     node.valid |= bytes;
@@ -114,6 +117,13 @@ void SectorCache::access(uint64_t sector, uint32_t bytes, bool write, bool strea
     on_dram_(owner, false);
     node.valid = kWhole;
   }
+}
+
+void SectorCache::discard(uint64_t sector) {
+  const int index = find(sector);
+  if (index < 0) return;
+  nodes_[static_cast<size_t>(index)].dirty = 0;
+  remove(index);
 }
 
 void SectorCache::flush() {

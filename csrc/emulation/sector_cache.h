@@ -18,6 +18,8 @@ class SectorCache {
   SectorCache(int64_t bytes, std::function<void(int owner, bool write)> on_dram);
   // Bit i of `bytes` is byte i of the sector.
   void access(uint64_t sector, uint32_t bytes, bool write, bool streaming, int owner);
+  // The sector is not needed any more: it leaves without being written.
+  void discard(uint64_t sector);
   void flush();
 
  private:
@@ -38,7 +40,8 @@ class SectorCache {
   size_t bucket_of(uint64_t sector) const;
   int find(uint64_t sector) const;
   int insert(uint64_t sector, bool streaming);
-  int evict(Order& order);
+  void remove(int node);
+  void evict_oldest(Order& order);
   Order& order_of(bool streaming) { return streaming ? streaming_ : kept_; }
   void link_newest(int node, bool streaming);
   void unlink(int node);
