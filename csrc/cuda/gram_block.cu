@@ -42,11 +42,18 @@ struct Panel {
   }
 
   __device__ int tiles() const { return (columns + kTile - 1) / kTile; }
+  __device__ bool contains(int c) const { return c >= margin && c < columns; }
   // The first column of the factor block of column c.
   __device__ int start(int c) const {
     return margin +
            static_cast<int>(static_cast<unsigned>(c - margin) / static_cast<unsigned>(block)) *
                block;
+  }
+  // Entry (c, column) of the factor block is row(c) + column in the panel's part of the storage.
+  __device__ int row(int c) const {
+    const int first_column = start(c);
+    const int width = block < left - first_column ? block : left - first_column;
+    return (first_column - margin) * block + (c - first_column) * width - first_column;
   }
   // The last tile that a factor block of tile a meets.
   __device__ int last_tile(int a) const {
@@ -79,7 +86,7 @@ __global__ __launch_bounds__(kGramThreads,
   using Tiles = GramTiles<T, void, kPanel, kAccess>;
   using A = typename Tiles::A;
   __shared__ int pairs[kMaxPairs], pair_count;
-  __shared__ int starts[kPanel * kTile];  // of the factor block of each column; -1 if there is none
+  __shared__ Vec<int, 2> columns[kPanel * kTile];  // start of the factor block, and row()
   const int64_t split = blockIdx.x / task.panels;
   const Panel panel(task, blockIdx.x % task.panels, kVector<T>);
 
@@ -91,21 +98,24 @@ __global__ __launch_bounds__(kGramThreads,
   in.pairs = pairs;
   const auto list = [&] {
     for (int c = threadIdx.x; c < kPanel * kTile; c += kGramThreads) {
-      const bool exists = c >= panel.margin && c < panel.columns;
-      shared_store(starts + c, exists ? panel.start(c) : -1);
+      const int start = panel.contains(c) ? panel.start(c) : -1;
+      shared_store(columns + c, Vec<int, 2>{{start, panel.row(c)}});
     }
     return list_pairs(panel, pairs, &pair_count);
   };
+  const bool adds = task.sums.splits == 1;
   A* const out =
       static_cast<A*>(task.sums.out) + split * task.sums.stride + panel.begin * panel.block;
-  Tiles::template run<true>(in, list, [&](int a, int b, int i, int j, A sum) {
-    const int row = a * kTile + i, column = b * kTile + j;
-    const int start = shared_load(starts + row);
-    if (start < 0 || shared_load(starts + column) != start) return;
-    const int width = panel.block < panel.left - start ? panel.block : panel.left - start;
-    A* const to =
-        out + (start - panel.margin) * panel.block + (row - start) * width + column - start;
-    store(to, task.sums.splits == 1 ? load(to) + sum : sum);
+  Tiles::template run<true>(in, list, [&](int a, int b, int j) {
+    const int column = b * kTile + j;
+    const int start = shared_load(columns + column)[0];
+    A* const to_column = out + column;
+    return [=](int i, A sum) {
+      const Vec<int, 2> row = shared_load(columns + a * kTile + i);
+      if (row[0] != start || start < 0) return;
+      A* const to = to_column + row[1];
+      store(to, adds ? load(to) + sum : sum);
+    };
   });
 }
 

@@ -44,6 +44,7 @@ __global__ __launch_bounds__(kGramThreads,
   using Tiles = GramTiles<T, B, kPanel, kAccess>;
   using A = typename Tiles::A;
   __shared__ int pairs[kMaxPairs];
+  __shared__ int border_rows[kBorderTiles * kTile];  // of the staged columns
   const int64_t split = blockIdx.x / task.panels, panel = blockIdx.x % task.panels;
   const int64_t first = panel * kPanel * kTile;
   const int64_t left = (task.columns - first + kTile - 1) / kTile;
@@ -54,6 +55,9 @@ __global__ __launch_bounds__(kGramThreads,
     for (int n = threadIdx.x; n < pair_count; n += kGramThreads) {
       const int b = Tiles::kPanelStart + n % tiles;
       shared_store(pairs + n, pack_pair(n < products ? n / tiles : b, b));
+    }
+    for (int n = threadIdx.x; n < kBorderTiles * kTile; n += kGramThreads) {
+      shared_store(border_rows + n, static_cast<int>(task.border_row(n)));
     }
     __syncthreads();
     return pair_count;
@@ -70,29 +74,35 @@ __global__ __launch_bounds__(kGramThreads,
   const BorderedPattern& pattern = task.pattern;
   const A* scale = static_cast<const A*>(task.scale);
   A* out = static_cast<A*>(task.sums.out) + split * task.sums.stride;
-  Tiles::template run<false>(in, list, [&](int a, int b, int i, int j, A sum) {
+  const bool adds = task.sums.splits == 1;
+  Tiles::template run<false>(in, list, [&](int a, int b, int j) {
     int64_t column = first + (b - Tiles::kPanelStart) * kTile + j;
-    if (column >= task.columns) return;
-    int64_t slot;
+    const bool is_square = a == b;
+    bool exists = column < task.columns;
     if (task.packed) {
-      if (column >= pattern.border()) return;
+      exists = column < pattern.border();
       column = pattern.border_index(column);
-    } else if (pattern.is_border(column) && (task.separate || a == b)) {
-      return;
+    } else if (task.separate || is_square) {
+      exists = exists && !pattern.is_border(column);
     }
-    const bool scaled = scale != nullptr && !task.packed;
+    const bool scaled = scale != nullptr && !task.packed && exists;
     const A factor = scaled ? load(scale + column - pattern.head) : A(1);
-    if (a == b) {
-      if (i != j) return;
-      slot = pattern.slot(column, column);
-      sum *= factor * factor;
-    } else {
-      const int64_t row = task.border_row(a * kTile + i);
-      if (row < 0) return;
-      slot = row * pattern.dim + column;
-      sum *= factor;
-    }
-    store(out + slot, task.sums.splits == 1 ? load(out + slot) + sum : sum);
+    const int* const rows = border_rows + a * kTile;
+    return [=, dim = pattern.dim, square = pattern.border() * pattern.dim - pattern.head](int i,
+                                                                                          A sum) {
+      if (!exists) return;
+      int64_t row = 0;
+      if (is_square) {
+        if (i != j) return;
+        sum *= factor * factor;
+      } else {
+        row = shared_load(rows + i);
+        if (row < 0) return;
+        sum *= factor;
+      }
+      A* const to = out + (is_square ? square : row * dim) + column;
+      store(to, adds ? load(to) + sum : sum);
+    };
   });
 }
 

@@ -65,17 +65,14 @@ struct MmaSums {
     }
   }
 
-  __device__ __forceinline__ void write(int q, float* to) const {
+  template <int kPair>
+  __device__ __forceinline__ void write(float* to) const {
+    const int lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int n = 0; n < kPairsPerWarp; ++n) {
-      if (n != q) continue;
-      const int lane = threadIdx.x % kWarp;
-#pragma unroll
-      for (int e = 0; e < 8; e += 2) {
-        const Vec<float, 2> pair{{sums[n].values[e], sums[n].values[e + 1]}};
-        float* const at = to + matrix_row(lane, e) * kExchangeStride + matrix_column(lane, e);
-        shared_store(reinterpret_cast<Vec<float, 2>*>(at), pair);
-      }
+    for (int e = 0; e < 8; e += 2) {
+      const Vec<float, 2> values{{sums[kPair].values[e], sums[kPair].values[e + 1]}};
+      float* const at = to + matrix_row(lane, e) * kExchangeStride + matrix_column(lane, e);
+      shared_store(reinterpret_cast<Vec<float, 2>*>(at), values);
     }
   }
 
@@ -153,20 +150,17 @@ struct FmaSums {
     }
   }
 
-  __device__ __forceinline__ void write(int q, T* to) const {
+  template <int kPair>
+  __device__ __forceinline__ void write(T* to) const {
     const int lane = threadIdx.x % kWarp;
+    if (is_square(pairs[kPair])) {
+      if (lane < kTile) shared_store(to + lane * kExchangeStride + lane, sums[kPair][0]);
+      return;
+    }
 #pragma unroll
-    for (int n = 0; n < kPairsPerWarp; ++n) {
-      if (n != q) continue;
-      if (is_square(pairs[n])) {
-        if (lane < kTile) shared_store(to + lane * kExchangeStride + lane, sums[n][0]);
-        continue;
-      }
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const int i = lane / 8 * 4 + e / 2, j = lane % 8 * 2 + e % 2;
-        shared_store(to + i * kExchangeStride + j, sums[n][e]);
-      }
+    for (int e = 0; e < 8; ++e) {
+      const int i = lane / 8 * 4 + e / 2, j = lane % 8 * 2 + e % 2;
+      shared_store(to + i * kExchangeStride + j, sums[kPair][e]);
     }
   }
 };
@@ -181,7 +175,7 @@ __device__ inline int row_groups_for(int pair_count, int limit) {
 // The pairs and the slices of the staged rows that are the warp's.
 struct WarpShare {
   int pair_count, row_groups, pair_groups;  // of the block; groups are powers of two
-  int row_group, per_warp, first, count;
+  int row_group, pair_group, per_warp, first, count;
 
   __device__ __forceinline__ WarpShare(int pair_count, int most_row_groups)
       : pair_count(pair_count), row_groups(row_groups_for(pair_count, most_row_groups)) {
@@ -189,7 +183,8 @@ struct WarpShare {
     pair_groups = kGramWarps / row_groups;
     row_group = held(warp * row_groups / kGramWarps);
     per_warp = (pair_count + pair_groups - 1) / pair_groups;
-    first = warp % pair_groups * per_warp;
+    pair_group = warp % pair_groups;
+    first = pair_group * per_warp;
     const int left = pair_count - first;
     count = left < 0 ? 0 : left < per_warp ? left : per_warp;
   }
@@ -214,8 +209,11 @@ struct GramTiles {
   static constexpr int kStageSize = kRows * kStride;
   static constexpr int kStageBytes = kStageSize * static_cast<int>(sizeof(Stage));
   static constexpr int kRing = 3;                            // stages
-  static constexpr int kExchange = kTile * kExchangeStride;  // of one warp
-  static constexpr int kExchangeBytes = kGramWarps * kExchange * static_cast<int>(sizeof(A));
+  static constexpr int kExchange = kTile * kExchangeStride;  // of one pair
+  static constexpr int kExchanged =
+      sizeof(A) == 8 ? 2 : kPairsPerWarp;  // pairs of a warp at a time
+  static constexpr int kExchangeBytes =
+      kGramWarps * kExchanged * kExchange * static_cast<int>(sizeof(A));
   static constexpr int kRingBytes = kRing * kStageBytes;
   static constexpr int kSharedBytes = kRingBytes > kExchangeBytes ? kRingBytes : kExchangeBytes;
 
@@ -227,9 +225,9 @@ struct GramTiles {
   };
 
   // list() writes the pairs, returns their number and ends with a barrier; the first rows are on
-  // their way meanwhile. write(a, b, i, j, sum) for every entry of every pair, by neighbouring
-  // threads for neighbouring j; pairs of different tiles also come mirrored, (b, a, j, i), where
-  // kMirror.
+  // their way meanwhile. write(a, b, j) gives what takes the entries of column j of a pair, put(i,
+  // sum); neighbouring threads have neighbouring j. Pairs of different tiles also come mirrored,
+  // (b, a), where kMirror.
   template <bool kMirror, class List, class Write>
   static __device__ __forceinline__ void run(const Input& in, List list, Write write) {
     Stage* const ring = dynamic_shared<Stage>();
@@ -256,8 +254,6 @@ struct GramTiles {
   }
 
  private:
-  static_assert(kGramThreads == kTile * kTile, "a thread an entry of a pair");
-
   // Rows of the border, if there is one, beside rows of the panel.
   struct PanelFeed {
     RowFeed<T, Stage, kRows, kPanel, 1, kAccess, Cache::kStreaming> panel;
@@ -286,36 +282,69 @@ struct GramTiles {
   };
   using Feeds = std::conditional_t<kBordered, BorderedFeed, PanelFeed>;
 
-  // The warps' sums of a pair each meet in shared memory.
+  static constexpr int kRowsPerPut = 4;  // entries of a column that a thread takes
+  static constexpr int kRowStep = kTile / kRowsPerPut;
+  static constexpr int kPairThreads = kTile * kRowStep;
+
+  // The warps' sums meet in shared memory, up to kExchanged pairs of each at a time.
   template <bool kMirror, class Write>
   static __device__ __forceinline__ void add_and_write(const int* pairs, const WarpShare& share,
                                                        const Sums& sums, Write write) {
     A* const exchange = dynamic_shared<A>();
-    const int i = threadIdx.x / kTile, j = threadIdx.x % kTile;
-    const int step = share.pair_groups * kExchange;
-    for (int q = 0; q < share.per_warp; ++q) {
-      if (q < share.count) sums.write(q, exchange + threadIdx.x / kWarp * kExchange);
+    const int i = threadIdx.x / kTile % kRowStep, j = threadIdx.x % kTile;
+    int q = 0;
+    do {
+      const int left = share.per_warp - q, width = left < kExchanged ? left : kExchanged;
+      const int slots = share.pair_groups * width, step = slots * kExchange;
+      give<0>(sums, share, q,
+              exchange + (share.row_group * slots + share.pair_group * width) * kExchange);
       __syncthreads();
-      for (int group = 0; group < share.pair_groups; ++group) {
-        const int n = group * share.per_warp + q;
+#pragma unroll 1
+      for (int slot = threadIdx.x / kPairThreads; slot < slots;
+           slot += kGramThreads / kPairThreads) {
+        int n = slot;
+        if (kExchanged < kPairsPerWarp) n = slot / width * share.per_warp + q + slot % width;
         if (n >= share.pair_count) break;
         const int pair = shared_load(pairs + n);
         const int a = first_of_pair(pair), b = second_of_pair(pair);
-        const A* const from = exchange + group * kExchange;
-        write(a, b, i, j, total(from + i * kExchangeStride + j, step, share.row_groups));
+        const A* const from = exchange + slot * kExchange;
+        put_column<kExchangeStride>(from + i * kExchangeStride + j, step, share.row_groups, i,
+                                    write(a, b, j));
         if (kMirror && a != b) {
-          write(b, a, i, j, total(from + j * kExchangeStride + i, step, share.row_groups));
+          put_column<1>(from + j * kExchangeStride + i, step, share.row_groups, i, write(b, a, j));
         }
       }
       __syncthreads();
-    }
+      q += kExchanged;
+    } while (kExchanged < kPairsPerWarp && q < share.per_warp);
   }
 
-  // The sum over row groups, in order.
-  static __device__ __forceinline__ A total(const A* from, int step, int row_groups) {
-    A sum = A(0);
-    for (int g = 0; g < row_groups; ++g) sum += shared_load(from + g * step);
-    return sum;
+  // The warp's pairs from number `first` on, kExchanged of them.
+  template <int kPair>
+  static __device__ __forceinline__ void give(const Sums& sums, const WarpShare& share, int first,
+                                              A* to) {
+    if (kPair >= first && kPair < first + kExchanged && kPair < share.count) {
+      sums.template write<kPair>(to + (kPair - first) * kExchange);
+    }
+    if constexpr (kPair + 1 < kPairsPerWarp) give<kPair + 1>(sums, share, first, to);
+  }
+
+  // put(row, sum) for rows i, i + kRowStep, ...; rows are kApart apart in memory: sums over row
+  // groups, in order.
+  template <int kApart, class Put>
+  static __device__ __forceinline__ void put_column(const A* from, int step, int row_groups, int i,
+                                                    Put put) {
+    A sum[kRowsPerPut];
+#pragma unroll
+    for (int r = 0; r < kRowsPerPut; ++r) sum[r] = shared_load(from + r * kRowStep * kApart);
+#pragma unroll 1
+    for (int g = 1; g < row_groups; ++g) {
+      from += step;
+#pragma unroll
+      for (int r = 0; r < kRowsPerPut; ++r) sum[r] += shared_load(from + r * kRowStep * kApart);
+    }
+#pragma unroll
+    for (int r = 0; r < kRowsPerPut; ++r) put(i + r * kRowStep, sum[r]);
   }
 };
 
