@@ -14,7 +14,10 @@ struct TileLayer {
   MatrixOffsets operands;
   StepRanges right, left;
   const float *right_delta, *left_delta, *products, *thin_result, *prepared;
-  int across;  // tiles
+  void *weight, *momentum;
+  const void* gradient;
+  int weight_columns, gradient_pitch, gradient_in_vectors;
+  int rows, columns, tile_rows, tile_columns, across;  // across: tiles
 
   __device__ TileLayer(const StepArguments& a, const StepLayer& l)
       : update(a, l), operands(l), right(l.right), left(l.left) {
@@ -25,6 +28,16 @@ struct TileLayer {
     products = workspace + offsets.products;
     thin_result = workspace + offsets.thin_result;
     prepared = workspace + offsets.size;
+    weight = l.weight;
+    momentum = l.momentum_weight;
+    gradient = l.gradient;
+    weight_columns = l.weight_columns();
+    gradient_pitch = l.gradient_pitch;
+    gradient_in_vectors = l.gradient_in_vectors;
+    rows = l.rows;
+    columns = l.columns;
+    tile_rows = l.tile_rows;
+    tile_columns = l.tile_columns;
     across = l.column_tiles();
   }
 };

@@ -15,69 +15,64 @@ constexpr int kPad = 8;  // elements beside a row, so that rows of 16 bytes meet
 constexpr int kLaneColumns = 8;
 constexpr int kUnitsOfWarp = 2;
 
-template <class E>
+// The kinds of layers that are compiled apart: K has blocks, C has, tiles are 32 x 256, and M and W
+// are rounded stochastically.
+template <bool kRightBlocks_, bool kLeftBlocks_, bool kWide_, bool kStochastic_>
+struct TileKind {
+  static constexpr bool kRightBlocks = kRightBlocks_, kLeftBlocks = kLeftBlocks_;
+  static constexpr bool kWide = kWide_, kStochastic = kStochastic_;
+};
+
+// A tile, and the planes in shared memory, in elements: G of the tile, and Z of one unit of every
+// warp.
+template <class E, class Kind>
 struct TileShape {
   static constexpr int kGradientPlanes = kStoredPlanes<typename E::Stored>;
   static constexpr int kPlanes = kComputePlanes<typename E::Stored>;  // of factors and of Z
   static constexpr int kParts = kLaneColumns / E::kCount;             // vectors of a lane's row
+  static constexpr int kRows = Kind::kWide ? 32 : 64, kColumns = kTileElements / kRows;
+  static constexpr int kGroups = kRows / kMatrixSide;            // of 16 rows
+  static constexpr int kWarps = kStepThreads / kWarp / kGroups;  // of a group
+  static constexpr int kPitch = kColumns + kPad, kPlane = kRows * kPitch;
+  static constexpr int kZPitch = kWarps * kUnitColumns + kPad, kZPlane = kRows * kZPitch;
+  static constexpr int kZ = Kind::kRightBlocks ? kGradientPlanes * kPlane : 0;
+  static constexpr int kSize = kZ + (Kind::kLeftBlocks ? kPlanes * kZPlane : 0);
+  static_assert(kColumns == kWarps * kUnitsOfWarp * kUnitColumns);
 };
 
-// The planes in shared memory, in elements: G of the tile, and Z of one unit of every warp.
-template <class E, bool kRightBlocks, bool kLeftBlocks>
-struct TilePlanes {
-  int rows, pitch, z_pitch, plane, z_plane, z, size;
-
-  SINGD_HOST_DEVICE explicit TilePlanes(bool wide)
-      : rows(wide ? 32 : 64),
-        pitch(kTileElements / rows + kPad),
-        z_pitch(kTileElements / rows / kUnitsOfWarp + kPad),
-        plane(rows * pitch),
-        z_plane(rows * z_pitch),
-        z(kRightBlocks ? TileShape<E>::kGradientPlanes * plane : 0),
-        size(z + (kLeftBlocks ? TileShape<E>::kPlanes * z_plane : 0)) {}
-};
-
-// kRightBlocks: K has blocks; kLeftBlocks: C has; kStochastic: M and W are rounded stochastically.
-template <class E, bool kRightBlocks, bool kLeftBlocks, bool kStochastic>
+template <class E, class Kind>
 class TileUpdate {
  public:
-  using S = TileShape<E>;
+  using S = TileShape<E, Kind>;
 
   // `common` is in shared memory.
   __device__ TileUpdate(const StepLayer& layer, const TileLayer& common, int number)
       : l(layer),
         common(common),
-        planes(layer.wide_tiles()),
         shared(dynamic_shared<bfloat16>()),
-        lane(threadIdx.x % kWarp) {
-    const int across = shared_load(&common.across);
-    row_tile = number / across;
-    column_tile = number - row_tile * across;
-    tile.row = row_tile * l.tile_rows;
-    tile.column = column_tile * l.tile_columns;
-    tile.rows = min(static_cast<int>(l.tile_rows), l.rows - tile.row);
-    tile.columns = min(static_cast<int>(l.tile_columns), l.columns - tile.column);
-    tile.base = tile.column / E::kCount * E::kCount;
-    in_vectors = l.gradient_in_vectors && tile.base == tile.column &&
-                 tile.columns % E::kCount == 0 && tile.base + tile.columns <= l.weight_columns();
-    const int warp = static_cast<int>(threadIdx.x) / kWarp;
-    warps = l.wide_tiles() ? 4 : 2;
-    group = l.wide_tiles() ? warp / 4 : warp / 2;
-    slot = warp & (warps - 1);
+        lane(threadIdx.x % kWarp),
+        group(static_cast<int>(threadIdx.x) / kWarp / S::kWarps),
+        slot(static_cast<int>(threadIdx.x) / kWarp % S::kWarps) {
+    row_tile = number / shared_load(&common.across);
+    column_tile = number - row_tile * shared_load(&common.across);
+    tile = tile_at(row_tile, column_tile);
+    in_vectors = moves_in_vectors(tile);
   }
 
-  __device__ __forceinline__ void run() {
-    if constexpr (kRightBlocks) {
+  // The next tile is the block's, too.
+  __device__ __forceinline__ void run(bool has_next) {
+    if (has_next) ask_for_next();
+    if constexpr (Kind::kRightBlocks) {
       stage_gradient();
       __syncthreads();
     }
 #pragma unroll 1
     for (int n = 0; n < kUnitsOfWarp; ++n) {
-      const int unit = n * warps + slot;
+      const int unit = n * S::kWarps + slot;
       const bool active = group * kMatrixSide < tile.rows && unit * kUnitColumns < owned_end();
       MatrixSums p[2];
       if (active) make_z(unit, p);
-      if constexpr (kLeftBlocks) {
+      if constexpr (Kind::kLeftBlocks) {
         if (n > 0) __syncthreads();
         if (active) store_z(p);
         __syncthreads();
@@ -94,13 +89,26 @@ class TileUpdate {
 
   const StepLayer& l;
   const TileLayer& common;
-  const TilePlanes<E, kRightBlocks, kLeftBlocks> planes;
   bfloat16* const shared;
-  const int lane;
+  const int lane, group, slot;  // group: 16 rows of the tile; slot: the warp's number there
   Tile tile;
   int row_tile, column_tile;
-  int warps, group, slot;  // warps of a group of 16 rows, and the warp's number there
-  bool in_vectors;         // G, M and W of the tile are whole vectors
+  bool in_vectors;  // G, M and W of the tile are whole vectors
+
+  __device__ __forceinline__ Tile tile_at(int row_tile, int column_tile) const {
+    const int height = shared_load(&common.tile_rows), width = shared_load(&common.tile_columns);
+    Tile t;
+    t.row = row_tile * height;
+    t.column = column_tile * width;
+    t.rows = min(height, shared_load(&common.rows) - t.row);
+    t.columns = min(width, shared_load(&common.columns) - t.column);
+    t.base = t.column / E::kCount * E::kCount;
+    return t;
+  }
+  __device__ __forceinline__ bool moves_in_vectors(const Tile& t) const {
+    return shared_load(&common.gradient_in_vectors) != 0 && t.base == t.column &&
+           t.columns % E::kCount == 0 && t.base + t.columns <= shared_load(&common.weight_columns);
+  }
 
   __device__ int origin() const { return tile.column - tile.base; }
   __device__ int owned_end() const { return origin() + tile.columns; }
@@ -126,6 +134,34 @@ class TileUpdate {
 
   // --- From memory
 
+  // The block's threads over the vectors of a tile: a thread has one in every kRowsAtOnce-th row.
+  static constexpr int kAcross = S::kColumns / E::kCount, kRowsAtOnce = kStepThreads / kAcross;
+  static constexpr int kVectors = S::kRows / kRowsAtOnce;
+  static __device__ int vector_row() { return static_cast<int>(threadIdx.x) / kAcross; }
+  static __device__ int vector_column() {
+    return static_cast<int>(threadIdx.x) % kAcross * E::kCount;
+  }
+
+  // Asks for G, M and W of the next tile.
+  __device__ __forceinline__ void ask_for_next() const {
+    const bool wraps = column_tile + 1 == shared_load(&common.across);
+    const Tile next = tile_at(row_tile + (wraps ? 1 : 0), wraps ? 0 : column_tile + 1);
+    const int j = vector_column();
+    if (j >= next.columns || !moves_in_vectors(next)) return;
+    const Parameters<E> parameters(shared_load(&common.weight), shared_load(&common.momentum));
+    const auto* const gradient =
+        static_cast<const typename E::Stored*>(shared_load(&common.gradient));
+    const int64_t width = shared_load(&common.weight_columns);
+    const int64_t pitch = shared_load(&common.gradient_pitch);
+#pragma unroll 1
+    for (int row = vector_row(); row < next.rows; row += kRowsAtOnce) {
+      const int64_t i = next.row + row, at = i * width + next.base + j;
+      prefetch(gradient + i * pitch + next.base + j);
+      prefetch(parameters.weight + at);
+      if (parameters.momentum != nullptr) prefetch(parameters.momentum + at);
+    }
+  }
+
   __device__ __forceinline__ void stage_gradient() const {
     in_vectors ? stage_vectors() : stage_elements();
   }
@@ -133,44 +169,27 @@ class TileUpdate {
   // All vectors of a thread are on their way before the first one is stored.
   __device__ __forceinline__ void stage_vectors() const {
     using Vector = Vec<typename E::Stored, E::kCount>;
-    constexpr int kVectors = kTileElements / E::kCount / kStepThreads;
-    constexpr int kAcross = kTileElements / 64 / E::kCount;  // of a tile that is not wide
-    const int across = l.wide_tiles() ? 2 * kAcross : kAcross, thread = threadIdx.x;
-    const int i = l.wide_tiles() ? thread / (2 * kAcross) : thread / kAcross;
-    const int rows_at_once = l.wide_tiles() ? kStepThreads / (2 * kAcross) : kStepThreads / kAcross;
-    const int j = (thread & (across - 1)) * E::kCount;
-    const auto* const from = static_cast<const typename E::Stored*>(l.gradient) +
-                             static_cast<int64_t>(tile.row + i) * l.gradient_pitch + tile.base + j;
-    const int64_t step = static_cast<int64_t>(rows_at_once) * l.gradient_pitch;
+    const int i = vector_row(), j = vector_column();
+    const int64_t pitch = shared_load(&common.gradient_pitch), step = kRowsAtOnce * pitch;
+    const auto* const from = static_cast<const typename E::Stored*>(shared_load(&common.gradient)) +
+                             (tile.row + i) * pitch + tile.base + j;
     Vector g[kVectors];
 #pragma unroll
     for (int n = 0; n < kVectors; ++n) {
-      const bool inside = i + n * rows_at_once < tile.rows && j < tile.columns;
+      const bool inside = i + n * kRowsAtOnce < tile.rows && j < tile.columns;
       g[n] = Vector{};
       if (inside) g[n] = load<Cache::kStreaming>(reinterpret_cast<const Vector*>(from + n * step));
     }
-    prefetch_rows(i, rows_at_once, j);
-    bfloat16* const to = shared + i * planes.pitch + j;
+    bfloat16* const to = shared + i * S::kPitch + j;
 #pragma unroll
     for (int n = 0; n < kVectors; ++n) {
       Vec<bfloat16, E::kCount> parts[S::kGradientPlanes];
       split_vector(g[n], parts);
 #pragma unroll
       for (int p = 0; p < S::kGradientPlanes; ++p) {
-        bfloat16* const at = to + p * planes.plane + n * rows_at_once * planes.pitch;
+        bfloat16* const at = to + p * S::kPlane + n * kRowsAtOnce * S::kPitch;
         shared_store(reinterpret_cast<Vec<bfloat16, E::kCount>*>(at), parts[p]);
       }
-    }
-  }
-
-  // Asks for M and W of the tile.
-  __device__ __forceinline__ void prefetch_rows(int first, int step, int j) const {
-    if (j >= tile.columns) return;
-    const Parameters<E> parameters(l);
-    for (int i = first; i < tile.rows; i += step) {
-      const int64_t at = static_cast<int64_t>(tile.row + i) * l.weight_columns() + tile.base + j;
-      prefetch(parameters.weight + at);
-      if (parameters.momentum != nullptr) prefetch(parameters.momentum + at);
     }
   }
 
@@ -186,15 +205,14 @@ class TileUpdate {
         split_pair(widen<float>(g[e]), widen<float>(g[e + 1]), pairs);
 #pragma unroll
         for (int p = 0; p < S::kGradientPlanes; ++p) {
-          parts[p][e] = pairs[p][0];
-          parts[p][e + 1] = pairs[p][1];
+          memcpy(static_cast<void*>(parts[p].values + e), &pairs[p], sizeof pairs[p]);
         }
       }
     }
   }
 
   __device__ __forceinline__ void stage_elements() const {
-    const int width = planes.pitch - kPad;
+    const int width = S::kColumns;
     for (int at = threadIdx.x; at < kTileElements; at += kStepThreads) {
       const int i = at / width, j = tile.base + at % width;
       const bool inside = i < tile.rows && j >= tile.column && j < tile.column + tile.columns;
@@ -203,7 +221,7 @@ class TileUpdate {
       split(g, parts);
 #pragma unroll
       for (int p = 0; p < S::kGradientPlanes; ++p) {
-        shared_store(shared + p * planes.plane + i * planes.pitch + at % width, parts[p]);
+        shared_store(shared + p * S::kPlane + i * S::kPitch + at % width, parts[p]);
       }
     }
   }
@@ -212,13 +230,12 @@ class TileUpdate {
   // counts from the first one, of `steps` that the array has room for.
   __device__ __forceinline__ void load_left_operand(MatrixOffsets::Array array, int steps, int step,
                                                     int plane, Operand& operand) const {
-    load_operand(array, (row_tile * (kStepThreads / kWarp / warps) + group) * steps + step, plane,
-                 operand);
+    load_operand(array, (row_tile * S::kGroups + group) * steps + step, plane, operand);
   }
   __device__ __forceinline__ void load_right_operand(MatrixOffsets::Array array, int unit,
                                                      int steps, int step, int half, int plane,
                                                      Operand& operand) const {
-    const int number = (column_tile * warps * kUnitsOfWarp + unit) * steps + step;
+    const int number = (column_tile * S::kWarps * kUnitsOfWarp + unit) * steps + step;
     load_operand(array, number * 2 + half, plane, operand);
   }
 
@@ -240,14 +257,13 @@ class TileUpdate {
     const auto load_right_z = [&](int step, int half, int plane, Operand& b) {
       load_right_operand(MatrixOffsets::kRightZ, unit, steps, step - range.begin, half, plane, b);
     };
-    if constexpr (kRightBlocks) {
-      const bfloat16* const rows = shared + group * kMatrixSide * planes.pitch;
+    if constexpr (Kind::kRightBlocks) {
+      const bfloat16* const rows = shared + group * kMatrixSide * S::kPitch;
       const auto load_gradient_plane = [&](int step, int plane, Operand& a) {
-        load_left<false>(a, rows + plane * planes.plane + step * kMatrixSide, planes.pitch);
+        load_left<false>(a, rows + plane * S::kPlane + step * kMatrixSide, S::kPitch);
       };
       return multiply_steps<S::kGradientPlanes>(z, range, load_gradient_plane, load_right_z);
     }
-    if (in_vectors) ask_for(unit);
     if (l.right.bordered()) {
       const auto load_left_z = [&](int step, int plane, Operand& a) {
         load_left_operand(MatrixOffsets::kLeftZ, steps, step, plane, a);
@@ -279,25 +295,12 @@ class TileUpdate {
     }
   }
 
-  // Asks for G, M and W in the lane's rows and columns.
-  __device__ __forceinline__ void ask_for(int unit) const {
-    const auto* const gradient = static_cast<const typename E::Stored*>(l.gradient);
-    const Parameters<E> parameters(l);
-    const int j = column(unit);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (!is_inside(h, j)) continue;
-      const int64_t i = tile.row + row(h), at = i * l.weight_columns() + j;
-      prefetch(gradient + i * l.gradient_pitch + j);
-      prefetch(parameters.weight + at);
-      if (parameters.momentum != nullptr) prefetch(parameters.momentum + at);
-    }
-  }
-
   // G in the lane's rows and columns.
   __device__ __forceinline__ void load_vectors(int unit, float (&g)[2][kLaneColumns]) const {
     using Vector = Vec<typename E::Stored, E::kCount>;
-    const auto* const gradient = static_cast<const typename E::Stored*>(l.gradient);
+    const auto* const gradient =
+        static_cast<const typename E::Stored*>(shared_load(&common.gradient));
+    const int64_t pitch = shared_load(&common.gradient_pitch);
     Vector vectors[2][S::kParts];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -307,8 +310,8 @@ class TileUpdate {
         const int64_t i = tile.row + row(h);
         vectors[h][n] = Vector{};
         if (!is_inside(h, j)) continue;
-        vectors[h][n] = load<Cache::kStreaming>(
-            reinterpret_cast<const Vector*>(gradient + i * l.gradient_pitch + j));
+        vectors[h][n] =
+            load<Cache::kStreaming>(reinterpret_cast<const Vector*>(gradient + i * pitch + j));
       }
     }
 #pragma unroll
@@ -364,7 +367,7 @@ class TileUpdate {
 
   // Z of the unit as planes, in the order of the lanes' columns.
   __device__ __forceinline__ void store_z(const MatrixSums (&z)[2]) const {
-    bfloat16* const to = shared + planes.z + slot * kUnitColumns;
+    bfloat16* const to = shared + S::kZ + slot * kUnitColumns;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -376,7 +379,7 @@ class TileUpdate {
 #pragma unroll
         for (int p = 0; p < S::kPlanes; ++p) {
           shared_store(
-              reinterpret_cast<Vec<bfloat16, 2>*>(to + p * planes.z_plane + i * planes.z_pitch + j),
+              reinterpret_cast<Vec<bfloat16, 2>*>(to + p * S::kZPlane + i * S::kZPitch + j),
               pairs[p]);
         }
       }
@@ -388,14 +391,14 @@ class TileUpdate {
     const Steps range =
         shared_read(&common.left).of(0, tile.rows, group * kMatrixSide, kMatrixSide);
     const int steps = shared_load(&common.operands.steps_p);
-    const bfloat16* const z = shared + planes.z + slot * kUnitColumns;
+    const bfloat16* const z = shared + S::kZ + slot * kUnitColumns;
     p[0] = p[1] = MatrixSums();
     const auto load_factor = [&](int step, int plane, Operand& a) {
       load_left_operand(MatrixOffsets::kLeftP, steps, step - range.begin, plane, a);
     };
     const auto load_z = [&](int step, int half, int plane, Operand& b) {
-      const bfloat16* const from = z + step * kMatrixSide * planes.z_pitch + half * kMatrixSide;
-      load_right<false>(b, from + plane * planes.z_plane, planes.z_pitch);
+      const bfloat16* const from = z + step * kMatrixSide * S::kZPitch + half * kMatrixSide;
+      load_right<false>(b, from + plane * S::kZPlane, S::kZPitch);
     };
     multiply_steps<S::kPlanes>(p, range, load_factor, load_z);
   }
@@ -471,37 +474,40 @@ class TileUpdate {
 
   __device__ __forceinline__ void apply(int unit, MatrixSums (&p)[2]) const {
     Update<float> update = shared_read(&common.update);
+    if constexpr (!Kind::kStochastic)
+      update.key = RoundingKey{};  // what is known takes no registers
     if (!in_vectors) return update_elements(unit, update, p);
-    if constexpr (!kStochastic) update.key = RoundingKey{};  // what is known takes no registers
-    // Random numbers, or two vectors a row, need the registers of a row.
-    constexpr int kRowsAtOnce = kStochastic || S::kParts > 1 ? 1 : 2;
-    update_vectors<kRowsAtOnce>(unit, update, p);
+    update_vectors(unit, update, p);
   }
 
-  template <int kRowsAtOnce>
+  // Random numbers, or two vectors a row, need the registers of a row.
+  static constexpr int kUpdateRows = Kind::kStochastic || S::kParts > 1 ? 1 : 2;
+
   __device__ __forceinline__ void update_vectors(int unit, const Update<float>& update,
                                                  MatrixSums (&p)[2]) const {
-    const Parameters<E> parameters(l);
-    const int64_t width = l.weight_columns();
+    const Parameters<E> parameters(shared_load(&common.weight), shared_load(&common.momentum));
+    const int64_t width = shared_load(&common.weight_columns);
     const int64_t first = (tile.row + row(0)) * width + column(unit);
+    const auto for_each = [&](int row_group, auto&& f) {
 #pragma unroll
-    for (int h0 = 0; h0 < 2; h0 += kRowsAtOnce) {
-      VectorUpdate<E> vectors[kRowsAtOnce][S::kParts];
-#pragma unroll
-      for (int at = 0; at < kRowsAtOnce * S::kParts; ++at) {
-        const int h = h0 + at / S::kParts, n = at % S::kParts;
-        if (!is_inside(h, column(unit) + n * E::kCount)) continue;
-        vectors[h - h0][n].load_from(parameters, first + 8 * h * width + n * E::kCount);
+      for (int at = 0; at < kUpdateRows * S::kParts; ++at) {
+        const int h = row_group + at / S::kParts, n = at % S::kParts;
+        if (is_inside(h, column(unit) + n * E::kCount)) {
+          f(at, h, n, first + 8 * h * width + n * E::kCount);
+        }
       }
+    };
 #pragma unroll
-      for (int at = 0; at < kRowsAtOnce * S::kParts; ++at) {
-        const int h = h0 + at / S::kParts, n = at % S::kParts;
-        if (!is_inside(h, column(unit) + n * E::kCount)) continue;
+    for (int row_group = 0; row_group < 2; row_group += kUpdateRows) {
+      VectorUpdate<E> vectors[kUpdateRows * S::kParts];
+      for_each(row_group,
+               [&](int at, int, int, int64_t place) { vectors[at].load_from(parameters, place); });
+      for_each(row_group, [&](int at, int h, int n, int64_t place) {
         float values[E::kCount];
 #pragma unroll
         for (int e = 0; e < E::kCount; ++e) values[e] = value(p, h, n * E::kCount + e);
-        vectors[h - h0][n].apply(parameters, update, first + 8 * h * width + n * E::kCount, values);
-      }
+        vectors[at].apply(parameters, update, place, values);
+      });
     }
   }
 

@@ -18,29 +18,27 @@ namespace {
 
 constexpr int kTilesPerInspection = 2;
 
-template <class E, bool kRightBlocks, bool kLeftBlocks, bool kStochastic>
+template <class E, class Kind>
 __device__ __forceinline__ void update_tiles(const StepLayer& l, int64_t group) {
-  using Planes = TilePlanes<E, kRightBlocks, kLeftBlocks>;
   auto* const layer =
-      reinterpret_cast<TileLayer*>(dynamic_shared<bfloat16>() + Planes(l.wide_tiles()).size);
+      reinterpret_cast<TileLayer*>(dynamic_shared<bfloat16>() + TileShape<E, Kind>::kSize);
   copy_tile_layer(l, layer);
   const int first = static_cast<int>(group) * kMatrixTilesAtOnce;
   const int end = min(first + kMatrixTilesAtOnce, static_cast<int>(l.tiles()));
   for (int number = first; number < end; ++number) {
     __syncthreads();  // the layer is written, and the tile before read
-    TileUpdate<E, kRightBlocks, kLeftBlocks, kStochastic>(l, *layer, number).run();
+    TileUpdate<E, Kind>(l, *layer, number).run(number + 1 < end);
   }
 }
 
-template <class E, bool kRightBlocks, bool kLeftBlocks, bool kStochastic>
+template <class E, class Kind>
 __global__ void __launch_bounds__(kStepThreads, 2)
     matrix_update_kernel(const __grid_constant__ StepTable table, const StepArguments a,
                          int* ticket) {
   const Work work = work_of(table, take_ticket(ticket));
   const StepLayer& l = *work.layer;
   if (!work.first) {
-    if (begin_update<float>(a, work))
-      update_tiles<E, kRightBlocks, kLeftBlocks, kStochastic>(l, work.tile);
+    if (begin_update<float>(a, work)) update_tiles<E, Kind>(l, work.tile);
     return;
   }
   const int64_t begin = work.tile * kTilesPerInspection;
@@ -50,15 +48,17 @@ __global__ void __launch_bounds__(kStepThreads, 2)
   finish_first_tile(a, l);
 }
 
-// f(right_blocks, left_blocks, stochastic), each as a type.
+// f(TileKind<...>{}). Tiles are wide for the sake of blocks of K.
 template <class Function>
-void dispatch_flags(const StepKind& kind, bool stochastic, Function&& f) {
+void dispatch_kinds(const StepKind& kind, bool stochastic, Function&& f) {
   const auto with = [](bool flag, auto&& next) {
     flag ? next(std::true_type{}) : next(std::false_type{});
   };
-  with(kind.right_blocks, [&](auto right) {
-    with(kind.left_blocks,
-         [&](auto left) { with(stochastic, [&](auto rounding) { f(right, left, rounding); }); });
+  with(stochastic, [&](auto rounding) {
+    with(kind.left_blocks, [&](auto left) {
+      if (!kind.right_blocks) return f(TileKind<false, left(), false, rounding()>{});
+      with(kind.wide_tiles, [&](auto wide) { f(TileKind<true, left(), wide(), rounding()>{}); });
+    });
   });
 }
 
@@ -101,8 +101,9 @@ void plan_matrix_update(StepLayer& layer, const StepKind& kind) {
   const Extent extent = extent_of(layer, kind.element);
   layer.tile_rows = static_cast<int16_t>(extent.rows);
   layer.tile_columns = static_cast<int16_t>(extent.columns);
-  dispatch_vectors(kind,
-                   [&](auto elements) { layer.planes = TileShape<decltype(elements)>::kPlanes; });
+  dispatch_vectors(kind, [&](auto elements) {
+    layer.planes = kComputePlanes<typename decltype(elements)::Stored>;
+  });
   if (layer.left.bordered() || layer.right.bordered()) return;
   layer.first_tiles =
       static_cast<int32_t>((layer.tiles() + kTilesPerInspection - 1) / kTilesPerInspection);
@@ -115,13 +116,12 @@ void matrix_update(StepLayer* layers, int count, const StepKind& kind, const Ste
   dispatch_vectors(kind, [&](auto elements) {
     using E = decltype(elements);
     constexpr bool kRounds = std::is_same_v<typename E::Stored, bfloat16>;
-    dispatch_flags(kind, kRounds && a.key.enabled, [&](auto right, auto left, auto stochastic) {
-      if constexpr (kRounds || !stochastic()) {
-        using Planes = TilePlanes<E, right(), left()>;
-        const int most = std::max(Planes(false).size, Planes(true).size);
-        const size_t bytes = most * sizeof(bfloat16) + sizeof(TileLayer);
+    dispatch_kinds(kind, kRounds && a.key.enabled, [&](auto flags) {
+      using Kind = decltype(flags);
+      if constexpr (kRounds || !Kind::kStochastic) {
+        const size_t bytes = TileShape<E, Kind>::kSize * sizeof(bfloat16) + sizeof(TileLayer);
         launch({"matrix_update", blocks, kStepThreads, stream, bytes},
-               matrix_update_kernel<E, right(), left(), stochastic()>, table, a, ticket);
+               matrix_update_kernel<E, Kind>, table, a, ticket);
       }
     });
   });

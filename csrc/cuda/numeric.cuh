@@ -87,8 +87,7 @@ __device__ __forceinline__ Vec<T, N> narrow(const A (&values)[N], const Rounding
 #pragma unroll
       for (int e = 0; e < N; e += 2) {
         const Vec<T, 2> pair = narrow_pair<T>(values[e], values[e + 1]);
-        result[e] = pair[0];
-        result[e + 1] = pair[1];
+        memcpy(static_cast<void*>(result.values + e), &pair, sizeof pair);
       }
       return result;
     }

@@ -162,7 +162,8 @@ struct StepKind {
   Dtype element = Dtype::kFloat32;  // if in_vectors
   Dtype compute = Dtype::kFloat32;  // float32 or float64
   bool uses_matrices = false;       // the update's products are those of the tensor cores
-  bool right_blocks = false, left_blocks = false;  // of such layers: K and C have blocks
+  // Of such layers: K has blocks, C has, and tiles are wide.
+  bool right_blocks = false, left_blocks = false, wide_tiles = false;
 };
 
 constexpr int kMaxStepLayers = 239;

@@ -303,27 +303,16 @@ __device__ __forceinline__ void update_element(const StepLayer& l,
                    key.stream(1));
 }
 
-// Asks for M and W in row i and these columns.
-template <class E>
-__device__ __forceinline__ void prefetch_update(const StepLayer& l, int64_t i, const Columns& c) {
-  if constexpr (E::kCount > 1) {
-    if (!is_vector<E>(l, c)) return;
-    const int64_t at = i * l.weight_columns() + c.j;
-    prefetch(static_cast<const typename E::Stored*>(l.weight) + at);
-    if (l.momentum_weight == nullptr) return;
-    prefetch(static_cast<const typename E::Stored*>(l.momentum_weight) + at);
-  }
-}
-
 // W and M of a layer, in the element type of the launch; M is null for alpha2 = 0, by which W is
 // multiplied then.
 template <class E>
 struct Parameters {
   typename E::Stored *weight, *momentum;
 
-  __device__ explicit Parameters(const StepLayer& l)
-      : weight(static_cast<typename E::Stored*>(l.weight)),
-        momentum(static_cast<typename E::Stored*>(l.momentum_weight)) {}
+  __device__ Parameters(void* weight, void* momentum)
+      : weight(static_cast<typename E::Stored*>(weight)),
+        momentum(static_cast<typename E::Stored*>(momentum)) {}
+  __device__ explicit Parameters(const StepLayer& l) : Parameters(l.weight, l.momentum_weight) {}
 };
 
 // W and M at a vector that begins with element `at` of the weight, in registers between load and
@@ -335,10 +324,9 @@ class VectorUpdate {
   using Vector = Vec<typename E::Stored, E::kCount>;
 
   __device__ __forceinline__ void load_from(const Parameters<E>& to, int64_t at) {
+    const auto* const momentum = to.momentum == nullptr ? to.weight : to.momentum;
     w_ = load<Cache::kStreaming>(reinterpret_cast<const Vector*>(to.weight + at));
-    m_ = w_;
-    if (to.momentum == nullptr) return;
-    m_ = load<Cache::kStreaming>(reinterpret_cast<const Vector*>(to.momentum + at));
+    m_ = load<Cache::kStreaming>(reinterpret_cast<const Vector*>(momentum + at));
   }
 
   // From the preconditioned gradient p.

@@ -85,7 +85,7 @@ StepBatch::Group& StepBatch::group_of(const StepKind& kind, bool tiled) {
         group.kind.element == kind.element && group.kind.compute == kind.compute &&
         group.kind.uses_matrices == kind.uses_matrices &&
         group.kind.right_blocks == kind.right_blocks &&
-        group.kind.left_blocks == kind.left_blocks) {
+        group.kind.left_blocks == kind.left_blocks && group.kind.wide_tiles == kind.wide_tiles) {
       return group;
     }
   }
@@ -134,6 +134,7 @@ void StepBatch::add(int64_t index, const std::vector<Part>& parts, const at::Ten
     kind.left_blocks = l.left.action == Action::kBlocks;
     plan_matrix_products(l, kind);
     plan_matrix_update(l, kind);
+    kind.wide_tiles = l.wide_tiles();
   } else {
     plan_tiled_update(l, kind);
   }

@@ -109,12 +109,30 @@ __device__ __forceinline__ bool begin_update(const StepArguments& a, const Work&
   return shared_load(&proceeds) != 0;
 }
 
-// The same of the vectors that a thread owns, several of which are on their way at a time.
+// Asks for G, M and W of a tile: before an update waits, or while it writes another tile.
+template <class E>
+__device__ __forceinline__ void ask_for_tile(const StepLayer& l, const Tile& tile) {
+  if constexpr (E::kCount > 1) {
+    const Share share = share_of<E>(tile);
+    if (!is_gradient_vector<E>(l, share.columns)) return;
+    const Parameters<E> parameters(l);
+    const auto* const gradient = static_cast<const typename E::Stored*>(l.gradient);
+    const int64_t width = l.weight_columns(), pitch = l.gradient_pitch;
+    for (int row = share.first_row; row < tile.rows; row += share.row_stride) {
+      const int64_t i = tile.row + row, at = i * width + share.columns.j;
+      prefetch(gradient + i * pitch + share.columns.j);
+      prefetch(parameters.weight + at);
+      if (parameters.momentum != nullptr) prefetch(parameters.momentum + at);
+    }
+  }
+}
+
+// max |G| of the vectors that a thread owns, several of which are on their way at a time.
 template <class E>
 __device__ __forceinline__ int inspect_vectors(const StepLayer& l, const Tile& tile,
                                                const Share& share) {
   if constexpr (E::kCount > 1) {
-    constexpr int kAtOnce = 4;
+    constexpr int kAtOnce = 8;
     LargestMagnitude<typename E::Stored, E::kCount> largest;
     const int stride = share.row_stride, last = tile.rows - 1;
     for (int row = share.first_row; row < tile.rows; row += kAtOnce * stride) {

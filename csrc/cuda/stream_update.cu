@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kStepThreads, 2)
     inspect<E>(a, l, tile);
     return finish_first_tile(a, l);
   }
+  ask_for_tile<E>(l, tile);
   if (!begin_update<T>(a, work)) return;
   const Update<T> update(a, l);
   const StepOffsets offsets(l);
