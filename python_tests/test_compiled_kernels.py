@@ -77,6 +77,7 @@ EXPECTED = [
         Expected("border_product_kernel", t + VECTOR_ROWS, (LOAD_16,))
         for t in (HALF, FLOAT, DOUBLE)
     ),
+    *(Expected("border_product_narrow_kernel", t, (LOAD_16,)) for t in EVERY),
     Expected("border_product_bfloat16_kernel", VECTOR_ROWS, (LOAD_16, TENSOR_CORE)),
     Expected("border_product_bfloat16_kernel", "", (TENSOR_CORE, MATRIX_LOAD)),
     *(Expected("block_gram_kernel", t + VECTOR_ROWS, (COPY_16,)) for t in EVERY),

@@ -1,5 +1,5 @@
 // The border columns of Y = X K for a column-bordered K: S = X E^T, S [m, b], E [b, d], b <= 64;
-// for bfloat16 rows see border_product_bfloat16.cu.
+// for bfloat16 rows see border_product_bfloat16.cu, for b <= 4 border_product_narrow.cu.
 //
 // A block owns 64 rows and all border columns, padded to 16, 32 or 64; it walks along d in steps of
 // 256 bytes of the compute type, staging 64 rows of X and b rows of E in shared memory. A thread
@@ -125,6 +125,9 @@ int64_t border_width(int64_t border) { return (border + 3) / 4 * 4; }
 
 void border_product(const Rows& x, const void* e, int64_t border, int64_t first_row, void* out,
                     Stream stream) {
+  if (border_product_is_narrow(x, border)) {
+    return border_product_narrow(x, e, border, first_row, out, stream);
+  }
   const Task task{x, e, x.dim(), border, border_width(border), first_row, out};
   if (x.dtype == Dtype::kBFloat16) {
     return border_product_bfloat16(x, static_cast<const float*>(e), border, first_row,

@@ -47,6 +47,9 @@ void accumulate(const BorderedGram& gram, const GramSums& sums, Stream stream);
 int64_t border_width(int64_t border);
 void border_product(const Rows& x, const void* e, int64_t border, int64_t first_row, void* out,
                     Stream stream);
+bool border_product_is_narrow(const Rows& x, int64_t border);
+void border_product_narrow(const Rows& x, const void* e, int64_t border, int64_t first_row,
+                           void* out, Stream stream);
 void border_product_bfloat16(const Rows& x, const float* e, int64_t border, int64_t first_row,
                              float* out, Stream stream);
 

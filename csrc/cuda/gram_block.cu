@@ -97,7 +97,8 @@ __global__ __launch_bounds__(kGramThreads,
   in.end = in.begin + task.sums.rows < task.x.count ? in.begin + task.sums.rows : task.x.count;
   in.pairs = pairs;
   const auto list = [&] {
-    for (int c = threadIdx.x; c < kPanel * kTile; c += kGramThreads) {
+    const int c = threadIdx.x;
+    if (c < kPanel * kTile) {
       const int start = panel.contains(c) ? panel.start(c) : -1;
       shared_store(columns + c, Vec<int, 2>{{start, panel.row(c)}});
     }

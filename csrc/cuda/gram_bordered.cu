@@ -51,12 +51,14 @@ __global__ __launch_bounds__(kGramThreads,
   const int tiles = left < kPanel ? static_cast<int>(left) : kPanel;
   const int border_tiles = task.border_runs.tiles();
   const int products = border_tiles * tiles, pair_count = products + (task.packed ? 0 : tiles);
+  static_assert(kMaxPairs <= kGramThreads && kBorderTiles * kTile <= kGramThreads);
   const auto list = [&] {
-    for (int n = threadIdx.x; n < pair_count; n += kGramThreads) {
+    const int n = threadIdx.x;
+    if (n < pair_count) {
       const int b = Tiles::kPanelStart + n % tiles;
       shared_store(pairs + n, pack_pair(n < products ? n / tiles : b, b));
     }
-    for (int n = threadIdx.x; n < kBorderTiles * kTile; n += kGramThreads) {
+    if (n < kBorderTiles * kTile) {
       shared_store(border_rows + n, static_cast<int>(task.border_row(n)));
     }
     __syncthreads();

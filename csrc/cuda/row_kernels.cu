@@ -4,8 +4,8 @@
 //                  of columns: 16 lanes of 16 bytes (256 bytes of a row) x 16 row lanes, each with
 //                  4 loads in flight. Misaligned rows: 64 lanes of one element x 4 row lanes.
 //                  Strided columns: a warp's lanes run along the rows of a column.
-//   add_partials   reads the partial sums once, reads and writes the sums; lines of L2 that hold
-//                  nothing but partial sums are discarded then, so that DRAM never sees them
+//   add_partials   reads the partial sums once, reads and writes the sums; the partial sums' lines
+//                  of L2 are discarded then, so that DRAM need not see them
 //   load_rows      reads the rows once, writes them in the compute type
 //   weigh          reads and writes a storage once
 #include "../structures/pattern.h"
@@ -126,8 +126,8 @@ __global__ __launch_bounds__(kThreads) void strided_column_sums_kernel(Rows rows
   }
 }
 
-// A warp owns whole lines of every split (kDiscards), which nothing reads afterwards.
-template <class A, bool kDiscards>
+// A warp owns whole lines of every split, which nothing reads afterwards.
+template <class A>
 __global__ __launch_bounds__(kThreads) void add_partials_kernel(A* partial, int64_t count,
                                                                 int64_t stride, int64_t size,
                                                                 A* to) {
@@ -138,11 +138,12 @@ __global__ __launch_bounds__(kThreads) void add_partials_kernel(A* partial, int6
     for (int64_t s = 0; s < count; ++s) sum += load(partial + s * stride + i);
     store(to + i, load(to + i) + sum);
   }
-  if constexpr (kDiscards) {
-    constexpr int kPerLine = kLine / static_cast<int>(sizeof(A));
-    __syncwarp();
-    if (i % kPerLine != 0 || i >= size) return;
-    for (int64_t s = 0; s < count; ++s) discard(partial + s * stride + i);
+  __syncwarp();
+  constexpr int kPerLine = static_cast<int>(kLineBytes / sizeof(A));
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t first = i - lane; first < i - lane + kWarp && first < size; first += kPerLine) {
+#pragma unroll 1
+    for (int64_t s = lane; s < count; s += kWarp) discard(partial + s * stride + first);
   }
 }
 
@@ -231,11 +232,9 @@ void add_partials(void* partial, int64_t count, int64_t stride, int64_t size, vo
                   Stream stream) {
   const auto run = [&](auto zero) {
     using A = decltype(zero);
-    const bool owns_lines = reinterpret_cast<uintptr_t>(partial) % kLine == 0 &&
-                            stride * static_cast<int64_t>(sizeof(A)) % kLine == 0;
-    const auto kernel = owns_lines ? add_partials_kernel<A, true> : add_partials_kernel<A, false>;
-    launch(Launch{"add_partials", divide_up(size, kThreads), kThreads, stream}, kernel,
-           static_cast<A*>(partial), count, stride, size, static_cast<A*>(to));
+    launch(Launch{"add_partials", divide_up(size, kThreads), kThreads, stream},
+           add_partials_kernel<A>, static_cast<A*>(partial), count, stride, size,
+           static_cast<A*>(to));
   };
   dtype == Dtype::kFloat64 ? run(double()) : run(float());
 }

@@ -25,7 +25,9 @@ struct SegmentSums {
 void column_sums(const Rows& rows, const SegmentSums& sums, Stream stream);
 
 // to[i] += sum over s < count of partial[s * stride + i], in this order, for i < size; both have
-// the given dtype. What the partial sums' memory holds afterwards is undefined.
+// the given dtype. The partial sums are gone afterwards: their lines of L2 are discarded, which
+// nothing else may share. So `partial` and the stride are multiples of a line.
+constexpr int64_t kLineBytes = 128;
 void add_partials(void* partial, int64_t count, int64_t stride, int64_t size, void* to, Dtype dtype,
                   Stream stream);
 

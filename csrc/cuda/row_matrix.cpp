@@ -101,4 +101,14 @@ RowSplits split_rows(const Rows& x, int64_t row_count, int64_t panels, int64_t s
   return {(row_count + rows - 1) / rows, rows};
 }
 
+PartialSums partial_sums(int64_t splits, int64_t size, const at::TensorOptions& options) {
+  const int64_t line = kLineBytes / static_cast<int64_t>(options.dtype().itemsize());
+  PartialSums sums;
+  sums.stride = (size + line - 1) / line * line;
+  sums.memory = at::empty({splits * sums.stride + line}, options);
+  const auto address = reinterpret_cast<uintptr_t>(sums.memory.mutable_data_ptr());
+  sums.data = reinterpret_cast<void*>((address + kLineBytes - 1) / kLineBytes * kLineBytes);
+  return sums;
+}
+
 }  // namespace singd::cuda

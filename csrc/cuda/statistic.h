@@ -36,6 +36,14 @@ struct RowSplits {
 };
 RowSplits split_rows(const Rows& x, int64_t row_count, int64_t panels, int64_t sum_bytes);
 
+// Memory for `size` sums of every split, from data + split * stride on, for add_partials.
+struct PartialSums {
+  at::Tensor memory;
+  void* data;
+  int64_t stride;
+};
+PartialSums partial_sums(int64_t splits, int64_t size, const at::TensorOptions& options);
+
 // statistic += what the family keeps of the rows.
 void accumulate_statistic(const Layout& layout, const at::Tensor& statistic, const RowMatrix& x,
                           const at::Tensor* factor);

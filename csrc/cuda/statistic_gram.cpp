@@ -21,22 +21,6 @@ constexpr int64_t kFewBlocks = 198;
 // Rows that are materialised at a time where a border or a block is too wide for the kernels.
 constexpr int64_t kLoadedBytes = int64_t{64} << 20;
 
-// Sums of `size` entries for each split, in lines of their own.
-struct PartialSums {
-  static constexpr int64_t kLine = 128;  // bytes
-  at::Tensor memory;
-  void* data;
-  int64_t stride;
-
-  PartialSums(int64_t splits, int64_t size, const at::TensorOptions& options) {
-    const int64_t line = kLine / static_cast<int64_t>(options.dtype().itemsize());
-    stride = (size + line - 1) / line * line;
-    memory = at::empty({splits * stride + line}, options);
-    const auto address = reinterpret_cast<uintptr_t>(memory.mutable_data_ptr());
-    data = reinterpret_cast<void*>((address + kLine - 1) / kLine * kLine);
-  }
-};
-
 // Adds Gram entries of the rows first_row ... x.count - 1 to the statistic; the grams together give
 // every entry. They share their splits and partial sums, for which the first one decides.
 template <class Gram>
@@ -61,7 +45,7 @@ void add_grams(std::initializer_list<Gram> grams, int64_t first_row, const at::T
     }
   };
   if (splits.count == 1) return accumulate_all(statistic.mutable_data_ptr(), 0);
-  const PartialSums partial(splits.count, size, statistic.options());
+  const PartialSums partial = partial_sums(splits.count, size, statistic.options());
   accumulate_all(partial.data, partial.stride);
   add_partials(partial.data, splits.count, partial.stride, size, statistic.mutable_data_ptr(),
                dtype_of(statistic), stream);
@@ -73,17 +57,17 @@ void add_column_squares(const Rows& x, const at::Tensor& squares, Stream stream)
   constexpr int64_t kPanelBytes = 256;
   const int64_t panels = (x.features * size_of(x.dtype) + kPanelBytes - 1) / kPanelBytes;
   const RowSplits splits = split_rows(x, x.count, panels, x.features * squares.element_size());
-  const at::Tensor partial = at::empty({splits.count, x.features}, squares.options());
+  const PartialSums partial = partial_sums(splits.count, x.features, squares.options());
   SegmentSums sums;
   sums.what = ColumnSum::kSquares;
   sums.segments = splits.count;
   sums.segment_rows = splits.rows;
   sums.scale = 1;
-  sums.out = partial.mutable_data_ptr();
+  sums.out = partial.data;
   sums.out_dtype = dtype_of(squares);
-  sums.out_stride = x.features;
+  sums.out_stride = partial.stride;
   column_sums(x, sums, stream);
-  add_partials(sums.out, splits.count, x.features, x.features, squares.mutable_data_ptr(),
+  add_partials(sums.out, splits.count, partial.stride, x.features, squares.mutable_data_ptr(),
                sums.out_dtype, stream);
 }
 

@@ -28,17 +28,17 @@ void add_power(const at::Tensor& spectrum, const at::Tensor& power, Stream strea
   constexpr int64_t kPanelColumns = 64;
   const int64_t panels = (x.rows.features + kPanelColumns - 1) / kPanelColumns;
   const RowSplits splits = split_rows(x.rows, x.rows.count, panels, x.rows.features * 8);
-  const at::Tensor partial = at::empty({splits.count, x.rows.features}, power.options());
+  const PartialSums partial = partial_sums(splits.count, x.rows.features, power.options());
   SegmentSums sums;
   sums.what = ColumnSum::kSquares;
   sums.segments = splits.count;
   sums.segment_rows = splits.rows;
   sums.scale = 1;
-  sums.out = partial.mutable_data_ptr();
+  sums.out = partial.data;
   sums.out_dtype = Dtype::kFloat64;
-  sums.out_stride = x.rows.features;
+  sums.out_stride = partial.stride;
   column_sums(x.rows, sums, stream);
-  add_partials(sums.out, splits.count, x.rows.features, x.rows.features, power.mutable_data_ptr(),
+  add_partials(sums.out, splits.count, partial.stride, x.rows.features, power.mutable_data_ptr(),
                Dtype::kFloat64, stream);
 }
 
