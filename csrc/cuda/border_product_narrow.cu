@@ -28,6 +28,16 @@ struct Task {
 template <class T>
 constexpr int kColumns = kWarp * kVectors * kVector<T>;
 
+// Where column c of a step lies in shared memory: what a lane multiplies one vector of X with is
+// loaded in pieces of 16 bytes, and those of neighbouring lanes lie side by side.
+template <class T>
+__device__ __forceinline__ int place(int c) {
+  constexpr int kSize = kVector<T>, kPart = kVector<compute_t<T>>, kVectorColumns = kWarp * kSize;
+  const int vector = c / kVectorColumns, lane = c % kVectorColumns / kSize;
+  const int part = c % kSize / kPart;
+  return vector * kVectorColumns + (part * kWarp + lane) * kPart + c % kPart;
+}
+
 // Columns first ... of E, zero beside E and for the column of ones. All loads are on their way
 // before the first is stored: those of what does not exist read something else.
 template <class T, int kBorder>
@@ -46,7 +56,10 @@ __device__ __forceinline__ void stage_border(const Task& task, int64_t first, co
     values[q] = exists ? value : A(0);
   }
 #pragma unroll
-  for (int q = 0; q < kPieces; ++q) shared_store(stage + q * kThreads + threadIdx.x, values[q]);
+  for (int q = 0; q < kPieces; ++q) {
+    const int n = q * kThreads + threadIdx.x, row = n / kColumns<T>;
+    shared_store(stage + row * kColumns<T> + place<T>(n % kColumns<T>), values[q]);
+  }
 }
 
 template <class T, int kBorder>
@@ -64,7 +77,8 @@ struct Sums {
       for (int first = 0; first < V::kSize; first += kPart) {
 #pragma unroll
         for (int b = 0; b < kBorder; ++b) {
-          const A* const from = stage + b * kColumns<T> + (v * kWarp + lane) * V::kSize + first;
+          const int column = (v * kWarp + lane) * V::kSize + first;
+          const A* const from = stage + b * kColumns<T> + place<T>(column);
           const auto e = shared_load(reinterpret_cast<const Vec<A, kPart>*>(from));
 #pragma unroll
           for (int i = 0; i < kRows; ++i) {
@@ -95,7 +109,7 @@ struct Sums {
 };
 
 template <class T, int kBorder>
-__global__ __launch_bounds__(kThreads) void border_product_narrow_kernel(Task task) {
+__global__ __launch_bounds__(kThreads, 2) void border_product_narrow_kernel(Task task) {
   using A = compute_t<T>;
   using V = Vec<T, kVector<T>>;
   __shared__ __align__(16) A stage[kBorder * kColumns<T>];

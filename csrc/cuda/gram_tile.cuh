@@ -11,9 +11,9 @@
 // of bfloat16 tiles that add up to it.
 //
 // Stage: 64 rows of 2-byte elements, 32 of float, 16 of double, by 8 tiles (128 columns), or twice
-// the rows by 4 tiles where that would make a grid of too few blocks; beside 4 border tiles if
-// there is a border, and 32 rows beside planes of one. Rows in shared memory are padded by 16
-// bytes: reads of 8 rows x 16 bytes meet no bank twice.
+// the rows by 4 tiles where that would make a grid of too few blocks. If there is a border, 4 tiles
+// of it lie beside the 8 or 4 of as many rows, or planes of them beside 32 rows. Rows in shared
+// memory are padded by 16 bytes: reads of 8 rows x 16 bytes meet no bank twice.
 #pragma once
 
 #include "matrix.cuh"
@@ -201,8 +201,10 @@ struct GramTiles {
       sizeof(T) == 2 && (!kBordered || std::is_same_v<T, B> || kPlanes > 1);
   using Stage = std::conditional_t<kMma, T, A>;
   using Sums = std::conditional_t<kMma, MmaSums<T, kPlanes>, FmaSums<A, kBordered>>;
-  static constexpr int kRows =
-      kPlanes > 1 ? 32 : 128 / static_cast<int>(sizeof(Stage)) * (kWidePanel / kPanel);
+  static constexpr int kWideRows = 128 / static_cast<int>(sizeof(Stage));
+  static constexpr int kRows = kPlanes > 1 ? 32
+                               : kBordered ? kWideRows
+                                           : kWideRows * (kWidePanel / kPanel);
   static constexpr int kRowGroups = kMma && kRows / kTile < 8 ? kRows / kTile : 8;  // at most
   static constexpr int kPanelStart = kBordered ? kPlanes * kBorderTiles : 0;
   static constexpr int kStride = (kPanelStart + kPanel) * kTile + kVector<Stage>;
@@ -210,8 +212,8 @@ struct GramTiles {
   static constexpr int kStageBytes = kStageSize * static_cast<int>(sizeof(Stage));
   static constexpr int kRing = 3;                            // stages
   static constexpr int kExchange = kTile * kExchangeStride;  // of one pair
-  static constexpr int kExchanged =
-      sizeof(A) == 8 ? 2 : kPairsPerWarp;  // pairs of a warp at a time
+  // Pairs of a warp that meet at a time.
+  static constexpr int kExchanged = sizeof(A) == 8 ? 2 : kPairsPerWarp;
   static constexpr int kExchangeBytes =
       kGramWarps * kExchanged * kExchange * static_cast<int>(sizeof(A));
   static constexpr int kRingBytes = kRing * kStageBytes;
