@@ -86,10 +86,10 @@ MUTATIONS = [
         "test_parameter_updates and rank",
     ),
     Mutation(
-        "no barrier between staging and multiplying a strip of G",
+        "no barrier between the sums of warps that share a strip of G",
         "matrix_products.cu",
-        f"      {BARRIER}\n      if (column + S::kChunk < l.columns)",
-        "      if (column + S::kChunk < l.columns)",
+        f"      {BARRIER}\n      if (split < half) for_each",
+        "      if (split < half) for_each",
         ("matrix_products",),
         "test_parameter_updates and rank",
     ),

@@ -1,284 +1,264 @@
 // The thin products of layers with a bordered side on the tensor cores, for float32 and 16-bit
 // layers that move in vectors (thin_products.cu has the others), N of width b <= 64:
 //
-//   matrix_products   S = G N_K^T (rows x b), the partial sums of X = N_C G (b x columns) over
-//                     strips of rows, and max |G|
+//   matrix_products   S = G N_K^T (rows x b), X = N_C G (b x columns) by panels of rows, max |G|
 //   thin_sums         X, and the border rows of G for a row-bordered C
 //
-// A block owns a strip of 128 rows and walks along it in chunks of 64 columns (half as many for
-// float32, and again for wide borders), the next one loaded into registers while the current one,
-// in shared memory as planes of bfloat16 (planes.cuh), is multiplied. Its warps own rows of S,
-// whose sums stay in registers along the strip, and of each chunk's X a tile of 16 x 16 or two.
+// A warp owns 64 or 32 rows of S, or as many columns of X, and walks along them 16 k's at a time
+// (thin_steps.cuh). The warps of a block share the k's, and with a wide border two of them at a
+// time share N, which comes from L1 then. Their sums are added in a fixed order. The column of a
+// bias is no part of a vector: what it adds to S is added last, and blocks of their own make its
+// column of X.
 //
-// Bytes: G once, and the partial sums of X twice: 4 b for the bytes of a column of the strip, which
-// is why C's borders are narrow.
+// Bytes: G once from DRAM and, where both sides are bordered, once more from L2: a panel is as many
+// rows as L2 keeps, and its X follows its S.
 #include <algorithm>
 
-#include "planes.cuh"
-#include "step.cuh"
+#include "thin_steps.cuh"
 
 namespace singd::cuda {
 namespace {
 
-constexpr int kWarps = kStepThreads / kWarp;
-constexpr int kPad = 8;
-
-// kTiles: the most border tiles of a K in the launch.
-template <class E, int kTiles>
-struct Shape {
-  static constexpr int kGradientPlanes = kStoredPlanes<typename E::Stored>;
-  static constexpr int kPlanes = kComputePlanes<typename E::Stored>;
-  static constexpr int kRows = 128;
-  static constexpr int kChunk = (sizeof(typename E::Stored) == 4 ? 32 : 64) / (kTiles > 2 ? 2 : 1);
-  static constexpr int kChunkTiles = kChunk / kMatrix;
-  static constexpr int kPitch = kChunk + kPad;
-  static constexpr int kRowTiles = kRows / kMatrix / kWarps;  // of a warp
-  static constexpr int kLeftPitch = kRows + kPad;
-};
+constexpr int kPanelRows = 4096;
+constexpr int64_t kPanelBytes = int64_t{16} << 20;
 
 SINGD_HOST_DEVICE inline int border_tiles(const SideShape& side) {
   return side.bordered() ? (side.width + kMatrix - 1) / kMatrix : 0;
 }
 
-// Whether the partial sums of X are few bytes beside the rows'.
-inline bool is_narrow(const StepLayer& l) {
-  constexpr int kNarrow = 8;
-  return !l.left.bordered() || l.left.width <= kNarrow;
+// Rows of a panel, but for the last one.
+SINGD_HOST_DEVICE inline int panel_rows(const StepLayer& l) {
+  if (l.strips <= 1) return l.rows;
+  return ((l.rows - 1) / l.strips / kThinThreads + 1) * kThinThreads;
 }
 
-// Arrays of bfloat16 in shared memory: planes of the chunk, of N_K in its columns as [t, column],
-// and of N_C in the strip's rows as [t, row].
-template <class E, int kTiles>
-struct Arrays {
-  int right, right_plane, left, left_plane, size;
+// The order of a layer's blocks: by panels of rows, those of S before those of X.
+struct Pieces {
+  int rows, columns, biases;  // of a panel: blocks of S, of X, and of X in the column of the bias
 
-  SINGD_HOST_DEVICE explicit Arrays(const StepLayer& l) {
-    using S = Shape<E, kTiles>;
-    right = S::kGradientPlanes * S::kRows * S::kPitch;
-    right_plane = border_tiles(l.right) * kMatrix * S::kPitch;
-    left = right + S::kPlanes * right_plane;
-    left_plane = border_tiles(l.left) * kMatrix * S::kLeftPitch;
-    size = left + S::kPlanes * left_plane;
+  SINGD_HOST_DEVICE Pieces(const StepLayer& l, int owned) : rows(0), columns(0), biases(0) {
+    if (l.right.bordered()) rows = count(panel_rows(l), owned);
+    if (!l.left.bordered()) return;
+    columns = count(l.weight_columns(), owned);
+    if (l.bias != nullptr) biases = count(l.left.width, kThinWarps);
   }
+  SINGD_HOST_DEVICE int of_panel() const { return rows + columns + biases; }
+
+ private:
+  SINGD_HOST_DEVICE static int count(int length, int owned) { return (length + owned - 1) / owned; }
 };
 
 template <class E, int kTiles>
-class StripProducts {
+class ThinProducts {
  public:
-  using S = Shape<E, kTiles>;
+  using S = ThinShape<E, kTiles>;
 
-  __device__ StripProducts(const StepLayer& layer, int strip)
-      : l(layer),
-        arrays(layer),
-        offsets(layer),
-        workspace(static_cast<float*>(layer.workspace)),
-        shared(dynamic_shared<bfloat16>()),
-        strip(strip),
-        first_row(strip * S::kRows) {}
+  __device__ explicit ThinProducts(const StepLayer& layer)
+      : l(layer), workspace(static_cast<float*>(layer.workspace)) {}
 
-  // Returns the largest magnitude that this thread has read.
-  __device__ __forceinline__ int run() {
-    MatrixSums s[S::kRowTiles][kTiles];
-    int largest = 0;
-    if (l.left.bordered()) stage_left();
-    fetch(0);
-    for (int column = 0; column < l.columns; column += S::kChunk) {
-      largest = max(largest, commit(column));
-      if (l.right.bordered()) stage_right(column);
-      __syncthreads();
-      if (column + S::kChunk < l.columns) fetch(column + S::kChunk);
-      if (l.right.bordered()) multiply_right(s);
-      if (l.left.bordered()) multiply_left(column);
-      __syncthreads();
+  // Returns the largest magnitude that this thread has seen.
+  __device__ __forceinline__ int run(int piece) const {
+    const Pieces pieces(l, S::kOwned);
+    const int panel = piece / pieces.of_panel(), inside = piece - panel * pieces.of_panel();
+    const int begin = panel * panel_rows(l), end = min(begin + panel_rows(l), l.rows);
+    if (inside < pieces.rows) {
+      const int first = begin + inside * S::kOwned;
+      int bias = 0;
+      const int weight = multiply<true>(
+          l.right, first, 0, l.weight_columns(),
+          [&](ThinSums<E, kTiles>& sums, int outer) { bias = store_rows(sums, outer, end); });
+      return max(weight, bias);
     }
-    if (l.right.bordered()) store_right(s);
-    return largest;
+    const int number = inside - pieces.rows;
+    if (number >= pieces.columns) return multiply_bias(number - pieces.columns, begin, end, panel);
+    return multiply<false>(
+        l.left, number * S::kOwned, begin, end,
+        [&](const ThinSums<E, kTiles>& sums, int outer) { store_columns(sums, outer, panel); });
   }
 
  private:
-  static constexpr int kCount = E::kCount, kAcross = S::kChunk / kCount;
-  static constexpr int kVectors = S::kRows * kAcross / kStepThreads;
-
   const StepLayer& l;
-  const Arrays<E, kTiles> arrays;
-  const StepOffsets offsets;
   float* const workspace;
-  bfloat16* const shared;
-  const int strip, first_row;
-  Vec<typename E::Stored, kCount> next[kVectors];
 
+  // Made where it is used: few registers are left beside the sums.
+  __device__ StepOffsets offsets() const { return StepOffsets(l); }
   static __device__ int lane() { return threadIdx.x % kWarp; }
   static __device__ int warp() { return threadIdx.x / kWarp; }
 
-  // The vectors of a chunk that a thread owns: f(number, row in the strip, columns).
-  template <class Function>
-  __device__ __forceinline__ void for_each_vector(int column, Function&& f) const {
+  template <bool kRows>
+  static __device__ __forceinline__ void multiply_step(
+      const typename BorderStep<E, kTiles>::Operands& a, const GradientStep<E, kTiles>& step,
+      ThinSums<E, kTiles>& sums) {
 #pragma unroll
-    for (int n = 0; n < kVectors; ++n) {
-      const int at = n * kStepThreads + threadIdx.x, j = column + at % kAcross * kCount;
-      const int row = at / kAcross;
-      f(n, row, Columns{j, 0, first_row + row < l.rows ? min(kCount, l.columns - j) : 0});
+    for (int n = 0; n < S::kOuterTiles; ++n) {
+      MatrixOperand<bfloat16> b[S::kGradientPlanes];
+      step.template operand<kRows>(n, b);
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+        multiply_planes<S::kPlanes, S::kPlanes, S::kGradientPlanes>(
+            sums[n][t], a[t], [&](int plane, MatrixOperand<bfloat16>& to) { to = b[plane]; });
+      }
     }
   }
 
-  __device__ __forceinline__ void fetch(int column) {
-    for_each_vector(column, [&](int n, int row, const Columns& c) {
-      if (is_gradient_vector<E>(l, c)) next[n] = gradient_vector<E>(l, first_row + row, c);
-    });
+  // The product of G's rows (or columns) from `first` on with the border, over [begin, end).
+  template <bool kRows, class Store>
+  __device__ __forceinline__ int multiply(const SideShape& side, int first, int begin, int end,
+                                          Store&& store) const {
+    const int outer = first + warp() % S::kGroups * S::kOuter, split = warp() / S::kGroups;
+    const float* const border = workspace + (kRows ? offsets().right_n : offsets().left_n);
+    const bool inspects = kRows || !l.right.bordered();
+    const int count = end - begin;
+    const Fetch<E, kTiles, kRows> fetch(l, side, border, outer, begin, count);
+    LargestOfWords<typename S::Stored> largest;
+    ThinSums<E, kTiles> sums;
+    BorderStep<E, kTiles> border_step;
+    typename BorderStep<E, kTiles>::Operands a;
+    GradientStep<E, kTiles> steps[S::kAhead];
+    int k = split * kMatrix;
+    if (k < count) fetch.load_step(k, border_step);
+#pragma unroll
+    for (int n = 0; n < S::kAhead; ++n) {
+      if (k + n * S::kStride < count) fetch.load_step(k + n * S::kStride, steps[n]);
+    }
+    while (k < count) {
+#pragma unroll
+      for (int n = 0; n < S::kAhead; ++n) {
+        border_step.operands(a);
+        if (k + S::kStride < count) fetch.load_step(k + S::kStride, border_step);
+        if (inspects) steps[n].inspect(largest);
+        multiply_step<kRows>(a, steps[n], sums);
+        const int later = k + S::kAhead * S::kStride;
+        if (later < count) fetch.load_step(later, steps[n]);
+        k += S::kStride;
+        if (k >= count) break;
+      }
+    }
+    add_splits(sums);
+    if (split == 0) store(sums, outer);
+    return largest.key();
   }
 
-  // What was fetched, and what moves element by element, to shared memory.
-  __device__ __forceinline__ int commit(int column) {
+  // The sums of all splits, in those of the first one.
+  __device__ __forceinline__ void add_splits(ThinSums<E, kTiles>& sums) const {
+    constexpr int kCount = S::kOuterTiles * kTiles * 8;
+    __shared__ float slots[kThinWarps / 2][kCount][kWarp];
+    const int group = warp() % S::kGroups, split = warp() / S::kGroups;
+#pragma unroll
+    for (int half = S::kSplits / 2; half > 0; half /= 2) {
+      float* const slot = &slots[split % half * S::kGroups + group][0][lane()];
+      const auto for_each = [&](auto f) {
+#pragma unroll
+        for (int n = 0; n < S::kOuterTiles; ++n) {
+#pragma unroll
+          for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+              f(sums[n][t].values[e], slot + ((n * kTiles + t) * 8 + e) * kWarp);
+            }
+          }
+        }
+      };
+      if (split >= half && split < 2 * half) {
+        for_each([](float sum, float* at) { shared_store(at, sum); });
+      }
+      __syncthreads();
+      if (split < half) for_each([](float& sum, const float* at) { sum += shared_load(at); });
+      __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ float bias(int64_t i) const {
+    return load_element<E>(l.gradient_bias, l.gradient_dtype[1], i * l.gradient_bias_pitch);
+  }
+
+  // S, with what the bias adds. Returns the largest magnitude of the bias.
+  __device__ __forceinline__ int store_rows(const ThinSums<E, kTiles>& sums, int outer,
+                                            int end) const {
+    const int width = l.right.width;
+    const bool has_bias = l.bias != nullptr;
+    const float* const n_of_bias = workspace + offsets().right_n + l.weight_columns();
     int largest = 0;
-    for_each_vector(column, [&](int n, int row, const Columns& c) {
-      bfloat16* const to = shared + row * S::kPitch + c.j - column;
-      if (is_gradient_vector<E>(l, c)) {
-        Vec<bfloat16, kCount> parts[S::kGradientPlanes];
 #pragma unroll
-        for (int e = 0; e < kCount; ++e) {
-          const float value = widen<float>(next[n][e]);
-          largest = max(largest, magnitude(value));
-          bfloat16 planes[S::kGradientPlanes];
-          split(value, planes);
+    for (int n = 0; n < S::kOuterTiles; ++n) {
 #pragma unroll
-          for (int p = 0; p < S::kGradientPlanes; ++p) parts[p][e] = planes[p];
-        }
+      for (int e = 0; e < 8; ++e) {
+        const int64_t i = outer + n * kMatrix + matrix_column(lane(), e);
+        if (i >= end) continue;
+        const float g = has_bias ? bias(i) : 0.0f;
+        largest = max(largest, magnitude(g));
 #pragma unroll
-        for (int p = 0; p < S::kGradientPlanes; ++p) {
-          shared_store(reinterpret_cast<Vec<bfloat16, kCount>*>(to + p * S::kRows * S::kPitch),
-                       parts[p]);
-        }
-        return;
-      }
-#pragma unroll 1
-      for (int e = 0; e < kCount; ++e) {
-        const float value = e < c.end ? load_gradient<E>(l, first_row + row, c.j + e) : 0.0f;
-        largest = max(largest, magnitude(value));
-        bfloat16 planes[S::kGradientPlanes];
-        split(value, planes);
-#pragma unroll
-        for (int p = 0; p < S::kGradientPlanes; ++p) {
-          shared_store(to + p * S::kRows * S::kPitch + e, planes[p]);
+        for (int t = 0; t < kTiles; ++t) {
+          const int r = t * kMatrix + matrix_row(lane(), e);
+          if (r >= width) continue;
+          float sum = sums[n][t].values[e];
+          if (has_bias) sum += g * load(n_of_bias + r * padded(l.columns));
+          store(workspace + offsets().products + i * width + r, sum);
         }
       }
-    });
+    }
     return largest;
   }
 
-  // N[t, first ...] of a side with `tiles` tiles of borders, in rows of kLength, zero beyond it.
-  template <int kLength>
-  __device__ __forceinline__ void stage(const SideShape& side, const float* n, int64_t dim,
-                                        int64_t first, bfloat16* to, int plane) const {
-    const int count = border_tiles(side) * kMatrix * kLength;
-#pragma unroll 2
-    for (int at = threadIdx.x; at < count; at += kStepThreads) {
-      const int t = at / kLength, k = at % kLength;
-      const bool inside = t < side.width && first + k < dim;
-      bfloat16 planes[S::kPlanes];
-      split(inside ? load(n + t * padded(dim) + first + k) : 0.0f, planes);
-#pragma unroll
-      for (int p = 0; p < S::kPlanes; ++p) {
-        shared_store(to + p * plane + t * (kLength + kPad) + k, planes[p]);
-      }
-    }
-  }
-  __device__ __forceinline__ void stage_right(int column) const {
-    stage<S::kChunk>(l.right, workspace + offsets.right_n, l.columns, column, shared + arrays.right,
-                     arrays.right_plane);
-  }
-  __device__ __forceinline__ void stage_left() const {
-    stage<S::kRows>(l.left, workspace + offsets.left_n, l.rows, first_row, shared + arrays.left,
-                    arrays.left_plane);
+  // Where a panel's X belongs.
+  __device__ __forceinline__ float* thin(int panel) const {
+    const int64_t first = l.strips > 1 ? offsets().partial : offsets().thin;
+    return workspace + first + panel * l.left.width * padded(l.columns);
   }
 
-  __device__ int row_tile(int n) const { return warp() * S::kRowTiles + n; }
-
-  // The chunk's part of S in the warp's rows.
-  __device__ __forceinline__ void multiply_right(MatrixSums (&s)[S::kRowTiles][kTiles]) const {
-    const int tiles = border_tiles(l.right);
-#pragma unroll 1
-    for (int k = 0; k < S::kChunk; k += kMatrix) {
+  // X but for the bias: a lane has eight neighbouring columns of a row in each pair of tiles.
+  __device__ __forceinline__ void store_columns(const ThinSums<E, kTiles>& sums, int outer,
+                                                int panel) const {
+    float* const x = thin(panel);
 #pragma unroll
-      for (int n = 0; n < S::kRowTiles; ++n) {
-        MatrixOperand<bfloat16> a[S::kGradientPlanes];
-#pragma unroll
-        for (int p = 0; p < S::kGradientPlanes; ++p) {
-          load_left<false>(a[p], shared + (p * S::kRows + row_tile(n) * kMatrix) * S::kPitch + k,
-                           S::kPitch);
-        }
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t) {
-          if (t >= tiles) break;
-          const bfloat16* const from = shared + arrays.right + t * kMatrix * S::kPitch + k;
-          multiply_planes<S::kPlanes, S::kGradientPlanes, S::kPlanes>(
-              s[n][t], a, [&](int q, MatrixOperand<bfloat16>& b) {
-                load_right<true>(b, from + q * arrays.right_plane, S::kPitch);
-              });
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store_right(const MatrixSums (&s)[S::kRowTiles][kTiles]) const {
-#pragma unroll
-    for (int n = 0; n < S::kRowTiles; ++n) {
+    for (int n = 0; n < S::kOuterTiles; n += 2) {
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int64_t i = first_row + row_tile(n) * kMatrix + matrix_row(lane(), e);
-          const int r = t * kMatrix + matrix_column(lane(), e);
-          if (i >= l.rows || r >= l.right.width) continue;
-          store(workspace + offsets.products + i * l.right.width + r, s[n][t].values[e]);
+        for (int e = 0; e < 4; ++e) {
+          const int r = t * kMatrix + matrix_row(lane(), e);
+          const int j = outer + n * kMatrix + 4 * matrix_column(lane(), e);
+          if (r >= l.left.width || j >= l.weight_columns()) continue;
+          const MatrixSums &low = sums[n][t], &high = sums[n + 1][t];
+          const Vec<float, 4> four{
+              {low.values[e], low.values[e + 4], high.values[e], high.values[e + 4]}};
+          store(reinterpret_cast<Vec<float, 4>*>(x + r * padded(l.columns) + j), four);
         }
       }
     }
   }
 
-  // The strip's part of X in the chunk's columns.
-  __device__ __forceinline__ void multiply_left(int column) const {
-    const int tasks = border_tiles(l.left) * S::kChunkTiles;
-#pragma unroll 1
-    for (int task = warp(); task < tasks; task += kWarps) {
-      const int t = task / S::kChunkTiles * kMatrix, j = task % S::kChunkTiles * kMatrix;
-      MatrixSums x;
-#pragma unroll 1
-      for (int k = 0; k < S::kRows; k += kMatrix) {
-        MatrixOperand<bfloat16> a[S::kPlanes];
-#pragma unroll
-        for (int p = 0; p < S::kPlanes; ++p) {
-          load_left<false>(a[p],
-                           shared + arrays.left + p * arrays.left_plane + t * S::kLeftPitch + k,
-                           S::kLeftPitch);
-        }
-        multiply_planes<S::kPlanes, S::kPlanes, S::kGradientPlanes>(
-            x, a, [&](int q, MatrixOperand<bfloat16>& b) {
-              load_right<false>(b, shared + (q * S::kRows + k) * S::kPitch + j, S::kPitch);
-            });
-      }
-      float* const out = workspace + (l.strips > 1 ? offsets.partial : offsets.thin) +
-                         static_cast<int64_t>(strip) * l.left.width * padded(l.columns);
-#pragma unroll
-      for (int e = 0; e < 8; e += 2) {
-        const int r = t + matrix_row(lane(), e);
-        const int64_t at = column + j + matrix_column(lane(), e);
-        if (r >= l.left.width || at >= padded(l.columns)) continue;
-        auto* const to = reinterpret_cast<Vec<float, 2>*>(out + r * padded(l.columns) + at);
-        const Vec<float, 2> pair{{x.values[e], x.values[e + 1]}};
-        store(to, pair);
-      }
+  // The column of X that belongs to the bias: a warp has a row of it.
+  __device__ __forceinline__ int multiply_bias(int number, int begin, int end, int panel) const {
+    const int r = number * kThinWarps + warp();
+    if (r >= l.left.width) return 0;
+    const float* const n = workspace + offsets().left_n + r * padded(l.rows);
+    float sum = 0;
+    int largest = 0;
+#pragma unroll 4
+    for (int i = begin + lane(); i < end; i += kWarp) {
+      const float g = bias(i);
+      largest = max(largest, magnitude(g));
+      sum += g * load(n + i);
     }
+#pragma unroll
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(0xffffffffU, sum, offset);
+    }
+    if (lane() == 0) store(thin(panel) + r * padded(l.columns) + l.weight_columns(), sum);
+    return largest;
   }
 };
 
 using ThinTable = Table<StepLayer, kMaxStepLayers>;
 
 template <class E, int kTiles>
-__global__ void __launch_bounds__(kStepThreads, 2)
+__global__ void __launch_bounds__(kThinThreads, (ThinShape<E, kTiles>::kBlocks))
     matrix_products_kernel(const __grid_constant__ ThinTable table, const StepArguments a) {
   const StepLayer& l = table.find(blockIdx.x);
-  StripProducts<E, kTiles> products(l, static_cast<int>(blockIdx.x - l.first_block));
-  raise(counters_of(a, l) + kGradientMagnitude, products.run());
+  const ThinProducts<E, kTiles> products(l);
+  const int largest = products.run(static_cast<int>(blockIdx.x - l.first_block));
+  raise(counters_of(a, l) + kGradientMagnitude, largest);
 }
 
 // A thread owns an entry of X or of the border rows of G.
@@ -303,36 +283,46 @@ __global__ void __launch_bounds__(kStepThreads)
   store(workspace + offsets.thin + at, sum);
 }
 
+int64_t thin_entries(const StepLayer& l) {
+  const bool written = l.strips <= 1 && l.left.action == Action::kColumnBordered;
+  return written ? 0 : l.thin_rows() * padded(l.columns);
+}
+
 }  // namespace
 
 bool fits_matrix_products(const StepLayer* layers, int count, const StepKind& kind) {
-  return kind.uses_matrices && std::all_of(layers, layers + count, is_narrow);
+  // 128 rows of G, and all of N, lie within what 32-bit offsets reach.
+  constexpr int64_t kMaxPitch = int64_t{1} << 22;
+  const auto fits = [](const StepLayer& l) {
+    return l.gradient_in_vectors && std::max({l.gradient_pitch, l.columns, l.rows}) <= kMaxPitch;
+  };
+  return kind.uses_matrices && std::all_of(layers, layers + count, fits);
 }
 
-void plan_matrix_products(StepLayer& layer, const StepKind& kind) {
+void plan_matrix_products(StepLayer& layer) {
   if (!layer.left.bordered() && !layer.right.bordered()) return;
-  if (!is_narrow(layer)) return;  // thin_products leaves no partial sums
-  dispatch_vectors(kind, [&](auto elements) {
-    constexpr int kRows = Shape<decltype(elements), 1>::kRows;
-    layer.strips = (layer.rows + kRows - 1) / kRows;
-  });
+  const int64_t row_bytes = layer.columns * size_of(static_cast<Dtype>(layer.gradient_dtype[0]));
+  const int64_t fitting = kPanelBytes / row_bytes / kThinThreads * kThinThreads;
+  const int64_t rows = std::clamp<int64_t>(fitting, kThinThreads, kPanelRows);
+  layer.strips = static_cast<int32_t>((layer.rows + rows - 1) / rows);
 }
 
 void matrix_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                      Stream stream) {
   ThinTable table;
   int tiles = 0;
-  for (int n = 0; n < count; ++n) tiles = std::max(tiles, border_tiles(layers[n].right));
+  for (int n = 0; n < count; ++n) {
+    tiles = std::max({tiles, border_tiles(layers[n].right), border_tiles(layers[n].left)});
+  }
   dispatch_vectors(kind, [&](auto elements) {
     using E = decltype(elements);
     const auto run = [&](auto most) {
       constexpr int kTiles = decltype(most)::value;
-      const int64_t blocks =
-          fill(table, layers, count, [](const StepLayer& l) { return l.strips; });
-      int size = 0;
-      for (int n = 0; n < count; ++n) size = std::max(size, Arrays<E, kTiles>(layers[n]).size);
-      launch({"matrix_products", blocks, kStepThreads, stream, size * sizeof(bfloat16)},
-             matrix_products_kernel<E, kTiles>, table, a);
+      const int64_t blocks = fill(table, layers, count, [](const StepLayer& l) {
+        return int64_t{l.strips} * Pieces(l, ThinShape<E, kTiles>::kOwned).of_panel();
+      });
+      launch({"matrix_products", blocks, kThinThreads, stream}, matrix_products_kernel<E, kTiles>,
+             table, a);
     };
     if (tiles <= 1) {
       run(std::integral_constant<int, 1>());
@@ -342,7 +332,7 @@ void matrix_products(StepLayer* layers, int count, const StepKind& kind, const S
       run(std::integral_constant<int, 4>());
     }
     const int64_t blocks = fill(table, layers, count, [](const StepLayer& l) {
-      return (l.thin_rows() * padded(l.columns) + kStepThreads - 1) / kStepThreads;
+      return (thin_entries(l) + kStepThreads - 1) / kStepThreads;
     });
     launch({"thin_sums", blocks, kStepThreads, stream}, thin_sums_kernel<E>, table);
   });

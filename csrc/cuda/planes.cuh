@@ -26,6 +26,13 @@ __device__ __forceinline__ void split(float value, bfloat16 (&planes)[kPlanes]) 
   }
 }
 
+// A bfloat16 is the upper half of a float.
+__device__ __forceinline__ float from_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 // Two numbers at a time.
 template <int kPlanes>
 __device__ __forceinline__ void split_pair(float low, float high,
@@ -33,8 +40,10 @@ __device__ __forceinline__ void split_pair(float low, float high,
 #pragma unroll
   for (int p = 0; p < kPlanes; ++p) {
     planes[p] = narrow_pair<bfloat16>(low, high);
-    low -= widen<float>(planes[p][0]);
-    high -= widen<float>(planes[p][1]);
+    uint32_t word;
+    memcpy(&word, &planes[p], sizeof word);
+    low -= from_bits(word << 16);
+    high -= from_bits(word & 0xffff0000U);
   }
 }
 

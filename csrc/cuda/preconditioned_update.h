@@ -63,7 +63,7 @@ struct StepLayer {
   int32_t index = 0;                                    // in the lists of the call
   int32_t slot = 0;                                     // of its counters
   int32_t first_tiles = 0;  // tiles that come before the ones that write
-  int32_t strips = 0;       // of rows, in matrix_products
+  int32_t strips = 0;       // panels of rows, in matrix_products
   int16_t tile_rows = 0, tile_columns = 0;
   SideShape right, left;
   // Dtypes, in the order weight, bias.
@@ -104,7 +104,7 @@ struct StepOffsets {
   int64_t thin;           // X, and the border rows of G: thin_rows x columns
   int64_t thin_products;  // [X; G_B] N_K^T: thin_splits x thin_rows x right.width, to be added
   int64_t thin_result;    // [X; G_B] A_K
-  int64_t partial;        // N_C G by strips of rows, where there are several
+  int64_t partial;        // N_C G by panels of rows, where there are several
   int64_t size;
 
   SINGD_HOST_DEVICE explicit StepOffsets(const StepLayer& l) {
@@ -177,8 +177,8 @@ void prepare_step(StepFactor* factors, int count, Dtype compute, int* counters, 
 // S, X, G_B and max |G| of layers with a bordered side.
 void thin_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                    int* ticket, Stream stream);
-// The same on the tensor cores, for layers of a kind that uses them with narrow borders of C: those
-// of wide ones would leave many bytes of partial sums.
+// The same on the tensor cores, for layers of a kind that uses them whose gradients move in vectors,
+// too.
 bool fits_matrix_products(const StepLayer* layers, int count, const StepKind& kind);
 void matrix_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                      Stream stream);
@@ -201,7 +201,7 @@ void tiled_update(StepLayer* layers, int count, const StepKind& kind, const Step
                   int* ticket, Stream stream);
 
 // Panels, and tile shapes and with them the number of first tiles.
-void plan_matrix_products(StepLayer& layer, const StepKind& kind);
+void plan_matrix_products(StepLayer& layer);
 void plan_stream_update(StepLayer& layer);
 void plan_matrix_update(StepLayer& layer, const StepKind& kind);
 void plan_tiled_update(StepLayer& layer, const StepKind& kind);

@@ -132,7 +132,7 @@ void StepBatch::add(int64_t index, const std::vector<Part>& parts, const at::Ten
   } else if (kind.uses_matrices) {
     kind.right_blocks = l.right.action == Action::kBlocks;
     kind.left_blocks = l.left.action == Action::kBlocks;
-    plan_matrix_products(l, kind);
+    plan_matrix_products(l);
     plan_matrix_update(l, kind);
     kind.wide_tiles = l.wide_tiles();
   } else {
