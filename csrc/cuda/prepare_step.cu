@@ -7,9 +7,10 @@
 //   column-bordered   delta = D^2 on I, 0 on B;  N = E, the stored border
 //
 // Factors are small, (width + 1) dim numbers, and read from L2 where they are read again. A thread
-// owns an index of the factor (delta, sums) or an entry of N. For diagonal blocks, a block of the
-// grid holds about 256 columns of them in shared memory. A warp owns a sum over dim: a row sum of
-// the border, or 4 x 4 entries of N[:, B].
+// owns an index of a diagonal or bordered factor: its column of the border, entry by entry. For
+// diagonal blocks, a block of the grid holds about 256 columns of them in shared memory. A warp
+// owns a row sum of the border. A block owns 16 x 16 entries of N[:, B], whose sums over dim its
+// warps share.
 #include "../structures/pattern.h"
 #include "step.cuh"
 
@@ -17,8 +18,16 @@ namespace singd::cuda {
 namespace {
 
 constexpr int kWarps = kStepThreads / kWarp;
-constexpr int kTile = 4;  // entries of a thread or warp in one direction
+constexpr int kTile = 4;   // entries of a thread in one direction, of diagonal blocks
+constexpr int kBatch = 8;  // loads of a thread that are under way together
 constexpr int kStageElements = kMaxSideWidth * (kMaxSideWidth + 1);
+// Of N[:, B], whose border rows are staged in chunks, in pairs of columns.
+constexpr int kCoreTile = 16;
+constexpr int kCoreColumns = 128;
+constexpr int kCorePitch = kCoreColumns + 2;
+static_assert(2 * kCoreTile * kCorePitch <= kStageElements);
+static_assert(kWarps * kCoreTile * kCoreTile <= kStageElements);
+static_assert(kCoreTile * kCoreTile == kStepThreads);
 
 // Diagonal blocks that a block of the grid holds in shared memory, with rows of odd length.
 SINGD_HOST_DEVICE inline int staged_pitch(int width) { return width | 1; }
@@ -30,25 +39,24 @@ SINGD_HOST_DEVICE inline int staged_columns(int width) {
 
 // How many blocks of the grid do what for a factor.
 struct PrepareBlocks {
-  int64_t staged = 0, indices = 0, entries = 0, sums = 0;
+  int staged = 0, cores = 0, rows = 0, indices = 0;
 
   SINGD_HOST_DEVICE explicit PrepareBlocks(const StepFactor& f) {
-    const auto blocks = [](int64_t items, int64_t of_a_block) {
+    const auto blocks = [](int items, int of_a_block) {
       return (items + of_a_block - 1) / of_a_block;
     };
-    const int64_t width = f.shape.width;
+    const int width = f.shape.width;
     if (f.shape.action == Action::kBlocks) {
-      staged = blocks(f.dim, staged_columns(f.shape.width));
+      staged = blocks(f.dim, staged_columns(width));
       return;
     }
+    const int tiles = blocks(width, kCoreTile);
+    if (f.shape.action == Action::kRowBordered) cores = tiles * (tiles + 1) / 2;
+    rows = blocks(width, kWarps);
     indices = blocks(f.dim, kStepThreads);
-    entries = blocks(width * f.dim, kStepThreads);
-    sums = blocks(width + core_tiles(f.shape) * core_tiles(f.shape), kWarps);
   }
 
-  SINGD_HOST_DEVICE static int64_t core_tiles(const SideShape& shape) {
-    return shape.action == Action::kRowBordered ? (shape.width + kTile - 1) / kTile : 0;
-  }
+  SINGD_HOST_DEVICE int total() const { return staged + cores + rows + indices; }
 };
 
 template <class T>
@@ -57,17 +65,18 @@ __device__ __forceinline__ T absolute(T x) {
 }
 
 // Reads the storage of a factor.
-template <class T>
+template <class T_, class Stored>
 struct FactorView {
+  using T = T_;
   const StepFactor& f;
 
-  __device__ T at(int64_t slot) const {
-    return load_as<T>(f.factor, static_cast<Dtype>(f.dtype), slot);
+  __device__ __forceinline__ T at(int64_t slot) const {
+    return widen<T>(load(static_cast<const Stored*>(f.factor) + slot));
   }
   // Bordered: row r of the border, and the interior.
-  __device__ T border(int64_t r, int64_t j) const { return at(r * f.dim + j); }
-  __device__ T diagonal(int64_t j) const {
-    return at(static_cast<int64_t>(f.shape.width) * f.dim + j - f.shape.head);
+  __device__ __forceinline__ T border(int r, int j) const { return at(int64_t{r} * f.dim + j); }
+  __device__ T diagonal(int j) const {
+    return at(int64_t{f.shape.width} * f.dim + j - f.shape.head);
   }
   __device__ BlockPattern blocks() const {
     Layout layout;
@@ -82,32 +91,39 @@ struct Sums {
   int row = 0, column = 0;  // magnitudes
 };
 
-// delta[j] and the sums of row and column j; a bordered factor's border rows come elsewhere.
-template <class T>
-__device__ Sums prepare_index(const FactorView<T>& view, int64_t j, T* delta) {
+// delta[j], column j of a bordered factor's N unless blocks sum it, and the sums of row and column
+// j; the sums of border rows come elsewhere.
+template <class View>
+__device__ __forceinline__ Sums prepare_index(const View& view, int j, typename View::T* delta,
+                                              typename View::T* n_of_factor) {
+  using T = typename View::T;
   const StepFactor& f = view.f;
   if (f.shape.action == Action::kDiagonal) {
     const T k = f.factor == nullptr ? T(1) : view.at(j);
     store(delta + j, k * k);
     return {magnitude(k), magnitude(k)};
   }
-  const T diagonal = f.shape.is_border(j, f.dim) ? T(0) : view.diagonal(j);
+  const bool is_border = f.shape.is_border(j, f.dim);
+  const T diagonal = is_border ? T(0) : view.diagonal(j);
+  const T factor = f.shape.action == Action::kColumnBordered ? T(1) : diagonal;
+  const bool stores = f.shape.action == Action::kColumnBordered || !is_border;
+  const int64_t pitch = padded(f.dim);
   T column = absolute(diagonal);
-  for (int r = 0; r < f.shape.width; ++r) column += absolute(view.border(r, j));
+  for (int first = 0; first < f.shape.width; first += kBatch) {
+    T batch[kBatch];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      batch[n] = view.border(min(first + n, f.shape.width - 1), j);
+    }
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      if (first + n >= f.shape.width) break;
+      column += absolute(batch[n]);
+      if (stores) store(n_of_factor + (first + n) * pitch + j, batch[n] * factor);
+    }
+  }
   store(delta + j, diagonal * diagonal);
   return {magnitude(diagonal), magnitude(column)};
-}
-
-// Entry (r, j) of a bordered factor's N, unless a warp sums it.
-template <class T>
-__device__ void prepare_entry(const FactorView<T>& view, int64_t r, int64_t j, T* n) {
-  const StepFactor& f = view.f;
-  T* const entry = n + r * padded(f.dim) + j;
-  if (f.shape.action == Action::kColumnBordered) {
-    store(entry, view.border(r, j));
-  } else if (!f.shape.is_border(j, f.dim)) {
-    store(entry, view.border(r, j) * view.diagonal(j));
-  }
 }
 
 template <class T>
@@ -119,64 +135,130 @@ __device__ __forceinline__ T sum_of_warp(T value) {
   return value;
 }
 
-template <class T>
-__device__ void prepare_row_sum(const FactorView<T>& view, int64_t r, int* row_sum) {
+template <class View>
+__device__ __forceinline__ void prepare_row_sum(const View& view, int r, int* row_sum) {
+  if (r >= view.f.shape.width) return;
   const int lane = threadIdx.x % kWarp;
-  T sum = 0;
-  for (int64_t j = lane; j < view.f.dim; j += kWarp) sum += absolute(view.border(r, j));
+  typename View::T sum = 0;
+  for (int first = lane; first < view.f.dim; first += kBatch * kWarp) {
+    typename View::T batch[kBatch];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      batch[n] = view.border(r, min(first + n * kWarp, view.f.dim - 1));
+    }
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      if (first + n * kWarp < view.f.dim) sum += absolute(batch[n]);
+    }
+  }
   sum = sum_of_warp(sum);
   if (lane == 0) atomicMax(row_sum, magnitude(sum));
 }
 
-// Entries (r ..., q ...) and (q ..., r ...) of R[B, :] R[B, :]^T, for r <= q.
-template <class T>
-__device__ void prepare_core(const FactorView<T>& view, int64_t r, int64_t q, T* n) {
+// What a thread brings of 16 rows of the border, in the columns of a chunk: 0 beyond the border.
+// All loads come first, so that they are under way together.
+template <class View>
+struct CoreShare {
+  using T = typename View::T;
+  static constexpr int kRows = kStepThreads / kCoreColumns;
+  T values[kCoreTile / kRows];
+
+  static __device__ int column() { return threadIdx.x % kCoreColumns; }
+  static __device__ int row(int n) { return threadIdx.x / kCoreColumns + n * kRows; }
+
+  __device__ __forceinline__ void load_from(const View& view, int first, int chunk) {
+    const int last = view.f.shape.width - 1, j = min(chunk + column(), view.f.dim - 1);
+#pragma unroll
+    for (int n = 0; n < kCoreTile / kRows; ++n) {
+      values[n] = view.border(min(first + row(n), last), j);
+    }
+  }
+  __device__ __forceinline__ void stage(const View& view, int first, int chunk, T* shared) const {
+#pragma unroll
+    for (int n = 0; n < kCoreTile / kRows; ++n) {
+      const bool inside = first + row(n) < view.f.shape.width && chunk + column() < view.f.dim;
+      shared_store(shared + row(n) * kCorePitch + column(), inside ? values[n] : T(0));
+    }
+  }
+};
+
+// Entries (r ..., q ...) and (q ..., r ...) of R[B, :] R[B, :]^T. A warp takes an eighth of every
+// chunk, a lane 4 x 2 sums of it.
+template <class View>
+__device__ __forceinline__ void prepare_core(const View& view, int r, int q,
+                                             typename View::T* shared, typename View::T* n) {
+  using T = typename View::T;
+  using Pair = Vec<T, 2>;
+  constexpr int kDepth = kCoreColumns / kWarps, kX = 4, kY = 2;
   const StepFactor& f = view.f;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t last = f.shape.width - 1;
-  T sums[kTile][kTile] = {};
-  for (int64_t j = lane; j < f.dim; j += kWarp) {
-    T x[kTile], y[kTile];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int row = lane / (kCoreTile / kY) * kX, column = lane % (kCoreTile / kY) * kY;
+  const T* const x = shared + row * kCorePitch + warp * kDepth;
+  const T* const y = shared + (kCoreTile + column) * kCorePitch + warp * kDepth;
+  T sums[kX][kY] = {};
+  for (int chunk = 0; chunk < f.dim; chunk += kCoreColumns) {
+    CoreShare<View> xs, ys;
+    xs.load_from(view, r, chunk);
+    ys.load_from(view, q, chunk);
+    xs.stage(view, r, chunk, shared);
+    ys.stage(view, q, chunk, shared + kCoreTile * kCorePitch);
+    __syncthreads();
 #pragma unroll
-    for (int a = 0; a < kTile; ++a) {
-      x[a] = view.border(min(r + a, last), j);
-      y[a] = view.border(min(q + a, last), j);
+    for (int k = 0; k < kDepth; k += 2) {
+      Pair left[kX], right[kY];
+#pragma unroll
+      for (int a = 0; a < kX; ++a) {
+        left[a] = shared_load(reinterpret_cast<const Pair*>(x + a * kCorePitch + k));
+      }
+#pragma unroll
+      for (int b = 0; b < kY; ++b) {
+        right[b] = shared_load(reinterpret_cast<const Pair*>(y + b * kCorePitch + k));
+      }
+#pragma unroll
+      for (int a = 0; a < kX; ++a) {
+#pragma unroll
+        for (int b = 0; b < kY; ++b) {
+          sums[a][b] += left[a][0] * right[b][0];
+          sums[a][b] += left[a][1] * right[b][1];
+        }
+      }
     }
-#pragma unroll
-    for (int a = 0; a < kTile; ++a) {
-#pragma unroll
-      for (int b = 0; b < kTile; ++b) sums[a][b] += x[a] * y[b];
-    }
+    __syncthreads();
   }
 #pragma unroll
-  for (int a = 0; a < kTile; ++a) {
+  for (int a = 0; a < kX; ++a) {
 #pragma unroll
-    for (int b = 0; b < kTile; ++b) {
-      const T sum = sum_of_warp(sums[a][b]);
-      if (lane != 0 || r + a > last || q + b > last) continue;
-      store(n + (r + a) * padded(f.dim) + f.shape.border_index(q + b, f.dim), sum);
-      store(n + (q + b) * padded(f.dim) + f.shape.border_index(r + a, f.dim), sum);
+    for (int b = 0; b < kY; ++b) {
+      shared_store(shared + (warp * kCoreTile + row + a) * kCoreTile + column + b, sums[a][b]);
     }
   }
+  __syncthreads();
+  T sum = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    sum += shared_load(shared + w * kCoreTile * kCoreTile + threadIdx.x);
+  }
+  const int i = r + threadIdx.x / kCoreTile, j = q + threadIdx.x % kCoreTile;
+  if (i >= f.shape.width || j >= f.shape.width) return;
+  store(n + i * padded(f.dim) + f.shape.border_index(j, f.dim), sum);
+  if (r != q) store(n + j * padded(f.dim) + f.shape.border_index(i, f.dim), sum);
 }
 
-// The warps' share of a bordered factor: row sums of the border, then tiles of N[:, B].
-template <class T>
-__device__ void prepare_sums(const FactorView<T>& view, int64_t number, T* n, int* row_sum) {
-  const int64_t width = view.f.shape.width;
-  if (number < width) return prepare_row_sum(view, number, row_sum);
-  const int64_t across = PrepareBlocks::core_tiles(view.f.shape);
-  number -= width;
-  if (number >= across * across) return;
-  const int64_t r = number / across * kTile, q = number % across * kTile;
-  if (r <= q) prepare_core(view, r, q, n);
+// Tile number `number` of those on and above the diagonal of N[:, B].
+template <class View>
+__device__ __forceinline__ void prepare_core_tile(const View& view, int number,
+                                                  typename View::T* shared, typename View::T* n) {
+  int across = 0;
+  while (number > across) number -= ++across;
+  prepare_core(view, number * kCoreTile, across * kCoreTile, shared, n);
 }
 
 // The diagonal blocks in columns `first` ...: their delta, N and sums.
-template <class T>
-__device__ void prepare_staged(const FactorView<T>& view, int64_t first, T* delta, T* n,
-                               int* row_sum, int* column_sum) {
-  __shared__ T k[kStageElements];
+template <class View>
+__device__ __forceinline__ void prepare_staged(const View& view, int64_t first, typename View::T* k,
+                                               typename View::T* delta, typename View::T* n,
+                                               int* row_sum, int* column_sum) {
+  using T = typename View::T;
   const StepFactor& f = view.f;
   const BlockPattern pattern = view.blocks();
   const int width = f.shape.width, pitch = staged_pitch(width);
@@ -226,37 +308,49 @@ __device__ void prepare_staged(const FactorView<T>& view, int64_t first, T* delt
 
 using FactorTable = Table<StepFactor, kMaxStepFactors>;
 
+// Block `block` of a factor's.
+template <class View>
+__device__ __forceinline__ void prepare(const View& view, int block, typename View::T* shared,
+                                        int* counters) {
+  const StepFactor& f = view.f;
+  const PrepareBlocks blocks(f);
+  auto* const delta = static_cast<typename View::T*>(f.delta);
+  auto* const n = delta + padded(f.dim);
+  int* const row_sum = counters + (f.is_left ? kLeftRowSum : kRightRowSum);
+  int* const column_sum = counters + (f.is_left ? kLeftColumnSum : kRightColumnSum);
+  if (block < blocks.staged) {
+    const int64_t first = int64_t{block} * staged_columns(f.shape.width);
+    return prepare_staged(view, first, shared, delta, n, row_sum, column_sum);
+  }
+  if (block < blocks.cores) return prepare_core_tile(view, block, shared, n);
+  block -= blocks.cores;
+  if (block < blocks.rows) {
+    return prepare_row_sum(view, block * kWarps + static_cast<int>(threadIdx.x / kWarp), row_sum);
+  }
+  const int j = (block - blocks.rows) * kStepThreads + static_cast<int>(threadIdx.x);
+  const Sums sums = j < f.dim ? prepare_index(view, j, delta, n) : Sums{};
+  raise(row_sum, sums.row);
+  raise(column_sum, sums.column);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kStepThreads)
     prepare_step_kernel(const __grid_constant__ FactorTable table, int* all_counters) {
+  __shared__ Vec<T, 2> pairs[kStageElements / 2];
+  T* const shared = &pairs[0][0];
   const StepFactor& f = table.find(blockIdx.x);
-  const FactorView<T> view{f};
-  const PrepareBlocks blocks(f);
-  T* const delta = static_cast<T*>(f.delta);
-  T* const n = delta + padded(f.dim);
+  const int block = static_cast<int>(blockIdx.x - f.first_block);
   int* const counters = all_counters + static_cast<int64_t>(kCounters) * f.slot;
-  int* const row_sum = counters + (f.is_left ? kLeftRowSum : kRightRowSum);
-  int* const column_sum = counters + (f.is_left ? kLeftColumnSum : kRightColumnSum);
-  int64_t block = blockIdx.x - f.first_block;
-  if (block < blocks.staged) {
-    const int64_t first = block * staged_columns(f.shape.width);
-    return prepare_staged(view, first, delta, n, row_sum, column_sum);
+  switch (static_cast<Dtype>(f.dtype)) {
+    case Dtype::kFloat64:
+      return prepare(FactorView<T, double>{f}, block, shared, counters);
+    case Dtype::kFloat32:
+      return prepare(FactorView<T, float>{f}, block, shared, counters);
+    case Dtype::kBFloat16:
+      return prepare(FactorView<T, bfloat16>{f}, block, shared, counters);
+    default:
+      return prepare(FactorView<T, float16>{f}, block, shared, counters);
   }
-  if (block < blocks.indices) {
-    const int64_t j = block * kStepThreads + threadIdx.x;
-    const Sums sums = j < f.dim ? prepare_index(view, j, delta) : Sums{};
-    raise(row_sum, sums.row);
-    raise(column_sum, sums.column);
-    return;
-  }
-  block -= blocks.indices;
-  if (block < blocks.entries) {
-    const int64_t entry = block * kStepThreads + threadIdx.x, r = entry / f.dim;
-    if (r < f.shape.width) prepare_entry(view, r, entry % f.dim, n);
-    return;
-  }
-  block -= blocks.entries;
-  prepare_sums(view, block * kWarps + threadIdx.x / kWarp, n, row_sum);
 }
 
 __global__ void __launch_bounds__(kStepThreads)
@@ -274,10 +368,8 @@ void clear_counters(int* counters, int64_t count, Stream stream) {
 
 void prepare_step(StepFactor* factors, int count, Dtype compute, int* counters, Stream stream) {
   FactorTable table;
-  const int64_t total = fill(table, factors, count, [](const StepFactor& f) {
-    const PrepareBlocks blocks(f);
-    return blocks.staged + blocks.indices + blocks.entries + blocks.sums;
-  });
+  const int64_t total = fill(table, factors, count,
+                             [](const StepFactor& f) { return int64_t{PrepareBlocks(f).total()}; });
   const Launch where{"prepare_step", total, kStepThreads, stream};
   if (compute == Dtype::kFloat64) {
     launch(where, prepare_step_kernel<double>, table, counters);
