@@ -19,7 +19,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kInFlight = 4;
-constexpr int kLine = 128;           // bytes
 constexpr int kStridedColumns = 16;  // of a block, where lanes run along rows
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
