@@ -97,6 +97,17 @@ def test_step_of_many_tiles(specs: tuple[str, str], dtype: torch.dtype) -> None:
     check_step(*specs, 690, 37, False, dtype, False)  # four uneven shares of thin products
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "specs",
+    [("hierarchical:2,3", "hierarchical:8,9"), ("diagonal", "rank_tril:3"), ("rank_triu:33",) * 2],
+    ids=str,
+)
+def test_step_of_many_rows(specs: tuple[str, str], dtype: torch.dtype) -> None:
+    """Thin products of C go by panels of at most 4,096 rows."""
+    check_step(*specs, 4200, 41, True, dtype, False)
+
+
 def test_an_overflow_in_the_last_row_alone_is_found() -> None:
     """Dense factors: the preconditioned gradient lies in memory with its bias in between."""
     weight, bias = torch.ones(8, 2), torch.ones(8)

@@ -4,9 +4,9 @@
 //   matrix_products   S = G N_K^T (rows x b), X = N_C G (b x columns) by panels of rows, max |G|
 //   thin_sums         X, and the border rows of G for a row-bordered C
 //
-// A warp owns 64 or 32 rows of S, or as many columns of X, and walks along them 16 k's at a time
-// (thin_steps.cuh). The warps of a block share the k's, and with a wide border two of them at a
-// time share N, which comes from L1 then. Their sums are added in a fixed order. The column of a
+// A warp owns 32 rows of S, or as many columns of X, and walks along them 16 k's at a time
+// (thin_steps.cuh). The warps of a block share the k's, and with a wide border they
+// share N, which comes from L1 then. Their sums are added in a fixed order. The column of a
 // bias is no part of a vector: what it adds to S is added last, and blocks of their own make its
 // column of X.
 //
@@ -19,12 +19,9 @@
 namespace singd::cuda {
 namespace {
 
-constexpr int kPanelRows = 4096;
+// The sums of float32 are kept short, since each addition to them rounds.
+constexpr int64_t panel_limit(Dtype dtype) { return dtype == Dtype::kFloat32 ? 1024 : 4096; }
 constexpr int64_t kPanelBytes = int64_t{16} << 20;
-
-SINGD_HOST_DEVICE inline int border_tiles(const SideShape& side) {
-  return side.bordered() ? (side.width + kMatrix - 1) / kMatrix : 0;
-}
 
 // Rows of a panel, but for the last one.
 SINGD_HOST_DEVICE inline int panel_rows(const StepLayer& l) {
@@ -32,14 +29,20 @@ SINGD_HOST_DEVICE inline int panel_rows(const StepLayer& l) {
   return ((l.rows - 1) / l.strips / kThinThreads + 1) * kThinThreads;
 }
 
-// The order of a layer's blocks: by panels of rows, those of S before those of X.
+// The order of a layer's blocks: by panels of rows, those of S before those of X, and parts of the
+// border side by side.
 struct Pieces {
-  int rows, columns, biases;  // of a panel: blocks of S, of X, and of X in the column of the bias
+  int row_parts = 1, column_parts = 1;    // of the borders
+  int rows = 0, columns = 0, biases = 0;  // blocks of a panel: of S, of X, of its bias column
 
-  SINGD_HOST_DEVICE Pieces(const StepLayer& l, int owned) : rows(0), columns(0), biases(0) {
-    if (l.right.bordered()) rows = count(panel_rows(l), owned);
+  SINGD_HOST_DEVICE Pieces(const StepLayer& l, int owned, int part) {
+    if (l.right.bordered()) {
+      row_parts = count(l.right.width, part);
+      rows = count(panel_rows(l), owned) * row_parts;
+    }
     if (!l.left.bordered()) return;
-    columns = count(l.weight_columns(), owned);
+    column_parts = count(l.left.width, part);
+    columns = count(l.weight_columns(), owned) * column_parts;
     if (l.bias != nullptr) biases = count(l.left.width, kThinWarps);
   }
   SINGD_HOST_DEVICE int of_panel() const { return rows + columns + biases; }
@@ -52,28 +55,34 @@ template <class E, int kTiles>
 class ThinProducts {
  public:
   using S = ThinShape<E, kTiles>;
+  static constexpr int kPart = kTiles * kMatrix;  // rows of the border
 
   __device__ explicit ThinProducts(const StepLayer& layer)
       : l(layer), workspace(static_cast<float*>(layer.workspace)) {}
 
   // Returns the largest magnitude that this thread has seen.
   __device__ __forceinline__ int run(int piece) const {
-    const Pieces pieces(l, S::kOwned);
+    const Pieces pieces(l, S::kOwned, kPart);
     const int panel = piece / pieces.of_panel(), inside = piece - panel * pieces.of_panel();
     const int begin = panel * panel_rows(l), end = min(begin + panel_rows(l), l.rows);
     if (inside < pieces.rows) {
-      const int first = begin + inside * S::kOwned;
+      const int first = begin + inside / pieces.row_parts * S::kOwned;
+      const int border = inside % pieces.row_parts * kPart;
       int bias = 0;
-      const int weight = multiply<true>(
-          l.right, first, 0, l.weight_columns(),
-          [&](ThinSums<E, kTiles>& sums, int outer) { bias = store_rows(sums, outer, end); });
+      const int weight = multiply<true>(l.right, border, first, 0, l.weight_columns(),
+                                        [&](ThinSums<E, kTiles>& sums, int outer) {
+                                          bias = store_rows(sums, border, outer, end);
+                                        });
       return max(weight, bias);
     }
     const int number = inside - pieces.rows;
     if (number >= pieces.columns) return multiply_bias(number - pieces.columns, begin, end, panel);
-    return multiply<false>(
-        l.left, number * S::kOwned, begin, end,
-        [&](const ThinSums<E, kTiles>& sums, int outer) { store_columns(sums, outer, panel); });
+    const int first = number / pieces.column_parts * S::kOwned;
+    const int border = number % pieces.column_parts * kPart;
+    return multiply<false>(l.left, border, first, begin, end,
+                           [&](const ThinSums<E, kTiles>& sums, int outer) {
+                             store_columns(sums, border, outer, panel);
+                           });
   }
 
  private:
@@ -101,15 +110,17 @@ class ThinProducts {
     }
   }
 
-  // The product of G's rows (or columns) from `first` on with the border, over [begin, end).
+  // The product of G's rows (or columns) from `first` on with rows of the border, over [begin,
+  // end).
   template <bool kRows, class Store>
-  __device__ __forceinline__ int multiply(const SideShape& side, int first, int begin, int end,
-                                          Store&& store) const {
+  __device__ __forceinline__ int multiply(const SideShape& side, int first_border, int first,
+                                          int begin, int end, Store&& store) const {
     const int outer = first + warp() % S::kGroups * S::kOuter, split = warp() / S::kGroups;
+    const int stride = S::stride();
     const float* const border = workspace + (kRows ? offsets().right_n : offsets().left_n);
     const bool inspects = kRows || !l.right.bordered();
     const int count = end - begin;
-    const Fetch<E, kTiles, kRows> fetch(l, side, border, outer, begin, count);
+    const Fetch<E, kTiles, kRows> fetch(l, side, border, first_border, outer, begin, count);
     LargestOfWords<typename S::Stored> largest;
     ThinSums<E, kTiles> sums;
     BorderStep<E, kTiles> border_step;
@@ -119,18 +130,18 @@ class ThinProducts {
     if (k < count) fetch.load_step(k, border_step);
 #pragma unroll
     for (int n = 0; n < S::kAhead; ++n) {
-      if (k + n * S::kStride < count) fetch.load_step(k + n * S::kStride, steps[n]);
+      if (k + n * stride < count) fetch.load_step(k + n * stride, steps[n]);
     }
     while (k < count) {
 #pragma unroll
       for (int n = 0; n < S::kAhead; ++n) {
         border_step.operands(a);
-        if (k + S::kStride < count) fetch.load_step(k + S::kStride, border_step);
+        if (k + stride < count) fetch.load_step(k + stride, border_step);
         if (inspects) steps[n].inspect(largest);
         multiply_step<kRows>(a, steps[n], sums);
-        const int later = k + S::kAhead * S::kStride;
+        const int later = k + S::kAhead * stride;
         if (later < count) fetch.load_step(later, steps[n]);
-        k += S::kStride;
+        k += stride;
         if (k >= count) break;
       }
     }
@@ -173,7 +184,7 @@ class ThinProducts {
   }
 
   // S, with what the bias adds. Returns the largest magnitude of the bias.
-  __device__ __forceinline__ int store_rows(const ThinSums<E, kTiles>& sums, int outer,
+  __device__ __forceinline__ int store_rows(const ThinSums<E, kTiles>& sums, int border, int outer,
                                             int end) const {
     const int width = l.right.width;
     const bool has_bias = l.bias != nullptr;
@@ -189,7 +200,7 @@ class ThinProducts {
         largest = max(largest, magnitude(g));
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
-          const int r = t * kMatrix + matrix_row(lane(), e);
+          const int r = border + t * kMatrix + matrix_row(lane(), e);
           if (r >= width) continue;
           float sum = sums[n][t].values[e];
           if (has_bias) sum += g * load(n_of_bias + r * padded(l.columns));
@@ -207,8 +218,8 @@ class ThinProducts {
   }
 
   // X but for the bias: a lane has eight neighbouring columns of a row in each pair of tiles.
-  __device__ __forceinline__ void store_columns(const ThinSums<E, kTiles>& sums, int outer,
-                                                int panel) const {
+  __device__ __forceinline__ void store_columns(const ThinSums<E, kTiles>& sums, int border,
+                                                int outer, int panel) const {
     float* const x = thin(panel);
 #pragma unroll
     for (int n = 0; n < S::kOuterTiles; n += 2) {
@@ -216,7 +227,7 @@ class ThinProducts {
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int r = t * kMatrix + matrix_row(lane(), e);
+          const int r = border + t * kMatrix + matrix_row(lane(), e);
           const int j = outer + n * kMatrix + 4 * matrix_column(lane(), e);
           if (r >= l.left.width || j >= l.weight_columns()) continue;
           const MatrixSums &low = sums[n][t], &high = sums[n + 1][t];
@@ -291,45 +302,52 @@ int64_t thin_entries(const StepLayer& l) {
 }  // namespace
 
 bool fits_matrix_products(const StepLayer* layers, int count, const StepKind& kind) {
-  // 128 rows of G, and all of N, lie within what 32-bit offsets reach.
-  constexpr int64_t kMaxPitch = int64_t{1} << 22;
-  const auto fits = [](const StepLayer& l) {
-    return l.gradient_in_vectors && std::max({l.gradient_pitch, l.columns, l.rows}) <= kMaxPitch;
+  // The rows of a panel of G, and those of N, lie within what 32-bit offsets reach.
+  const auto reaches = [](int64_t rows, int64_t pitch) {
+    return rows * pitch * int64_t{sizeof(float)} <= INT32_MAX;
+  };
+  const auto fits = [&](const StepLayer& l) {
+    if (!l.left.bordered() && !l.right.bordered()) return true;
+    return l.gradient_in_vectors && reaches(kMaxSideWidth, padded(std::max(l.columns, l.rows))) &&
+           reaches(std::max(panel_rows(l), kThinThreads), l.gradient_pitch);
   };
   return kind.uses_matrices && std::all_of(layers, layers + count, fits);
 }
 
 void plan_matrix_products(StepLayer& layer) {
   if (!layer.left.bordered() && !layer.right.bordered()) return;
-  const int64_t row_bytes = layer.columns * size_of(static_cast<Dtype>(layer.gradient_dtype[0]));
-  const int64_t fitting = kPanelBytes / row_bytes / kThinThreads * kThinThreads;
-  const int64_t rows = std::clamp<int64_t>(fitting, kThinThreads, kPanelRows);
+  const auto dtype = static_cast<Dtype>(layer.gradient_dtype[0]);
+  const int64_t fitting = kPanelBytes / (layer.columns * size_of(dtype)) / kThinThreads;
+  const int64_t rows =
+      std::clamp<int64_t>(fitting * kThinThreads, kThinThreads, panel_limit(dtype));
   layer.strips = static_cast<int32_t>((layer.rows + rows - 1) / rows);
 }
 
 void matrix_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                      Stream stream) {
   ThinTable table;
-  int tiles = 0;
-  for (int n = 0; n < count; ++n) {
-    tiles = std::max({tiles, border_tiles(layers[n].right), border_tiles(layers[n].left)});
-  }
+  const auto is_wide = [](const SideShape& side) {
+    return side.bordered() && side.width > kMatrix;
+  };
+  const bool wide = std::any_of(layers, layers + count, [&](const StepLayer& l) {
+    return is_wide(l.right) || is_wide(l.left);
+  });
   dispatch_vectors(kind, [&](auto elements) {
     using E = decltype(elements);
     const auto run = [&](auto most) {
       constexpr int kTiles = decltype(most)::value;
+      using Products = ThinProducts<E, kTiles>;
       const int64_t blocks = fill(table, layers, count, [](const StepLayer& l) {
-        return int64_t{l.strips} * Pieces(l, ThinShape<E, kTiles>::kOwned).of_panel();
+        return int64_t{l.strips} * Pieces(l, Products::S::kOwned, Products::kPart).of_panel();
       });
       launch({"matrix_products", blocks, kThinThreads, stream}, matrix_products_kernel<E, kTiles>,
              table, a);
     };
-    if (tiles <= 1) {
-      run(std::integral_constant<int, 1>());
-    } else if (tiles == 2) {
-      run(std::integral_constant<int, 2>());
+    constexpr int kMost = sizeof(typename E::Stored) == 4 ? 1 : 2;
+    if (wide) {
+      run(std::integral_constant<int, kMost>());
     } else {
-      run(std::integral_constant<int, 4>());
+      run(std::integral_constant<int, 1>());
     }
     const int64_t blocks = fill(table, layers, count, [](const StepLayer& l) {
       return (thin_entries(l) + kStepThreads - 1) / kStepThreads;

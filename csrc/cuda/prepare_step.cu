@@ -183,7 +183,8 @@ struct CoreShare {
 };
 
 // Entries (r ..., q ...) and (q ..., r ...) of R[B, :] R[B, :]^T. A warp takes an eighth of every
-// chunk, a lane 4 x 2 sums of it.
+// chunk, a lane 4 x 2 sums of it. What a chunk adds is summed by itself: beside a large square,
+// each of many small terms would round.
 template <class View>
 __device__ __forceinline__ void prepare_core(const View& view, int r, int q,
                                              typename View::T* shared, typename View::T* n) {
@@ -203,6 +204,7 @@ __device__ __forceinline__ void prepare_core(const View& view, int r, int q,
     xs.stage(view, r, chunk, shared);
     ys.stage(view, q, chunk, shared + kCoreTile * kCorePitch);
     __syncthreads();
+    T parts[kX][kY] = {};
 #pragma unroll
     for (int k = 0; k < kDepth; k += 2) {
       Pair left[kX], right[kY];
@@ -218,10 +220,15 @@ __device__ __forceinline__ void prepare_core(const View& view, int r, int q,
       for (int a = 0; a < kX; ++a) {
 #pragma unroll
         for (int b = 0; b < kY; ++b) {
-          sums[a][b] += left[a][0] * right[b][0];
-          sums[a][b] += left[a][1] * right[b][1];
+          parts[a][b] += left[a][0] * right[b][0];
+          parts[a][b] += left[a][1] * right[b][1];
         }
       }
+    }
+#pragma unroll
+    for (int a = 0; a < kX; ++a) {
+#pragma unroll
+      for (int b = 0; b < kY; ++b) sums[a][b] += parts[a][b];
     }
     __syncthreads();
   }
@@ -334,7 +341,7 @@ __device__ __forceinline__ void prepare(const View& view, int block, typename Vi
 }
 
 template <class T>
-__global__ void __launch_bounds__(kStepThreads)
+__global__ void __launch_bounds__(kStepThreads, kResidentBlocks<T>)
     prepare_step_kernel(const __grid_constant__ FactorTable table, int* all_counters) {
   __shared__ Vec<T, 2> pairs[kStageElements / 2];
   T* const shared = &pairs[0][0];

@@ -17,22 +17,27 @@ namespace singd::cuda {
 constexpr int kThinThreads = 128;  // and a panel's rows are a multiple of it
 constexpr int kThinWarps = kThinThreads / kWarp;
 
-// kTiles: the most border tiles in the launch. The warps of a block are groups, which own rows or
-// columns, of as many splits of k; with a wide border, groups share N.
+// kTiles: border tiles of a warp, of which wider borders have several parts. The warps of a block
+// are groups, which own rows or columns, of as many splits of k; with a wide border, groups share
+// N.
 template <class E, int kTiles>
 struct ThinShape {
   using Stored = typename E::Stored;
   static constexpr int kGradientPlanes = kStoredPlanes<Stored>;
   static constexpr int kPlanes = kComputePlanes<Stored>;
-  static constexpr int kOuterTiles = kTiles > 2 || kGradientPlanes > 1 ? 2 : 4;  // of a warp
+  static constexpr int kOuterTiles = 2;  // of a warp
   static constexpr int kOuter = kOuterTiles * kMatrix;
   static constexpr int kVectors = 2 * kOuterTiles;  // of a lane in a step along k
-  static constexpr int kGroups = kTiles > 1 ? 2 : 1;
+  static constexpr int kGroups = kTiles > 1 ? 4 : 2;
   static constexpr int kSplits = kThinWarps / kGroups;
-  static constexpr int kStride = kSplits * kMatrix;   // from step to step of a warp
-  static constexpr int kOwned = kGroups * kOuter;     // rows or columns of a block
-  static constexpr int kAhead = kTiles > 2 ? 2 : 3;   // steps of G that are on their way
-  static constexpr int kBlocks = kTiles > 1 ? 2 : 3;  // of a multiprocessor
+  static constexpr int kOwned = kGroups * kOuter;  // rows or columns of a block
+  // Steps of G that are on their way.
+  static constexpr int kAhead = kTiles > 1 || sizeof(Stored) > 2 ? 2 : 3;
+  static constexpr int kBlocks = 4;  // of a multiprocessor
+
+  // From step to step of a warp. It is no constant to the compiler, which would keep an index for
+  // each step that is on its way, in registers that are needed for the sums.
+  static __device__ int stride() { return blockDim.x / kWarp / kGroups * kMatrix; }
 };
 
 // The largest magnitude in words of numbers as they are stored.
@@ -158,8 +163,9 @@ class Fetch {
  public:
   using S = ThinShape<E, kTiles>;
 
-  __device__ Fetch(const StepLayer& l, const SideShape& side, const float* border, int outer,
-                   int begin, int count)
+  // From row `first_border` of the border on.
+  __device__ Fetch(const StepLayer& l, const SideShape& side, const float* border, int first_border,
+                   int outer, int begin, int count)
       : count_(count), pitch_(l.gradient_pitch * kBytes) {
     const int base = kRows ? min(outer, l.rows - 1) : begin;
     const int last_row = l.rows - 1 - base, last_column = l.weight_columns() - 4;
@@ -173,7 +179,7 @@ class Fetch {
     const uint32_t border_pitch = static_cast<uint32_t>(padded(kRows ? l.columns : l.rows)) * 4;
 #pragma unroll
     for (int n = 0; n < 2 * kTiles; ++n) {
-      border_rows_[n] = min(q() + 8 * n, side.width - 1) * border_pitch;
+      border_rows_[n] = min(first_border + q() + 8 * n, side.width - 1) * border_pitch;
     }
   }
 
