@@ -103,9 +103,31 @@ class ThinProducts {
       MatrixOperand<bfloat16> b[S::kGradientPlanes];
       step.template operand<kRows>(n, b);
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
-        multiply_planes<S::kPlanes, S::kPlanes, S::kGradientPlanes>(
-            sums[n][t], a[t], [&](int plane, MatrixOperand<bfloat16>& to) { to = b[plane]; });
+      for (int t = 0; t < kTiles; ++t) multiply_tile(a[t], b, sums[n][t]);
+    }
+  }
+
+  // Tensor cores cut off what is below the last bit of a sum, each time they add to it: the sums of
+  // float32 are added by other instructions, which round, and the products of smaller planes are
+  // summed by themselves.
+  static __device__ __forceinline__ void multiply_tile(
+      const MatrixOperand<bfloat16> (&a)[S::kPlanes],
+      const MatrixOperand<bfloat16> (&b)[S::kGradientPlanes], MatrixSums& sum) {
+    if constexpr (S::kPlanes > 2) {
+      MatrixSums high, low;
+      cuda::multiply(high, a[0], b[0]);
+#pragma unroll
+      for (int order = S::kPlanes - 1; order > 0; --order) {
+#pragma unroll
+        for (int p = 0; p <= order; ++p) cuda::multiply(low, a[p], b[order - p]);
+      }
+#pragma unroll
+      for (int e = 0; e < 8; ++e) sum.values[e] += high.values[e] + low.values[e];
+    } else {
+#pragma unroll
+      for (int q = 0; q < S::kGradientPlanes; ++q) {
+#pragma unroll
+        for (int p = 0; p + q < S::kPlanes; ++p) cuda::multiply(sum, a[p], b[q]);
       }
     }
   }

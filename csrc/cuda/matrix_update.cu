@@ -31,6 +31,19 @@ __device__ __forceinline__ void update_tiles(const StepLayer& l, int64_t group) 
   }
 }
 
+// The operands are made of N, which nobody reads any more and L2 need not write to memory: share
+// `part` of `parts` of the 128-byte lines from `begin` to `end`.
+__device__ __forceinline__ void discard_lines(const float* begin, const float* end, int64_t part,
+                                              int64_t parts) {
+  constexpr int kLine = 128;
+  const auto first = (reinterpret_cast<uintptr_t>(begin) + kLine - 1) / kLine;
+  const auto last = reinterpret_cast<uintptr_t>(end) / kLine;
+  for (auto line = first + part * kStepThreads + threadIdx.x; line < last;
+       line += parts * kStepThreads) {
+    discard(reinterpret_cast<float*>(line * kLine));
+  }
+}
+
 template <class E, class Kind>
 __global__ void __launch_bounds__(kStepThreads, 2)
     matrix_update_kernel(const __grid_constant__ StepTable table, const StepArguments a,
@@ -41,6 +54,11 @@ __global__ void __launch_bounds__(kStepThreads, 2)
     if (begin_update<float>(a, work)) update_tiles<E, Kind>(l, work.tile);
     return;
   }
+  const auto* const workspace = static_cast<const float*>(l.workspace);
+  const StepOffsets offsets(l);
+  discard_lines(workspace + offsets.right_n, workspace + offsets.left_delta, work.tile,
+                l.first_tiles);
+  discard_lines(workspace + offsets.left_n, workspace + offsets.products, work.tile, l.first_tiles);
   const int64_t begin = work.tile * kTilesPerInspection;
   for (int64_t n = begin; n < min(begin + kTilesPerInspection, l.tiles()); ++n) {
     inspect<E>(a, l, tile_of<E>(l, n));

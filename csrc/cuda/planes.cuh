@@ -1,7 +1,7 @@
 // float32 on the tensor cores: a number is split exactly into planes of bfloat16 that add up to it,
 // three for float32, two for float16, one for bfloat16. A product of two numbers is the sum of the
-// products of their planes, of which the smallest are left out: with `kOrders` = 3 what is below
-// 2^-24 of it, with 2 what is below 2^-16.
+// products of their planes p and q, of which those with p + q >= kComputePlanes are left out: for
+// float32 what is below 2^-24 of it, for 16-bit numbers what is below 2^-16.
 #pragma once
 
 #include "matrix.cuh"
@@ -57,22 +57,6 @@ __device__ __forceinline__ void split(const float (&values)[8],
     split_pair(values[2 * w], values[2 * w + 1], pairs);
 #pragma unroll
     for (int p = 0; p < kPlanes; ++p) memcpy(&operands[p].words[w], &pairs[p], sizeof pairs[p]);
-  }
-}
-
-// c += a b, where plane p of b is given by b_plane(p, operand).
-template <int kOrders, int kPlanesA, int kPlanesB, class Load>
-__device__ __forceinline__ void multiply_planes(MatrixSums& c,
-                                                const MatrixOperand<bfloat16> (&a)[kPlanesA],
-                                                Load&& load_plane) {
-#pragma unroll
-  for (int q = 0; q < kPlanesB; ++q) {
-    MatrixOperand<bfloat16> b;
-    load_plane(q, b);
-#pragma unroll
-    for (int p = 0; p < kPlanesA; ++p) {
-      if (p + q < kOrders) multiply(c, a[p], b);
-    }
   }
 }
 
