@@ -161,16 +161,17 @@ class RowFeed<T, T, kRows, kTiles, 1, RowAccess::kVectors, kCache> {
  public:
   __device__ __forceinline__ RowFeed(const Rows& x, const TileRuns& runs, int64_t begin,
                                      int64_t end)
-      : x_(x), end_(static_cast<int>(end)) {
+      : x_(x), end_(static_cast<uint32_t>(end)) {
     const int row = static_cast<int>(threadIdx.x) / kPerRow;
     const int staged = static_cast<int>(threadIdx.x) % kPerRow * kSize;
     const int64_t column = runs.column(staged);
-    row_ = static_cast<int>(begin) + row;
+    row_ = static_cast<uint32_t>(begin) + row;
     stage_row_ = held(row);
     stage_column_ = held(staged);
     in_memory_ = held(column < x.features);
     is_ones_ = held(column == x.features);
-    from_ = static_cast<const T*>(x.data) + column + (strided() ? 0 : x.offset(row_));
+    from_ = static_cast<const T*>(x.data);
+    if (in_memory_) from_ += column + (strided() ? 0 : x.offset(row_));
   }
 
   __device__ __forceinline__ void next(T* slot, int stride) {
@@ -191,7 +192,7 @@ class RowFeed<T, T, kRows, kTiles, 1, RowAccess::kVectors, kCache> {
     if (strided()) {
 #pragma unroll 1
       for (int q = 0; q < kPieces; ++q) {
-        const int row = row_ + q * kStep;
+        const uint32_t row = row_ + q * kStep;
         copy_async<kCache>(to + q * kStep * stride, from_ + x_.offset(row), row < end_);
       }
       return;
@@ -217,7 +218,7 @@ class RowFeed<T, T, kRows, kTiles, 1, RowAccess::kVectors, kCache> {
 
   const Rows& x_;
   const T* from_;
-  int row_, end_;
+  uint32_t row_, end_;  // below 2^31, but for rows beyond the end
   int stage_row_, stage_column_;
   int in_memory_, is_ones_;
 };
