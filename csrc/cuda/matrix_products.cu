@@ -5,10 +5,10 @@
 //   thin_sums         X, and the border rows of G for a row-bordered C
 //
 // A warp owns 32 rows of S, or as many columns of X, and walks along them 16 k's at a time
-// (thin_steps.cuh). The warps of a block share the k's, and with a wide border they
-// share N, which comes from L1 then. Their sums are added in a fixed order. The column of a
-// bias is no part of a vector: what it adds to S is added last, and blocks of their own make its
-// column of X.
+// (thin_steps.cuh). The warps of a block own different rows or share the k's, whose sums are added
+// in a fixed order; with a wide border they share N, which comes from L1 then. The column of a bias
+// is no part of a vector: what it adds to S is added last, and blocks of their own make its column
+// of X.
 //
 // Bytes: G once from DRAM and, where both sides are bordered, once more from L2: a panel is as many
 // rows as L2 keeps, and its X follows its S.
@@ -365,7 +365,8 @@ void matrix_products(StepLayer* layers, int count, const StepKind& kind, const S
       launch({"matrix_products", blocks, kThinThreads, stream}, matrix_products_kernel<E, kTiles>,
              table, a);
     };
-    constexpr int kMost = sizeof(typename E::Stored) == 4 ? 1 : 2;
+    // Several planes of a number take the registers of a second tile.
+    constexpr int kMost = kStoredPlanes<typename E::Stored> > 1 ? 1 : 2;
     if (wide) {
       run(std::integral_constant<int, kMost>());
     } else {
