@@ -147,7 +147,7 @@ MUTATIONS = [
         "1.0 / read(a.grad_scale)",
         "1.0",
         # Functions that are not inlined are shared.
-        ("stream_update", "tiled_update", "matrix_operands", "matrix_update"),
+        ("stream_update", "tiled_update", "matrix_update"),
         "scales and diagonal",
     ),
     Mutation(

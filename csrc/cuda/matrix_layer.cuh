@@ -1,5 +1,5 @@
-// What all tiles of matrix_update share of a layer. matrix_operands writes it to the head of the
-// layer's operands, and a block of the update copies it to shared memory and reads what it needs
+// What all tiles of matrix_update share of a layer. It is written to the head of the layer's
+// operands, and a block that writes tiles copies it to shared memory and reads what it needs
 // where it needs it: in registers it would take half of them, and to compute it takes longer than a
 // tile.
 #pragma once

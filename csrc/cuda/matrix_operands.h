@@ -1,5 +1,6 @@
-// The operands of matrix_update's products, which a launch of their own prepares once a step: as
-// planes of bfloat16 (planes.cuh), in the order in which the lanes of a warp take them.
+// The operands of matrix_update's products, which the launch itself prepares, of a layer before its
+// first tile: as planes of bfloat16 (planes.cuh), in the order in which the lanes of a warp take
+// them. Nobody needs them after the layer's last tile.
 //
 // With delta and N of a side (preconditioned_update.h), a tile of up to 64 x 128 or 32 x 256 is
 //
@@ -70,13 +71,13 @@ SINGD_HOST_DEVICE inline int most_steps(const SideShape& side, int count) {
   return (count + 2 * (width - 1) + kMatrixSide - 1) / kMatrixSide + 1;
 }
 
-// The arrays of a layer's operands, in floats beyond those of StepOffsets, and how many operands of
-// all planes each has.
+// The arrays of a layer's operands, in floats beyond those of StepOffsets. An item, which a warp
+// makes, is a left operand or both right ones of a unit, in all planes.
 struct MatrixOffsets {
   enum Array { kLeftZ, kRightZ, kLeftP, kRightP, kArrays };
-  int begin[kArrays], count[kArrays], size;
-  int steps_z, steps_p;  // an array has so many for one range of t
-  int groups, units;     // of a tile: 16s of rows, units of columns
+  int begin[kArrays], count[kArrays], size;  // count: items
+  int steps_z, steps_p;                      // an array has so many for one range of t
+  int groups, units;                         // of a tile: 16s of rows, units of columns
 
   SINGD_HOST_DEVICE explicit MatrixOffsets(const StepLayer& l)
       : steps_z(most_steps(l.right, kUnitColumns)),
@@ -84,7 +85,7 @@ struct MatrixOffsets {
         groups(l.wide_tiles() ? 2 : 4),
         units(l.wide_tiles() ? 8 : 4) {
     const int left = l.planes == 0 ? 0 : l.row_tiles() * groups;
-    const int right = l.planes == 0 ? 0 : l.column_tiles() * units * 2;
+    const int right = l.planes == 0 ? 0 : l.column_tiles() * units;
     count[kLeftZ] = l.right.bordered() ? left * steps_z : 0;
     count[kRightZ] = l.right.action == Action::kDiagonal ? 0 : right * steps_z;
     count[kLeftP] = l.left.action == Action::kDiagonal ? 0 : left * steps_p;
@@ -92,10 +93,13 @@ struct MatrixOffsets {
     size = l.planes == 0 ? 0 : kHeadFloats;
     for (int n = 0; n < kArrays; ++n) {
       begin[n] = size;
-      size += count[n] * l.planes * kOperandFloats;
+      size += count[n] * (is_right(n) ? 2 : 1) * l.planes * kOperandFloats;
     }
   }
-  SINGD_HOST_DEVICE int operands() const {
+  SINGD_HOST_DEVICE static constexpr bool is_right(int array) {
+    return array == kRightZ || array == kRightP;
+  }
+  SINGD_HOST_DEVICE int items() const {
     return count[kLeftZ] + count[kRightZ] + count[kLeftP] + count[kRightP];
   }
 };

@@ -10,6 +10,7 @@
 // Bytes: G, M, W read once and M, W written once (5 passes over DRAM): the same launch inspects G
 // before, and reads it again from L2. Of operands a tile reads at most 64 bytes for each of its
 // columns and 16 steps, and half of that for its rows, from L2.
+#include "matrix_operands.cuh"
 #include "matrix_tile.cuh"
 #include "step_work.cuh"
 
@@ -18,8 +19,42 @@ namespace {
 
 constexpr int kTilesPerInspection = 2;
 
+constexpr int kItemsAtOnce = kStepThreads / kWarp;
+
+// A layer's first pieces of work: those that make operands, then, without a border, those that
+// inspect G.
+SINGD_HOST_DEVICE inline int operand_pieces(const MatrixOffsets& operands) {
+  return (operands.items() + kItemsAtOnce - 1) / kItemsAtOnce;
+}
+
+template <class E>
+__device__ __forceinline__ void make_operands(const StepArguments& a, const StepLayer& l,
+                                              const OperandMaker<E>& maker, int piece) {
+  if (piece == 0 && threadIdx.x == 0) write_tile_layer(a, l);
+  const int item = piece * kItemsAtOnce + static_cast<int>(threadIdx.x) / kWarp;
+  maker.make(item);
+}
+
+// The last block of a layer discards the operands, which L2 need not write to memory then.
+__device__ __forceinline__ void finish_update(const StepArguments& a, const StepLayer& l) {
+  constexpr int kLineFloats = 128 / sizeof(float);
+  __shared__ int before;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    shared_store(&before, add_release(counters_of(a, l) + kUpdatesFinished, 1));
+  }
+  __syncthreads();
+  if (shared_load(&before) + 1 < l.updates()) return;
+  auto* const begin = static_cast<float*>(l.workspace) + StepOffsets(l).size;
+  auto* const end = begin + MatrixOffsets(l).size;
+  const auto misaligned = reinterpret_cast<uintptr_t>(begin) / sizeof(float) % kLineFloats;
+  auto* line = begin + (misaligned == 0 ? 0 : kLineFloats - misaligned) + threadIdx.x * kLineFloats;
+  for (; line + kLineFloats <= end; line += kStepThreads * kLineFloats) discard(line);
+}
+
 template <class E, class Kind>
-__device__ __forceinline__ void update_tiles(const StepLayer& l, int64_t group) {
+__device__ __forceinline__ void update_tiles(const StepArguments& a, const StepLayer& l,
+                                             int64_t group) {
   auto* const layer =
       reinterpret_cast<TileLayer*>(dynamic_shared<bfloat16>() + TileShape<E, Kind>::kSize);
   copy_tile_layer(l, layer);
@@ -29,19 +64,7 @@ __device__ __forceinline__ void update_tiles(const StepLayer& l, int64_t group) 
     __syncthreads();  // the layer is written, and the tile before read
     TileUpdate<E, Kind>(l, *layer, number).run(number + 1 < end);
   }
-}
-
-// The operands are made of N, which nobody reads any more and L2 need not write to memory: share
-// `part` of `parts` of the 128-byte lines from `begin` to `end`.
-__device__ __forceinline__ void discard_lines(const float* begin, const float* end, int64_t part,
-                                              int64_t parts) {
-  constexpr int kLine = 128;
-  const auto first = (reinterpret_cast<uintptr_t>(begin) + kLine - 1) / kLine;
-  const auto last = reinterpret_cast<uintptr_t>(end) / kLine;
-  for (auto line = first + part * kStepThreads + threadIdx.x; line < last;
-       line += parts * kStepThreads) {
-    discard(reinterpret_cast<float*>(line * kLine));
-  }
+  finish_update(a, l);
 }
 
 template <class E, class Kind>
@@ -51,17 +74,19 @@ __global__ void __launch_bounds__(kStepThreads, 2)
   const Work work = work_of(table, take_ticket(ticket));
   const StepLayer& l = *work.layer;
   if (!work.first) {
-    if (begin_update<float>(a, work)) update_tiles<E, Kind>(l, work.tile);
+    ask_for_tile<E>(l, tile_of<E>(l, work.tile * kMatrixTilesAtOnce));
+    if (begin_update<float>(a, work)) update_tiles<E, Kind>(a, l, work.tile);
     return;
   }
-  const auto* const workspace = static_cast<const float*>(l.workspace);
-  const StepOffsets offsets(l);
-  discard_lines(workspace + offsets.right_n, workspace + offsets.left_delta, work.tile,
-                l.first_tiles);
-  discard_lines(workspace + offsets.left_n, workspace + offsets.products, work.tile, l.first_tiles);
-  const int64_t begin = work.tile * kTilesPerInspection;
-  for (int64_t n = begin; n < min(begin + kTilesPerInspection, l.tiles()); ++n) {
-    inspect<E>(a, l, tile_of<E>(l, n));
+  const OperandMaker<E> maker(l);
+  const int64_t pieces = operand_pieces(maker.operands);
+  if (work.tile < pieces) {
+    make_operands<E>(a, l, maker, static_cast<int>(work.tile));
+  } else {
+    const int64_t begin = (work.tile - pieces) * kTilesPerInspection;
+    for (int64_t n = begin; n < min(begin + kTilesPerInspection, l.tiles()); ++n) {
+      inspect<E>(a, l, tile_of<E>(l, n));
+    }
   }
   finish_first_tile(a, l);
 }
@@ -122,8 +147,9 @@ void plan_matrix_update(StepLayer& layer, const StepKind& kind) {
   dispatch_vectors(kind, [&](auto elements) {
     layer.planes = kComputePlanes<typename decltype(elements)::Stored>;
   });
+  layer.first_tiles = operand_pieces(MatrixOffsets(layer));
   if (layer.left.bordered() || layer.right.bordered()) return;
-  layer.first_tiles =
+  layer.first_tiles +=
       static_cast<int32_t>((layer.tiles() + kTilesPerInspection - 1) / kTilesPerInspection);
 }
 

@@ -144,7 +144,8 @@ enum Counter {
   kRightRowSum,  // largest row sum of |K|
   kRightColumnSum,
   kLeftRowSum,
-  kLeftColumnSum
+  kLeftColumnSum,
+  kUpdatesFinished
 };
 
 struct StepArguments {
@@ -177,8 +178,8 @@ void prepare_step(StepFactor* factors, int count, Dtype compute, int* counters, 
 // S, X, G_B and max |G| of layers with a bordered side.
 void thin_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                    int* ticket, Stream stream);
-// The same on the tensor cores, for layers of a kind that uses them whose gradients move in vectors,
-// too.
+// The same on the tensor cores, for layers of a kind that uses them whose gradients move in
+// vectors, too.
 bool fits_matrix_products(const StepLayer* layers, int count, const StepKind& kind);
 void matrix_products(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                      Stream stream);
@@ -192,8 +193,6 @@ void thin_results(StepLayer* layers, int count, Dtype compute, Stream stream);
 // The update of layers with another side, on the tensor cores: float32 and 16-bit ones in vectors,
 // whose tiles end where sectors do.
 bool fits_matrix_update(const StepLayer& layer, const StepKind& kind);
-void matrix_operands(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
-                     Stream stream);
 void matrix_update(StepLayer* layers, int count, const StepKind& kind, const StepArguments& a,
                    int* ticket, Stream stream);
 // The update of all other layers.

@@ -189,7 +189,6 @@ void StepBatch::launch(Group& group, size_t begin, int count) {
   if (!group.kind.uses_matrices) {
     return tiled_update(layers, count, group.kind, arguments, ticket, stream_);
   }
-  matrix_operands(layers, count, group.kind, arguments, stream_);
   matrix_update(layers, count, group.kind, arguments, ticket, stream_);
 }
 
