@@ -91,8 +91,13 @@ EXPECTED = [
     # The step.
     *(Expected("stream_update_kernel", elements(t), (LOAD_16, STORE_16)) for t in EVERY),
     *(
-        Expected("matrix_update_kernel", elements(t), (LOAD_16, STORE_16, TENSOR_CORE, MATRIX_LOAD))
+        Expected("matrix_update_kernel", elements(t), (LOAD_16, STORE_16, TENSOR_CORE))
         for t in SINGLE
+    ),
+    *(
+        Expected("matrix_update_kernel", elements(t) + blocks, (MATRIX_LOAD,))
+        for t in SINGLE
+        for blocks in (".*TileKindILb1", ".*TileKindILb0ELb1")
     ),
     *(Expected("matrix_products_kernel", elements(t), (LOAD_16, TENSOR_CORE)) for t in SINGLE),
     *(Expected("tiled_update_kernel", elements(t), (LOAD_16, STORE_16)) for t in EVERY),
