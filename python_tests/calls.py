@@ -29,7 +29,7 @@ SHAPES = [
     Shape(33, 70, True),
     Shape(1, 5),
     Shape(64, 64),
-    Shape(36, 136, True),  # several parts of a tile, in rows that move in vectors
+    Shape(36, 137, True),  # several parts of a tile, in rows that move in vectors
     Shape(130, 9, True),
     Shape(40, 257),
 ]

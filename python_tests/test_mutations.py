@@ -110,6 +110,14 @@ MUTATIONS = [
         "test_parameter_updates and block",
     ),
     Mutation(
+        "no barrier before Z of other columns takes its place",
+        "matrix_tile.cuh",
+        f"        if (n > 0) {BARRIER}\n",
+        "",
+        ("matrix_update",),
+        "test_parameter_updates and block",
+    ),
+    Mutation(
         "the smallest planes are left out",
         "matrix_tile.cuh",
         "p + q < S::kPlanes;",
