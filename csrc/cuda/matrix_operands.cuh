@@ -42,13 +42,20 @@ class OperandMaker {
   float* const workspace;
   const int lane;
 
+  // Of an item: its row or column of tiles, its part of these, and its step.
+  struct Position {
+    int tile, part, step;
+  };
+  __device__ __forceinline__ Position position(int item, bool z, int parts) const {
+    const int steps = z ? operands.steps_z : operands.steps_p;
+    return {item / steps / parts, item / steps % parts, item % steps};
+  }
+
   __device__ __forceinline__ void make_left(int item, bool z, float* to) const {
     const SideShape& side = z ? l.right : l.left;
-    const int steps = z ? operands.steps_z : operands.steps_p;
-    const int step = item % steps;
-    item /= steps;
-    const int first = item % operands.groups * kMatrixSide;
-    const int64_t tile_row = int64_t{item / operands.groups} * l.tile_rows;
+    const auto [tile, part, step] = position(item, z, operands.groups);
+    const int first = part * kMatrixSide;
+    const int64_t tile_row = int64_t{tile} * l.tile_rows;
     const int rows = static_cast<int>(min(int64_t{l.tile_rows}, l.rows - tile_row));
     const Steps range = StepRanges(side).of(0, rows, first, kMatrixSide);
     if (range.begin + step >= range.end) return;
@@ -66,11 +73,9 @@ class OperandMaker {
   // Lanes 4 q + p take columns of 8 (q / 2) ... 8 (q / 2) + 7, which they load as vectors.
   __device__ __forceinline__ void make_right(int item, bool z, float* to) const {
     const SideShape& side = z ? l.right : l.left;
-    const int steps = z ? operands.steps_z : operands.steps_p;
-    const int step = item % steps;
-    item /= steps;
-    const int first = item % operands.units * kUnitColumns;
-    const int64_t column = int64_t{item / operands.units} * l.tile_columns;
+    const auto [tile, part, step] = position(item, z, operands.units);
+    const int first = part * kUnitColumns;
+    const int64_t column = int64_t{tile} * l.tile_columns;
     const int owned = static_cast<int>(min(int64_t{l.tile_columns}, l.columns - column));
     const int64_t base = column / E::kCount * E::kCount;
     const int origin = static_cast<int>(column - base);
@@ -86,7 +91,7 @@ class OperandMaker {
       Columns8 row = {};
       if (base + j < l.columns) z ? right_z(t, base + j, row) : right_p(t, base + j, row);
 #pragma unroll
-      for (int m = 0; m < 4; ++m) {  // columns 2 m + q % 2: unit_column(m / 2, q + m % 2 * 8)
+      for (int m = 0; m < 4; ++m) {  // column q + m % 2 * 8 of operand m / 2
         const int at = j + 2 * m + q % 2;
         const float value = q % 2 == 0 ? row[2 * m] : row[2 * m + 1];
         values[m / 2][m % 2 * 4 + k] = at >= origin && at < origin + owned ? value : 0.0f;

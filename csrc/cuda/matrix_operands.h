@@ -15,6 +15,10 @@
 // A left operand is 16 rows of a tile, for 16 values of t; a right one 16 of the columns of a unit,
 // which are 32 columns of a tile. Of blocks, t runs over the 16s of the tile's rows or columns that
 // the operand's blocks meet, of borders over all 16s of the width.
+//
+// Column n (of 16) of operand h (0 or 1) of a unit is its column 8 (n % 8 / 2) + 4 h + 2 (n / 8) +
+// n % 2. So the values of a lane in the products of both are those of eight neighbouring columns,
+// and move as vectors.
 #pragma once
 
 #include "preconditioned_update.h"
@@ -103,11 +107,5 @@ struct MatrixOffsets {
     return count[kLeftZ] + count[kRightZ] + count[kLeftP] + count[kRightP];
   }
 };
-
-// The column of a unit that is column n (of 16) of its operand `half`. The values of a lane in the
-// two halves of a product are so those of eight neighbouring columns, and move as vectors.
-SINGD_HOST_DEVICE inline int unit_column(int half, int n) {
-  return n % 8 / 2 * 8 + half * 4 + n / 8 * 2 + n % 2;
-}
 
 }  // namespace singd::cuda

@@ -143,7 +143,7 @@ class ThinProducts {
     const bool inspects = kRows || !l.right.bordered();
     const int count = end - begin;
     const Fetch<E, kTiles, kRows> fetch(l, side, border, first_border, outer, begin, count);
-    LargestOfWords<typename S::Stored> largest;
+    LargestMagnitude<typename S::Stored> largest;
     ThinSums<E, kTiles> sums;
     BorderStep<E, kTiles> border_step;
     typename BorderStep<E, kTiles>::Operands a;

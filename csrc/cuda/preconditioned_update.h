@@ -62,7 +62,7 @@ struct StepLayer {
   int32_t gradient_pitch = 0, gradient_bias_pitch = 0;  // from row to row, in elements
   int32_t index = 0;                                    // in the lists of the call
   int32_t slot = 0;                                     // of its counters
-  int32_t first_tiles = 0;  // tiles that come before the ones that write
+  int32_t first_tiles = 0;  // pieces of work that come before those that write
   int32_t strips = 0;       // panels of rows, in matrix_products
   int16_t tile_rows = 0, tile_columns = 0;
   SideShape right, left;

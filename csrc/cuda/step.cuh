@@ -84,37 +84,48 @@ __device__ __forceinline__ int magnitude(double value) {
   return static_cast<int>(bits >> 32) & 0x7fffffff;
 }
 
-// The largest magnitude of numbers in vectors of N as they are stored.
-template <class Stored, int N>
+// The largest magnitude of numbers as they are stored.
+template <class Stored>
 class LargestMagnitude {
  public:
-  __device__ __forceinline__ void add(const Vec<Stored, N>& numbers) {
+  // A word of 16-bit numbers, or of a float32.
+  __device__ __forceinline__ void add(uint32_t word) {
     if constexpr (sizeof(Stored) == 2) {
-      uint32_t words[N / 2];
+      largest_ = max_of_halves(largest_, word & 0x7fff7fffU);
+    } else {
+      largest_ = max(largest_, word & 0x7fffffffU);
+    }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void add(const Vec<Stored, N>& numbers) {
+    if constexpr (sizeof(Stored) == 8) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        largest_ = max(largest_, static_cast<uint32_t>(magnitude(numbers[n])));
+      }
+    } else {
+      uint32_t words[N * sizeof(Stored) / 4];
       memcpy(words, &numbers, sizeof words);
 #pragma unroll
-      for (int n = 0; n < N / 2; ++n) halves_ = max_of_halves(halves_, words[n] & 0x7fff7fffU);
-    } else {
-#pragma unroll
-      for (int n = 0; n < N; ++n) key_ = max(key_, magnitude(numbers[n]));
+      for (int n = 0; n < static_cast<int>(N * sizeof(Stored) / 4); ++n) add(words[n]);
     }
   }
 
   // As magnitude() of the largest.
   __device__ __forceinline__ int key() const {
     if constexpr (sizeof(Stored) == 2) {
-      const auto bits = static_cast<uint16_t>(max(halves_ >> 16, halves_ & 0xffffU));
+      const auto bits = static_cast<uint16_t>(max(largest_ >> 16, largest_ & 0xffffU));
       Stored largest;
       memcpy(static_cast<void*>(&largest), &bits, sizeof largest);
       return magnitude(widen<float>(largest));
     } else {
-      return key_;
+      return static_cast<int>(largest_);
     }
   }
 
  private:
-  uint32_t halves_ = 0;  // of 16-bit numbers at even and odd places
-  int key_ = 0;
+  uint32_t largest_ = 0;  // of 16-bit numbers those at even and at odd places
 };
 
 // The largest number of this magnitude.

@@ -133,7 +133,7 @@ __device__ __forceinline__ int inspect_vectors(const StepLayer& l, const Tile& t
                                                const Share& share) {
   if constexpr (E::kCount > 1) {
     constexpr int kAtOnce = 8;
-    LargestMagnitude<typename E::Stored, E::kCount> largest;
+    LargestMagnitude<typename E::Stored> largest;
     const int stride = share.row_stride, last = tile.rows - 1;
     for (int row = share.first_row; row < tile.rows; row += kAtOnce * stride) {
       Vec<typename E::Stored, E::kCount> g[kAtOnce];

@@ -40,30 +40,6 @@ struct ThinShape {
   static __device__ int stride() { return blockDim.x / kWarp / kGroups * kMatrix; }
 };
 
-// The largest magnitude in words of numbers as they are stored.
-template <class Stored>
-class LargestOfWords {
- public:
-  __device__ __forceinline__ void add(uint32_t word) {
-    if constexpr (sizeof(Stored) == 2) {
-      largest_ = max_of_halves(largest_, word & 0x7fff7fffU);
-    } else {
-      largest_ = max(largest_, word & 0x7fffffffU);
-    }
-  }
-  // As magnitude() has it.
-  __device__ __forceinline__ int key() const {
-    if constexpr (sizeof(Stored) == 4) return static_cast<int>(largest_);
-    const auto half = static_cast<uint16_t>(max(largest_ >> 16, largest_ & 0xffffU));
-    Stored largest;
-    memcpy(static_cast<void*>(&largest), &half, sizeof half);
-    return magnitude(widen<float>(largest));
-  }
-
- private:
-  uint32_t largest_ = 0;
-};
-
 // What a lane, 4 q + p, holds of G in a step along k:
 //
 //   for S   four k's of the rows q + 8 n
@@ -78,7 +54,7 @@ struct GradientStep {
   using Numbers = Vec<uint32_t, kWords>;
   Numbers g[S::kVectors];
 
-  __device__ __forceinline__ void inspect(LargestOfWords<Stored>& largest) const {
+  __device__ __forceinline__ void inspect(LargestMagnitude<Stored>& largest) const {
 #pragma unroll
     for (int n = 0; n < S::kVectors; ++n) {
 #pragma unroll
