@@ -123,3 +123,24 @@ def test_an_overflow_in_the_last_row_alone_is_found() -> None:
     )  # fmt: skip
     assert outcomes.tolist() == [1] and counter.item() == 1
     assert weight.eq(1).all() and bias.eq(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", ["diagonal", "block_diagonal:4", "hierarchical:2,2"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_found_at_every_place_of_a_vector(
+    spec: str, dtype: torch.dtype, value: float
+) -> None:
+    d_o, d_i = 16, 24
+    K, C = (StructuredMatrix.eye(spec, d, torch.float32).data for d in (d_i, d_o))
+    none = torch.empty(0, dtype=dtype)
+    for j in range(d_i):
+        weight, gradient = torch.ones(d_o, d_i, dtype=dtype), torch.zeros(d_o, d_i, dtype=dtype)
+        gradient[5 * j % d_o, j] = value
+        counter = torch.zeros((), dtype=torch.int64)
+        outcomes = ops.preconditioned_update_(
+            [weight], [none], [], [], [counter], [gradient], [none], [K], [C], spec, spec,
+            lr=torch.tensor(1.0), momentum=0.0, weight_decay=0.0,
+        )  # fmt: skip
+        assert outcomes.tolist() == [1] and counter.item() == 1, j
+        assert weight.eq(1).all(), j
