@@ -14,9 +14,11 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -40,15 +42,50 @@ at::Tensor linear_rows(const at::Tensor& tensor) {
   return tensor.reshape({sizes.front(), shared, sizes.back()});
 }
 
-// What is asked of a parameter group's options.
-struct GroupOptions {
+// The options in a parameter group's dictionary as Python last checked them.
+class KnownOptions {
+ public:
+  // Of these values, which Python holds on to.
+  KnownOptions(const py::dict& group, const py::dict& options, bool may_change_in_place)
+      : reduce(options["kfac_approx"].cast<std::string>() == "reduce"),
+        loss_average(options["loss_average"].cast<std::optional<std::string>>().value_or("")),
+        has_momenta(options["momentum"].cast<double>() != 0),
+        has_factor_momenta(options["alpha1"].cast<double>() != 0),
+        may_change_in_place_(may_change_in_place) {
+    for (const auto& [key, value] : group) {
+      if (options.contains(key))
+        entries_.emplace_back(py::reinterpret_borrow<py::object>(key), value.ptr());
+    }
+  }
+
   bool reduce;               // KFAC-reduce
   std::string loss_average;  // empty for a sum
+  bool has_momenta, has_factor_momenta;
+
+  // Whether a dictionary has the same ones, in their order: in one pass, without a look at a key's
+  // or a value's memory. Where it says no, Python looks for what is different.
+  bool are_in(const py::dict& group) const {
+    if (may_change_in_place_) return false;
+    PyObject *key = nullptr, *value = nullptr;
+    auto next = entries_.begin();
+    for (Py_ssize_t at = 0;
+         next != entries_.end() && PyDict_Next(group.ptr(), &at, &key, &value);) {
+      if (key != next->first.ptr()) continue;
+      if (value != next->second) return false;
+      ++next;
+    }
+    return next == entries_.end();
+  }
+
+ private:
+  std::vector<std::pair<py::object, const PyObject*>> entries_;
+  bool may_change_in_place_;  // a number in a tensor
 };
 
 // What is asked of an optimizer.
 struct Names {
-  py::object param_groups = interned("param_groups"), steps = interned("steps"), T = interned("T");
+  py::object param_groups = interned("param_groups"), steps = interned("steps"), T = interned("T"),
+             state = interned("state"), options = interned("options");
   static const Names& once() {
     static const Names* const names = new Names();  // never destroyed: Python may be gone by then
     return *names;
@@ -77,15 +114,25 @@ struct Sums {
   }
 };
 
+py::list groups_of(const py::object& optimizer) {
+  return py::getattr(optimizer, Names::once().param_groups);
+}
+
+// Reads the group's own dictionary, which users may change at any time.
+bool is_due(const py::dict& group) {
+  const Names& names = Names::once();
+  return find(group, names.steps).cast<int64_t>() % find(group, names.T).cast<int64_t>() == 0;
+}
+
 class Gatherer {
  public:
-  // begin_pass(optimizer) is called by every backward pass, follow(optimizer, layer) if a layer's
+  // name_space() is that of the operators; follow(optimizer, layer) is called if a layer's
   // parameters are elsewhere or of another type, and check_owned(layer) if they may not be those of
   // its modules any more.
-  Gatherer(const py::object& optimizer, py::function begin_pass, py::function follow,
+  Gatherer(const py::object& optimizer, py::function name_space, py::function follow,
            py::function check_owned)
       : optimizer_(optimizer),
-        begin_pass_(std::move(begin_pass)),
+        name_space_(std::move(name_space)),
         follow_(std::move(follow)),
         check_owned_(std::move(check_owned)) {}
 
@@ -99,20 +146,12 @@ class Gatherer {
     return static_cast<int>(layers_.size()) - 1;
   }
 
-  void set_options(int group, GroupOptions options) {
-    if (options_.size() <= static_cast<size_t>(group)) options_.resize(group + 1);
-    options_[group] = std::move(options);
+  void set_options(int index, KnownOptions options) {
+    options_.insert_or_assign(index, std::move(options));
   }
-
-  // Finds everything where it is now: the states of all layers, and the operators.
-  void bind(const py::dict& optimizer_state, const std::string& name_space) {
-    last_step_.ask();
-    // Anew each time: an operator of this name may have been registered in the place of another.
-    operators_ = std::make_shared<const Operators>(name_space);
-    for (const auto& layer : layers_) {
-      follow(*layer);
-      layer->bind(optimizer_state);
-    }
+  // Whether a group still has the options that were set.
+  bool are_options_known(int index) const {
+    return options_.at(index).are_in(groups_of(optimizer_.get())[index]);
   }
 
   // Lets all states go, since others take their place.
@@ -121,25 +160,28 @@ class Gatherer {
     pass_ = -1;
   }
 
-  // Of the layers of a group that have gradients. Throws if one cannot do its step.
-  StepArguments step_arguments(int group, bool has_momenta, bool factors_are_due) {
+  // What a group's step needs: its index, arguments, number, and whether its factors are due.
+  using GroupStep = std::tuple<int, StepArguments, int64_t, bool>;
+
+  // Of the layers that have gradients. Throws if one cannot do its step.
+  std::vector<GroupStep> step_arguments() {
     const at::NoGradGuard no_grad;
-    StepArguments arguments(operators_);
-    for (const auto& layer : layers_) {
-      if (layer->group != group) continue;
-      const bool unused = is_unused(*layer);
-      const bool matters = unused || factors_are_due;
-      if (matters && !layer->is_owned()) check_owned_(layer->python.get());
-      if (!unused) arguments.add(layer, has_momenta);
+    const py::list groups = look_around();
+    std::vector<GroupStep> steps;
+    for (const auto& [index, options] : options_) {
+      const py::dict group = groups[index];
+      const bool due = singd::is_due(group);
+      steps.emplace_back(index, step_of(index, options, due), number_in(group, Names::once().steps),
+                         due);
     }
-    last_step_.add(arguments, factors_are_due);
-    return arguments;
+    return steps;
   }
 
   void forget_statistics(const py::dict& optimizer_state) {
+    StateFinder states(optimizer_state);
     for (const auto& layer : layers_) {
       if (!layer->has_statistics) continue;
-      layer->bind(optimizer_state);
+      layer->bind(states);
       layer->forget_statistics();
     }
   }
@@ -154,6 +196,10 @@ class Gatherer {
                const py::object& hook);
 
  private:
+  // The parameter groups, whose options are known from now on, as is where everything is: the
+  // states of all layers, and the operators.
+  py::list look_around();
+  StepArguments step_of(int index, const KnownOptions& options, bool factors_are_due);
   void follow(KnownLayer& layer);
   void begin(KnownLayer& layer, int64_t pass);
   Shape add_linear(KnownLayer& layer, const at::Tensor& x, const at::Tensor& g) const;
@@ -162,33 +208,59 @@ class Gatherer {
   void count(KnownLayer& layer, Shape shape) const;
 
   WeakReference optimizer_;
-  py::function begin_pass_, follow_, check_owned_;
+  py::function name_space_, follow_, check_owned_;
   KnownLayers layers_;
-  std::vector<GroupOptions> options_;
-  int64_t pass_ = -1;  // that the options are known of
+  std::map<int, KnownOptions> options_;  // of the groups, by index, that SINGD trains itself
+  int64_t pass_ = -1;                    // that looked around last
   std::shared_ptr<const Operators> operators_;
   Remembered last_step_;
 };
-
-// Reads the group's own dictionary, which users may change at any time.
-bool is_due(const py::dict& group) {
-  const Names& names = Names::once();
-  return find(group, names.steps).cast<int64_t>() % find(group, names.T).cast<int64_t>() == 0;
-}
 
 bool Gatherer::is_due(const KnownLayer& layer) const {
   const Names& names = Names::once();
   const py::object optimizer = optimizer_.get();
   if (optimizer.is_none()) return false;
   if (unsettled) optimizer.attr("settle_steps")();
-  const py::object groups = py::getattr(optimizer, names.param_groups);
-  const py::dict group = py::list(groups)[layer.group];
+  const py::dict group = groups_of(optimizer)[layer.group];
   const py::handle T = find(group, names.T);
   // Another value is a bad option, which Python names.
   if (!PyLong_CheckExact(T.ptr()) || T.cast<int64_t>() < 1) {
     return optimizer.attr("factors_due")(layer.group).cast<bool>();
   }
   return singd::is_due(group);
+}
+
+py::list Gatherer::look_around() {
+  const Names& names = Names::once();
+  last_step_.ask();
+  const py::object optimizer = optimizer_.get();
+  py::list groups = groups_of(optimizer);
+  for (const auto& [index, options] : options_) {
+    if (!options.are_in(groups[index])) py::getattr(optimizer, names.options)(index);
+  }
+  // Anew each time: an operator of this name may have been registered in the place of another.
+  operators_ = std::make_shared<const Operators>(name_space_().cast<std::string>());
+  StateFinder states(py::getattr(optimizer, names.state));
+  for (const auto& layer : layers_) {
+    follow(*layer);
+    layer->bind(states);
+  }
+  return groups;
+}
+
+StepArguments Gatherer::step_of(int index, const KnownOptions& options, bool factors_are_due) {
+  StepArguments arguments(operators_);
+  for (const auto& layer : layers_) {
+    if (layer->group != index) continue;
+    const bool unused = is_unused(*layer);
+    const bool matters = unused || factors_are_due;
+    if (matters && !layer->is_owned()) check_owned_(layer->python.get());
+    if (unused) continue;
+    arguments.add(layer, options.has_momenta);
+    if (factors_are_due) arguments.factors.add(layer, options.has_factor_momenta);
+  }
+  last_step_.add(arguments, factors_are_due);
+  return arguments;
 }
 
 void Gatherer::follow(KnownLayer& layer) {
@@ -217,7 +289,7 @@ Shape Gatherer::add_linear(KnownLayer& layer, const at::Tensor& x, const at::Ten
   static const std::string expand = "expand", mean = "mean", sum = "sum";
   const Keys& keys = layer.keys;
   Sums of_C(layer, keys.C, keys.statistic_C), of_K(layer, keys.K, keys.statistic_K);
-  const bool reduce = options_[layer.group].reduce;
+  const bool reduce = options_.at(layer.group).reduce;
   const at::Tensor inputs = linear_rows(x), gradients = linear_rows(g);
   {
     const py::gil_scoped_release no_gil;
@@ -252,7 +324,7 @@ Shape Gatherer::add_others(KnownLayer& layer, const at::Tensor& x, const at::Ten
 // Uses of a layer within one backward pass see the same terms: they are counted once. A loss that
 // is a sum has the factor 1, however many passes there are.
 void Gatherer::count(KnownLayer& layer, Shape shape) const {
-  const GroupOptions& options = options_[layer.group];
+  const KnownOptions& options = options_.at(layer.group);
   const auto [batch, shared] = shape;
   py::dict& state = layer.entries();
   const int64_t rows = batch * (options.reduce ? std::min<int64_t>(1, shared) : shared);
@@ -271,7 +343,7 @@ void Gatherer::receive(KnownLayer& layer, const at::Tensor& x, const at::Tensor&
                        const py::object& hook) {
   if (paused) return;
   if (pass != pass_) {
-    begin_pass_(optimizer_.get());
+    look_around();
     pass_ = pass;
   }
   if (pass != layer.last_pass) begin(layer, pass);
@@ -326,24 +398,23 @@ class LayerReceiver : public Receiver, public std::enable_shared_from_this<Layer
 
 void define_gatherer(py::module_& m) {
   m.def("linear_rows", &linear_rows, py::arg("tensor"));
-  m.def("is_due", &is_due, py::arg("group"));
   py::class_<Gatherer, std::shared_ptr<Gatherer>>(m, "Gatherer")
       .def(py::init<const py::object&, py::function, py::function, py::function>(),
-           py::arg("optimizer"), py::arg("begin_pass"), py::arg("follow"), py::arg("check_owned"))
+           py::arg("optimizer"), py::arg("namespace"), py::arg("follow"), py::arg("check_owned"))
       .def_readwrite("paused", &Gatherer::paused)
       .def_readwrite("unsettled", &Gatherer::unsettled)
       .def("add", &Gatherer::add, py::arg("layer"), py::arg("structure_K"), py::arg("structure_C"),
            py::arg("is_linear"))
       .def(
           "set_options",
-          [](Gatherer& self, int group, bool reduce, std::optional<std::string> loss_average) {
-            self.set_options(group, {reduce, std::move(loss_average).value_or("")});
+          [](Gatherer& self, int index, const py::dict& group, const py::dict& options,
+             bool may_change_in_place) {
+            self.set_options(index, KnownOptions(group, options, may_change_in_place));
           },
-          py::arg("group"), py::arg("reduce"), py::arg("loss_average"))
-      .def("bind", &Gatherer::bind, py::arg("state"), py::arg("namespace"))
+          py::arg("index"), py::arg("group"), py::arg("options"), py::arg("may_change_in_place"))
+      .def("are_options_known", &Gatherer::are_options_known, py::arg("index"))
       .def("unbind", &Gatherer::unbind)
-      .def("step_arguments", &Gatherer::step_arguments, py::arg("group"), py::arg("has_momenta"),
-           py::arg("factors_are_due"))
+      .def("step_arguments", &Gatherer::step_arguments)
       .def("forget_statistics", &Gatherer::forget_statistics, py::arg("state"));
   py::class_<LayerReceiver, std::shared_ptr<LayerReceiver>>(m, "LayerReceiver")
       .def(py::init<const std::shared_ptr<Gatherer>&, int, const py::object&, bool>(),

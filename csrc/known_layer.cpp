@@ -75,15 +75,42 @@ KnownLayer::KnownLayer(const py::object& layer, std::string of_K, std::string of
       is_copied(layer.attr("is_copied").cast<bool>()),
       is_linear(linear),
       dtype(layer.attr("home").cast<py::tuple>()[0].cast<at::ScalarType>()),
-      device(layer.attr("home").cast<py::tuple>()[1].cast<c10::Device>()) {}
+      device(layer.attr("home").cast<py::tuple>()[1].cast<c10::Device>()),
+      positions(parameters.size()) {}
 
-void KnownLayer::bind(const py::dict& optimizer_state) {
+void KnownLayer::bind(StateFinder& finder) {
   const py::object before = states.empty() ? py::none() : py::object(entries());
   states.clear();
-  for (const WeakTensor& parameter : parameters) {
-    states.push_back(optimizer_state[py::cast(parameter.get())].cast<py::dict>());
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    states.push_back(finder.find(parameters[i].get(), positions[i]));
   }
   has_statistics |= !entries().is(before);
+}
+
+py::dict StateFinder::find(const at::Tensor& parameter, Py_ssize_t& at) {
+  const py::object key = py::cast(parameter);
+  PyObject *found = nullptr, *value = nullptr;
+  Py_ssize_t next = at;
+  if (PyDict_Next(states_.ptr(), &next, &found, &value) == 0 || found != key.ptr()) {
+    const auto state = states_[key].cast<py::dict>();  // of a new parameter, an empty one
+    at = position_of(key.ptr());
+    return state;
+  }
+  last_ = next;
+  return py::handle(value).cast<py::dict>();
+}
+
+Py_ssize_t StateFinder::position_of(const PyObject* key) {
+  PyObject *found = nullptr, *value = nullptr;
+  for (const Py_ssize_t begin : {last_, Py_ssize_t{0}}) {
+    Py_ssize_t at = begin, next = begin;
+    for (; PyDict_Next(states_.ptr(), &next, &found, &value) != 0; at = next) {
+      if (found != key) continue;
+      last_ = next;
+      return at;
+    }
+  }
+  return 0;
 }
 
 void KnownLayer::unbind() {

@@ -26,6 +26,23 @@ struct Keys {
   explicit Keys(const std::string& prefix);
 };
 
+// Finds the states of parameters in the optimizer's, which anyone may have exchanged.
+class StateFinder {
+ public:
+  explicit StateFinder(pybind11::dict states) : states_(std::move(states)) {}
+
+  // The state of a parameter, which most likely is still `at` where it was: a look there takes no
+  // hash of a tensor, which is Python's code.
+  pybind11::dict find(const at::Tensor& parameter, Py_ssize_t& at);
+
+ private:
+  // Where this key is, looking behind the last one that was found, then from the beginning.
+  Py_ssize_t position_of(const PyObject* key);
+
+  pybind11::dict states_;
+  Py_ssize_t last_ = 0;
+};
+
 struct KnownLayer {
   WeakReference python;  // the Layer of layers.py
   std::string name;
@@ -44,6 +61,7 @@ struct KnownLayer {
   at::ScalarType dtype;  // of the parameters, as last seen
   c10::Device device;
   std::vector<pybind11::dict> states;  // of the parameters, while bound; the first has the entries
+  std::vector<Py_ssize_t> positions;   // of these in the optimizer's state
 
   int64_t last_pass = -1;      // the backward pass that last added to the statistics
   int64_t counted_terms = 0;   // loss terms counted in it
@@ -54,8 +72,8 @@ struct KnownLayer {
   KnownLayer(const pybind11::object& layer, std::string structure_K, std::string structure_C,
              bool is_linear);
 
-  // Finds the states of its parameters, which anyone may have exchanged.
-  void bind(const pybind11::dict& optimizer_state);
+  // Finds the states of its parameters.
+  void bind(StateFinder& finder);
   // Lets them go, since others take their place.
   void unbind();
   // Whether the modules are known to hold the parameters.

@@ -8,9 +8,13 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <utility>
+#include <variant>
+
+#include "call_memory.h"
 
 namespace py = pybind11;
 
@@ -66,82 +70,69 @@ std::optional<at::IntArrayRef> array(const std::optional<std::vector<int64_t>>& 
   return numbers ? std::optional<at::IntArrayRef>(*numbers) : std::nullopt;
 }
 
-void update_factors(const FactorArguments& a, double lr_cov, double damping, double alpha1,
-                    bool kfac_like, bool normalize_lr_cov, int64_t expm_order, double step_cap,
-                    const std::optional<at::Tensor>& grad_scale,
-                    const std::optional<at::Tensor>& found_inf,
-                    const std::optional<std::vector<int64_t>>& rounding_key, at::Tensor outcomes,
-                    at::Tensor workspace) {
-  if (a.layers.empty()) return;
-  const KnownLayer& any = *a.layers.front();  // all have the group's structures
-  {
+// Whether all is well, as far as the host knows without waiting.
+bool are_uneventful(const at::Tensor& outcomes) {
+  if (!outcomes.is_cpu()) return false;
+  const auto* codes = outcomes.const_data_ptr<int64_t>();
+  return std::all_of(codes, codes + outcomes.numel(), [](int64_t code) { return code == 0; });
+}
+
+// Outcomes and the names of layers without statistics, if there is anything to report.
+using FactorReport = std::optional<std::pair<at::Tensor, std::vector<std::string>>>;
+
+FactorReport update_factors(StepArguments& step, CallMemory& memory, double lr_cov, double damping,
+                            double alpha1, bool kfac_like, bool normalize_lr_cov,
+                            int64_t expm_order, double step_cap,
+                            const std::optional<at::Tensor>& grad_scale,
+                            const std::optional<at::Tensor>& found_inf,
+                            const std::optional<std::vector<int64_t>>& rounding_key) {
+  FactorArguments& a = step.factors;
+  const auto device = a.device();
+  at::Tensor& outcomes = memory.factor_outcomes.of(a.count(), device);
+  if (!a.layers.empty()) {
+    const KnownLayer& any = *a.layers.front();  // all have the group's structures
     const py::gil_scoped_release no_gil;
     const at::AutoDispatchBelowADInplaceOrView guard;
     a.operators->update_factors_.call(
         a.K, a.C, a.m_K, a.m_C, a.rejected, a.statistic_K, a.statistic_C, a.scale_K, a.scale_C,
         a.dim_K, a.dim_C, any.structure_K, any.structure_C, at::scalar_tensor(lr_cov, at::kDouble),
-        damping, alpha1, kfac_like, normalize_lr_cov, expm_order, step_cap, outcomes, workspace,
-        grad_scale, found_inf, array(rounding_key));
+        damping, alpha1, kfac_like, normalize_lr_cov, expm_order, step_cap, outcomes,
+        memory.workspace.on(device), grad_scale, found_inf, array(rounding_key));
   }
   note_changes({&a.K, &a.C, &a.m_K, &a.m_C});
+  a.forget_statistics();
+  if (a.unseen.empty() && are_uneventful(outcomes)) return std::nullopt;
+  return FactorReport({outcomes, a.unseen});
 }
 
-void preconditioned_update(const StepArguments& a, const at::Tensor& lr, double momentum,
-                           double weight_decay, const std::vector<at::Tensor>& P_K,
-                           const std::vector<at::Tensor>& P_C,
-                           const std::optional<at::Tensor>& grad_scale,
-                           const std::optional<at::Tensor>& found_inf,
-                           const std::optional<std::vector<int64_t>>& rounding_key,
-                           at::Tensor outcomes, at::Tensor workspace,
-                           const std::optional<at::Tensor>& products) {
-  if (a.layers.empty()) return;
+// The outcomes, if there is anything to report.
+std::optional<at::Tensor> preconditioned_update(
+    const StepArguments& a, CallMemory& memory, const std::variant<at::Tensor, double>& lr,
+    double momentum, double weight_decay, const std::vector<at::Tensor>& P_K,
+    const std::vector<at::Tensor>& P_C, const std::optional<at::Tensor>& grad_scale,
+    const std::optional<at::Tensor>& found_inf,
+    const std::optional<std::vector<int64_t>>& rounding_key, bool keep_products) {
+  if (a.layers.empty()) return std::nullopt;
   const KnownLayer& any = *a.layers.front();  // all have the group's structures
+  const auto device = a.device();
+  at::Tensor& outcomes = memory.parameter_outcomes.of(a.count(), device);
+  std::optional<at::Tensor> products;
+  if (keep_products) products = memory.products_of(a.K, a.C, device);
+  const auto* number = std::get_if<double>(&lr);
   {
     const py::gil_scoped_release no_gil;
     const at::AutoDispatchBelowADInplaceOrView guard;
     a.operators->preconditioned_update_.call(
         a.weight, a.bias, a.momentum_weight, a.momentum_bias, a.skipped, a.grad_weight, a.grad_bias,
-        a.K, a.C, P_K, P_C, any.structure_K, any.structure_C, lr, momentum, weight_decay, outcomes,
-        workspace, products, grad_scale, found_inf, array(rounding_key));
+        a.K, a.C, P_K, P_C, any.structure_K, any.structure_C,
+        number != nullptr ? at::scalar_tensor(*number, at::kDouble) : std::get<at::Tensor>(lr),
+        momentum, weight_decay, outcomes, memory.workspace.on(device), products, grad_scale,
+        found_inf, array(rounding_key));
   }
   note_changes({&a.weight, &a.bias, &a.momentum_weight, &a.momentum_bias});
+  if (are_uneventful(outcomes)) return std::nullopt;
+  return outcomes;
 }
-
-// Tells whether factors are the ones of the last call, and unchanged since.
-class KnownFactors {
- public:
-  // Compares with those of the last call, and knows these from now on.
-  bool are(const std::vector<at::Tensor>& factors) {
-    return compare(factors.size(), [&](size_t i) { return factors[i]; });
-  }
-  bool are_all_of(const StepArguments& a) {
-    const size_t n = a.K.size();
-    return compare(2 * n, [&](size_t i) { return i < n ? a.K[i] : a.C[i - n]; });
-  }
-
- private:
-  struct Known {
-    WeakTensor factor;
-    uint32_t version;
-  };
-
-  template <class Function>
-  bool compare(size_t count, Function factor) {
-    bool same = count == known_.size();
-    std::vector<Known> now;
-    now.reserve(count);
-    for (size_t i = 0; i < count; ++i) {
-      const at::Tensor tensor = factor(i);
-      const auto version = static_cast<uint32_t>(tensor._version());
-      same = same && known_[i].version == version && known_[i].factor.get().is_same(tensor);
-      now.push_back({WeakTensor(tensor), version});
-    }
-    known_ = std::move(now);
-    return same;
-  }
-
-  std::vector<Known> known_;
-};
 
 std::vector<py::object> python_layers(const KnownLayers& layers) {
   std::vector<py::object> result;
@@ -254,22 +245,19 @@ void define_step_arguments(py::module_& m) {
   using torch::wrap_pybind_function;
   py::class_<KnownFactors>(m, "KnownFactors")
       .def(py::init<>())
-      .def("are", &KnownFactors::are, py::arg("factors"))
-      .def("are_all_of", &KnownFactors::are_all_of, py::arg("arguments"));
+      .def(
+          "are",
+          [](KnownFactors& self, const std::vector<at::Tensor>& factors) {
+            return self.are(factors);
+          },
+          py::arg("factors"));
+  py::class_<CallMemory>(m, "CallMemory").def(py::init<>()).def("tensors", &CallMemory::tensors);
   py::class_<LayerLists>(m, "LayerLists")
       .def("__len__", [](const LayerLists& a) { return a.layers.size(); })
-      .def_property_readonly("device", [](const LayerLists& a) { return a.K.at(0).device(); })
       .def_property_readonly("layers", [](const LayerLists& a) { return python_layers(a.layers); })
       .def_readonly("K", &LayerLists::K)
       .def_readonly("C", &LayerLists::C);
-  py::class_<FactorArguments, LayerLists>(m, "FactorArguments")
-      .def_readonly("unseen", &FactorArguments::unseen)
-      .def("forget_statistics", &FactorArguments::forget_statistics)
-      .def("update_factors_", wrap_pybind_function(update_factors), py::kw_only(),
-           py::arg("lr_cov"), py::arg("damping"), py::arg("alpha1"), py::arg("kfac_like"),
-           py::arg("normalize_lr_cov"), py::arg("expm_order"), py::arg("step_cap"),
-           py::arg("grad_scale"), py::arg("found_inf"), py::arg("rounding_key"),
-           py::arg("outcomes"), py::arg("workspace"));
+  py::class_<FactorArguments, LayerLists>(m, "FactorArguments");
   py::class_<StepArguments, LayerLists>(m, "StepArguments")
       .def_readonly("weight", &StepArguments::weight)
       .def_readonly("momentum_weight", &StepArguments::momentum_weight)
@@ -288,18 +276,10 @@ void define_step_arguments(py::module_& m) {
           },
           py::arg("index"))
       .def("of_layer", &StepArguments::of_layer, py::arg("index"))
-      .def(
-          "factors",
-          [](const StepArguments& a, bool has_momenta) {
-            FactorArguments factors(a.operators);
-            for (const auto& layer : a.layers) factors.add(layer, has_momenta);
-            return factors;
-          },
-          py::arg("has_momenta"))
-      .def("preconditioned_update_", wrap_pybind_function(preconditioned_update), py::kw_only(),
-           py::arg("lr"), py::arg("momentum"), py::arg("weight_decay"), py::arg("P_K"),
-           py::arg("P_C"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("rounding_key"),
-           py::arg("outcomes"), py::arg("workspace"), py::arg("products"));
+      .def_readonly("factors", &StepArguments::factors)
+      // Positional: names of arguments take time in calls that nothing has warmed up.
+      .def("update_factors_", wrap_pybind_function(update_factors))
+      .def("preconditioned_update_", wrap_pybind_function(preconditioned_update));
 }
 
 }  // namespace singd

@@ -24,6 +24,9 @@ struct LayerLists {
   std::vector<at::Tensor> K, C;
 
   explicit LayerLists(std::shared_ptr<const Operators> called) : operators(std::move(called)) {}
+  int64_t count() const { return static_cast<int64_t>(layers.size()); }
+  // Where they are.
+  c10::Device device() const { return layers.empty() ? c10::kCPU : K.front().device(); }
 };
 
 // The lists of `update_factors_`, of layers that have statistics.
@@ -42,11 +45,13 @@ struct FactorArguments : LayerLists {
 
 // The lists of `preconditioned_update_`, of layers that have a gradient.
 struct StepArguments : LayerLists {
+  FactorArguments factors;  // none, if these are not due
   std::vector<at::Tensor> weight, bias, momentum_weight, momentum_bias, skipped, grad_weight,
       grad_bias;
   std::vector<int64_t> copied;  // of the layers, those whose weight is to be written back
 
-  using LayerLists::LayerLists;
+  explicit StepArguments(const std::shared_ptr<const Operators>& called)
+      : LayerLists(called), factors(called) {}
   // Not without a gradient. Throws if the gradients are not what a step needs.
   void add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta);
   // Those of one layer.

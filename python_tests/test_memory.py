@@ -8,7 +8,7 @@ from tolerance import assert_close_to_truth
 from torch import Tensor, nn
 
 from singd_ext import _C, SINGD, ops
-from singd_ext.memory import SparseProducts, keeps_product
+from singd_ext.memory import keeps_product
 
 DENSE = ("dense", "triu")
 KEPT = [DENSE, ("diagonal", "block_diagonal:2"), ("hierarchical:1,1", "rank_tril:1")]
@@ -62,8 +62,8 @@ def test_products_of_sparse_factors_are_kept_where_a_step_without_update_follows
     net = nn.Linear(6, 4).double()
     optimizer = SINGD(net, structures=("diagonal", "block_diagonal:2"), T=T)
     train_step(net, optimizer, 0)
-    products = optimizer._calls[0].products
-    assert (products._memory.on(torch.device("cpu")).numel() > 0) == kept
+    _, products, *_ = optimizer._calls[0].memory.tensors()
+    assert (products is not None and products.numel() > 0) == kept
 
 
 @pytest.mark.parametrize("structures", [DENSE, ("diagonal", "block_diagonal:2")])
@@ -75,12 +75,9 @@ def test_outcomes_and_workspace_are_the_same_memory_in_every_step(
     addresses = set()
     for seed in range(4):
         train_step(net, optimizer, seed)
-        calls = optimizer._calls[0]
         if seed > 0:
-            memories = (calls.factors, calls.parameters)
-            tensors = [m._outcomes for m in memories] + [m._workspace._memory for m in memories]
-            tensors.append(calls.products._memory._memory)
-            addresses.add(tuple(t.data_ptr() for t in tensors))
+            tensors = optimizer._calls[0].memory.tensors()
+            addresses.add(tuple(0 if t is None else t.data_ptr() for t in tensors))
     assert len(addresses) == 1
 
 
@@ -167,7 +164,7 @@ def test_a_layer_without_gradient_takes_its_products_along(structures: tuple[str
         net[0].requires_grad_(False)
         for seed in range(2, 4):
             if forget:
-                optimizer._calls[0].products = SparseProducts()
+                optimizer._calls[0].memory = _C.CallMemory()
             train_step(net, optimizer, seed)
         return snapshot(net, optimizer)
 

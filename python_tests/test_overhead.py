@@ -98,3 +98,14 @@ def test_other_calls_of_a_step_that_is_not_due_do_not_grow_with_the_layers() -> 
             training.optimizer.step()
         names.append(calls.names)
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize("T", [1, 10])
+def test_python_calls_of_a_step_of_one_layer(T: int, scheduled: bool) -> None:
+    """After a backward pass each is a wait for memory. A scheduler's new lr is checked alone."""
+    training = Training(1, T=T)
+    training.passes()
+    if scheduled:
+        training.optimizer.param_groups[0]["lr"] = 0.01
+    assert python_calls(training.optimizer.step) <= (75 if scheduled else 45)

@@ -204,7 +204,7 @@ def test_outcomes_that_are_read_late_do_not_keep_the_gradients(
     monkeypatch.setattr(torch.cuda, "Event", Arrived)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     net, optimizer = with_gradients()
-    lists = optimizer._gatherer.step_arguments(0, has_momenta=True, factors_are_due=False)
+    ((_, lists, *_),) = optimizer._gatherer.step_arguments()
     reader = incidents.Incidents(incidents.PARAMETERS, set())
     reader._host = torch.zeros(2, dtype=torch.int64)  # not pinned
     reader.read(torch.tensor([0, 1]).as_subclass(OnGPU), lists)
@@ -213,7 +213,7 @@ def test_outcomes_that_are_read_late_do_not_keep_the_gradients(
     optimizer.zero_grad()
     assert gradient() is None
     net(torch.randn(5, 4)).sum().backward()
-    lists = optimizer._gatherer.step_arguments(0, has_momenta=True, factors_are_due=False)
+    ((_, lists, *_),) = optimizer._gatherer.step_arguments()
     with pytest.warns(UserWarning, match=r"layers \['1'\]: the gradient was not finite"):
         reader.read(torch.tensor([0, 0]).as_subclass(OnGPU), lists)
 
@@ -260,3 +260,40 @@ def test_a_step_takes_part_in_no_graph(grad_mode: bool) -> None:
     ]  # fmt: skip
     for state in optimizer.state.values():
         assert not any(t.requires_grad for t in state.values() if isinstance(t, Tensor))
+
+
+def rearranged(state: dict[Tensor, object], order: str) -> None:
+    """Put the entries of an optimizer's state elsewhere: each is looked for where it was."""
+    entries = list(state.items())
+    if order == "reversed":
+        entries.reverse()
+    elif order == "behind a hole":
+        state[torch.empty(0)] = {}
+        del state[next(iter(state))]
+    elif order == "rotated":
+        entries = entries[1:] + entries[:1]
+    for parameter, _ in entries:
+        state.pop(parameter, None)
+    state.update(entries)
+
+
+@pytest.mark.parametrize("order", ["reversed", "rotated", "behind a hole"])
+def test_states_are_found_wherever_they_are(order: str) -> None:
+    results = []
+    for moved in (False, True):
+        net, optimizer = with_gradients()
+        for _ in range(2):
+            if moved:
+                rearranged(optimizer.state, order)
+            optimizer.step()
+            optimizer.zero_grad()
+            net(torch.ones(5, 4)).square().sum().backward()
+        results.append(snapshot(net, optimizer))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_lost_state_is_named() -> None:
+    net, optimizer = with_gradients()
+    del optimizer.state[net[0].weight]
+    with pytest.raises(KeyError, match="layer '0' has no tensor 'momentum_buffer'"):
+        optimizer.step()

@@ -25,11 +25,10 @@ def cpu_times_its_transpose(square: Tensor) -> Tensor: ...
 def is_recording() -> bool: ...
 def observe(output: Tensor, x: Tensor, receiver: Receiver, active: bool) -> None: ...
 def linear_rows(tensor: Tensor) -> Tensor: ...
-def is_due(group: dict[str, Any]) -> bool: ...
+def is_dense(spec: str, dim: int) -> bool: ...
 
 class KnownFactors:
     def are(self, factors: Sequence[Tensor]) -> bool: ...
-    def are_all_of(self, arguments: StepArguments) -> bool: ...
 
 class LayerLists:
     def __len__(self) -> int: ...
@@ -42,26 +41,10 @@ class LayerLists:
     @property
     def C(self) -> list[Tensor]: ...
 
-class FactorArguments(LayerLists):
-    @property
-    def unseen(self) -> list[str]: ...
-    def forget_statistics(self) -> None: ...
-    def update_factors_(
-        self,
-        *,
-        lr_cov: float,
-        damping: float,
-        alpha1: float,
-        kfac_like: bool,
-        normalize_lr_cov: bool,
-        expm_order: int,
-        step_cap: float,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-        rounding_key: Sequence[int] | None,
-        outcomes: Tensor,
-        workspace: Tensor,
-    ) -> None: ...
+class CallMemory:
+    def tensors(self) -> list[Tensor | None]: ...
+
+class FactorArguments(LayerLists): ...
 
 class StepArguments(LayerLists):
     @property
@@ -76,11 +59,27 @@ class StepArguments(LayerLists):
     def copied(self) -> list[int]: ...
     def momentum_buffer(self, index: int) -> Tensor: ...
     def of_layer(self, index: int) -> StepArguments: ...
-    def factors(self, has_momenta: bool) -> FactorArguments: ...
+    @property
+    def factors(self) -> FactorArguments: ...
+    def update_factors_(
+        self,
+        memory: CallMemory,
+        lr_cov: float,
+        damping: float,
+        alpha1: float,
+        kfac_like: bool,
+        normalize_lr_cov: bool,
+        expm_order: int,
+        step_cap: float,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        rounding_key: Sequence[int] | None,
+        /,
+    ) -> tuple[Tensor, list[str]] | None: ...
     def preconditioned_update_(
         self,
-        *,
-        lr: Tensor,
+        memory: CallMemory,
+        lr: float | Tensor,
         momentum: float,
         weight_decay: float,
         P_K: Sequence[Tensor],
@@ -88,10 +87,9 @@ class StepArguments(LayerLists):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         rounding_key: Sequence[int] | None,
-        outcomes: Tensor,
-        workspace: Tensor,
-        products: Tensor | None,
-    ) -> None: ...
+        keep_products: bool,
+        /,
+    ) -> Tensor | None: ...
 
 class Gatherer:
     paused: bool
@@ -99,17 +97,17 @@ class Gatherer:
     def __init__(
         self,
         optimizer: SINGD,
-        begin_pass: Callable[[SINGD], None],
+        namespace: Callable[[], str],
         follow: Callable[[SINGD, Layer], None],
         check_owned: Callable[[Layer], None],
     ) -> None: ...
     def add(self, layer: Layer, structure_K: str, structure_C: str, is_linear: bool) -> int: ...
-    def set_options(self, group: int, reduce: bool, loss_average: str | None) -> None: ...
-    def bind(self, state: dict[Tensor, dict[str, Any]], namespace: str) -> None: ...
+    def set_options(
+        self, index: int, group: dict[str, Any], options: dict[str, Any], may_change_in_place: bool
+    ) -> None: ...
+    def are_options_known(self, index: int) -> bool: ...
     def unbind(self) -> None: ...
-    def step_arguments(
-        self, group: int, has_momenta: bool, factors_are_due: bool
-    ) -> StepArguments: ...
+    def step_arguments(self) -> list[tuple[int, StepArguments, int, bool]]: ...
     def forget_statistics(self, state: dict[Tensor, dict[str, Any]]) -> None: ...
 
 class LayerReceiver:

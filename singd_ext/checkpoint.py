@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .fallback import OWN, Group, State, check_saved, is_own
-from .hyperparameters import FIXED_OPTIONS, Hyperparameters
+from .hyperparameters import FIXED_OPTIONS, OPTIONS, Hyperparameters
 
 if TYPE_CHECKING:
     from .optimizer import SINGD
@@ -46,8 +45,8 @@ def checked_state(optimizer: SINGD, state_dict: dict[str, Any]) -> dict[str, Any
         _check_group(index, saved, own)
         if not is_own(own):
             continue
-        for field in fields(Hyperparameters):  # options that are newer than the saved state
-            saved.setdefault(field.name, own[field.name])
+        for name in OPTIONS:  # options that are newer than the saved state
+            saved.setdefault(name, own[name])
         # A function is not saved: the optimizer's own goes on, or else its number.
         lr_cov = own["lr_cov"] if saved["lr_cov"] is None else saved["lr_cov"]
         Hyperparameters.of_group({**own, **saved, "lr_cov": lr_cov})

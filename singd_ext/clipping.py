@@ -16,44 +16,44 @@ Both bound what enters the momentum M; weight decay is not part of it. ⟨P, ∂
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import _C, ops
+from . import ops
 from .hyperparameters import Hyperparameters
 from .layers import Layer
 
+if TYPE_CHECKING:
+    from .steps import Plan
+
 State = dict[str, Any]
-Group = tuple[_C.StepArguments, Hyperparameters]
 
 
 def divisors(
-    groups: Sequence[Group], state: dict[Tensor, State], grad_scale: Tensor | None
-) -> list[list[Tensor] | None]:
-    """Return by what each layer's gradient is to be divided, None for groups without bounds.
+    plans: Sequence[Plan], state: dict[Tensor, State], grad_scale: Tensor | None
+) -> dict[int, list[Tensor]]:
+    """Return by what each layer's gradient is to be divided, for all groups that have bounds.
 
     That is `grad_scale` / ν_l ν, a 0-dimensional tensor a layer; the same tensor for all layers of
     a group without `max_update_norm`. Bounds that are not finite do not bind: the operator skips
     layers whose gradient is not finite by itself.
     """
-    shrinkings: list[list[Tensor] | None] = []
+    shrinkings: list[list[Tensor]] = []
     total: Tensor | None = None
-    for arguments, options in groups:
-        if options.max_update_norm is None and options.kl_clip is None:
-            shrinkings.append(None)
-            continue
-        measured = [_measure(layer, state, options, grad_scale) for layer in arguments.layers]
+    for plan in plans:
+        options = plan.options
+        measured = [_measure(layer, state, options, grad_scale) for layer in plan.arguments.layers]
         shrinkings.append([_shrinking(options.max_update_norm, norm) for norm, _ in measured])
         if options.kl_clip is not None:
-            for nu, (_, change) in zip(shrinkings[-1] or [], measured, strict=True):
+            for nu, (_, change) in zip(shrinkings[-1], measured, strict=True):
                 term = (nu * nu * change).nan_to_num(0.0, 0.0, 0.0)
                 total = term if total is None else total + term.to(total.device)
-    return [
-        None if nus is None else _divided(grad_scale, nus, options, total)
-        for (_, options), nus in zip(groups, shrinkings, strict=True)
-    ]
+    return {
+        plan.group: _divided(grad_scale, nus, plan.options, total)
+        for plan, nus in zip(plans, shrinkings, strict=True)
+    }
 
 
 @torch.no_grad()

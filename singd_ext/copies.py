@@ -35,8 +35,10 @@ def take_up(optimizer: SINGD) -> None:
     observes = optimizer.__dict__.pop("_observes")
     for index, group in enumerate(optimizer.param_groups):
         if is_own(group):
-            optimizer._checked[index] = Hyperparameters.of_group(group)
-            optimizer._calls[index] = GroupCalls(optimizer._warned)
+            options = Hyperparameters.of_group(group)
+            layers = [layer for layer in optimizer._layers if layer.group == index]
+            optimizer._calls[index] = GroupCalls(layers, options.structures, optimizer._warned)
+            optimizer._know(index, options)
     for layer in optimizer._layers:
         if not hasattr(layer.module, "_modules"):  # its copy is not finished
             raise RuntimeError(

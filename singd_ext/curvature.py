@@ -119,7 +119,7 @@ class OutputHook:
 
 def gatherer_of(optimizer: SINGD) -> _C.Gatherer:
     """Return what gathers the statistics of an optimizer's layers, of which it knows none yet."""
-    return _C.Gatherer(optimizer, _begin_pass, follow, check_owned)
+    return _C.Gatherer(optimizer, ops.namespace, follow, check_owned)
 
 
 def gather(optimizer: SINGD, layer: Layer) -> None:
@@ -129,17 +129,15 @@ def gather(optimizer: SINGD, layer: Layer) -> None:
     layer.index = optimizer._gatherer.add(layer, *structures, is_linear)
 
 
-def _begin_pass(optimizer: SINGD) -> None:
-    """Tell the gatherer what layers have to know in the backward pass that begins.
+def tell_options(optimizer: SINGD, group: int) -> None:
+    """Tell the gatherer what it needs of a group's options, which have been checked.
 
-    Raises:
-        ValueError: For an option that was changed to a bad value.
+    It looks for changes before each backward pass and step, and asks `SINGD.options` about them.
     """
-    gatherer = optimizer._gatherer
-    for group in optimizer._checked:
-        options = optimizer.options(group)
-        gatherer.set_options(group, options.kfac_approx == "reduce", options.loss_average)
-    gatherer.bind(optimizer.state, ops.namespace())
+    options = optimizer._checked[group]
+    optimizer._gatherer.set_options(
+        group, optimizer.param_groups[group], vars(options), options.may_change_in_place
+    )
 
 
 def install_hooks(optimizer: SINGD, layers: Iterable[Layer]) -> list[RemovableHandle]:

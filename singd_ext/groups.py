@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from .construction import supported_parameters
 from .fallback import FALLBACK, OWN, Fallback, Group, is_own, tensor_of
-from .hyperparameters import Hyperparameters, check_number
+from .hyperparameters import OPTIONS, check_number
 from .layers import find_layers
 
 Selector = str | type[nn.Module]
@@ -129,7 +128,7 @@ def split_group(
     entries: dict[bool, list[Any]] = {True: [], False: []}
     for entry in group["params"]:
         entries[id(tensor_of(entry)) in supported].append(entry)
-    of_singd = {field.name for field in fields(Hyperparameters)} - set(_SHARED_OPTIONS)
+    of_singd = set(OPTIONS) - set(_SHARED_OPTIONS)
     rest = {key: value for key, value in options.items() if key not in of_singd}
     return (
         {**options, "params": entries[True]} if entries[True] else None,

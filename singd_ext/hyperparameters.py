@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import partial
 from numbers import Integral, Real
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -52,42 +51,20 @@ class Hyperparameters:
     kl_clip: float | None  # bound of Σ β₂² ⟨P, ∂ℓ/∂W⟩
 
     def __post_init__(self) -> None:
-        check_number("lr", self.lr, tensor=True)
-        check_number("momentum", self.momentum, below=1)
-        check_number("damping", self.damping)
-        check_number("alpha1", self.alpha1, below=1)
-        check_number("weight_decay", self.weight_decay)
-        _check_integer("T", self.T, at_least=1)
-        _check_choice("loss_average", self.loss_average, LOSS_AVERAGES)
-        if not callable(self.lr_cov) or isinstance(self.lr_cov, Tensor):
-            check_number("lr_cov", self.lr_cov, tensor=True)
-        _check_pair("structures", self.structures)
-        for spec in self.structures:
-            _check_structure(spec)
-        _check_choice("kfac_approx", self.kfac_approx, KFAC_APPROXIMATIONS)
-        _check_pair("preconditioner_dtype", self.preconditioner_dtype)
-        for dtype in self.preconditioner_dtype:
-            _check_choice("preconditioner_dtype", dtype, (None, *DTYPES))
-        for name in ("kfac_like", "normalize_lr_cov", "stochastic_rounding"):
-            check_flag(name, getattr(self, name))
-        _check_integer("expm_order", self.expm_order, at_least=1, at_most=2)
-        check_number("step_cap", self.step_cap, allow_infinity=True, positive=True)
-        _check_integer("seed", self.seed, at_least=0)
-        for name in ("max_update_norm", "kl_clip"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), positive=True)
+        for name in OPTIONS:
+            _CHECKS[name](name, getattr(self, name))
 
-    @cached_property
-    def values(self) -> tuple[Any, ...]:
-        """The options in their order, as `option_values` gives them of a group."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the step has a bound, which costs another preconditioning."""
+        return self.max_update_norm is not None or self.kl_clip is not None
 
-    @cached_property
-    def lr_tensor(self) -> Tensor:
-        """β₂ as a tensor."""
-        return self.lr if isinstance(self.lr, Tensor) else torch.tensor(self.lr, dtype=torch.double)
+    @property
+    def may_change_in_place(self) -> bool:
+        """Whether a step size is a tensor."""
+        return isinstance(self.lr, Tensor) or isinstance(self.lr_cov, Tensor)
 
-    def check_tensors(self) -> None:
+    def _check_tensors(self) -> None:
         """Validate again what can change in place: step sizes in tensors."""
         if isinstance(self.lr, Tensor):
             check_number("lr", self.lr, tensor=True)
@@ -107,18 +84,28 @@ class Hyperparameters:
         return float(value)
 
     def updated(self, group: dict[str, Any], index: int) -> Hyperparameters:
-        """Validate the options of parameter group `index` after a change.
+        """Validate the options of parameter group `index` that were changed, as schedulers do.
 
         Raises:
             ValueError: For a bad option, or one that is fixed.
         """
-        options = self.of_group(group)
+        known = vars(self)
+        changed = {name: group[name] for name in OPTIONS if group[name] is not known[name]}
+        for name, value in changed.items():
+            _CHECKS[name](name, value)
         for name in FIXED_OPTIONS:
-            if getattr(options, name) != getattr(self, name):
+            value, fixed = tuple(group[name]), known[name]
+            if value != fixed:
                 raise ValueError(
-                    f"{name} of parameter group {index} was changed from {getattr(self, name)!r} "
-                    f"to {getattr(options, name)!r}; it is fixed at construction"
+                    f"{name} of parameter group {index} was changed from {fixed!r} to {value!r}; "
+                    "it is fixed at construction"
                 )
+            group[name] = changed[name] = fixed
+        if not changed.keys().isdisjoint(("kfac_like", "alpha1")):
+            changed["alpha1"] = _without_momentum_of_ikfac(group)
+        options = object.__new__(Hyperparameters)  # past the checks of what is as it was
+        vars(options).update({**known, **changed})
+        options._check_tensors()
         return options
 
     @classmethod
@@ -127,19 +114,25 @@ class Hyperparameters:
 
         Pairs become tuples there, and IKFAC's Riemannian momentum 0, with a warning.
         """
-        options = cls(**{field.name: group[field.name] for field in fields(cls)})
+        cls(**{name: group[name] for name in OPTIONS})
         for name in FIXED_OPTIONS:
             group[name] = tuple(group[name])
-        if options.kfac_like and options.alpha1 != 0:
-            warn_user(
-                f"kfac_like=True (IKFAC) has no Riemannian momentum: alpha1={options.alpha1} is "
-                "set to 0"
-            )
-            group["alpha1"] = 0.0
-        return cls(**{field.name: group[field.name] for field in fields(cls)})
+        _without_momentum_of_ikfac(group)
+        return cls(**{name: group[name] for name in OPTIONS})
 
 
-option_values = itemgetter(*(field.name for field in fields(Hyperparameters)))
+OPTIONS = tuple(field.name for field in fields(Hyperparameters))
+
+
+def _without_momentum_of_ikfac(group: dict[str, Any]) -> float:
+    """Return alpha1 of a group, which IKFAC does not have: it becomes 0 there, with a warning."""
+    if group["kfac_like"] and group["alpha1"] != 0:
+        warn_user(
+            f"kfac_like=True (IKFAC) has no Riemannian momentum: alpha1={group['alpha1']} is set "
+            "to 0"
+        )
+        group["alpha1"] = 0.0
+    return group["alpha1"]
 
 
 def check_number(
@@ -202,3 +195,48 @@ def _check_structure(spec: Any) -> None:
         canonical_spec(spec)
     except ValueError as error:
         raise ValueError(f"structures: {error}") from None
+
+
+def _check_structures(name: str, value: Any) -> None:
+    _check_pair(name, value)
+    for spec in value:
+        _check_structure(spec)
+
+
+def _check_dtypes(name: str, value: Any) -> None:
+    _check_pair(name, value)
+    for dtype in value:
+        _check_choice(name, dtype, (None, *DTYPES))
+
+
+def _check_lr_cov(name: str, value: Any) -> None:
+    if not callable(value) or isinstance(value, Tensor):
+        check_number(name, value, tensor=True)
+
+
+def _check_bound(name: str, value: Any) -> None:
+    if value is not None:
+        check_number(name, value, positive=True)
+
+
+_CHECKS: dict[str, Callable[[str, Any], None]] = {
+    "lr": partial(check_number, tensor=True),
+    "momentum": partial(check_number, below=1),
+    "damping": check_number,
+    "alpha1": partial(check_number, below=1),
+    "weight_decay": check_number,
+    "T": partial(_check_integer, at_least=1),
+    "loss_average": partial(_check_choice, allowed=LOSS_AVERAGES),
+    "lr_cov": _check_lr_cov,
+    "structures": _check_structures,
+    "kfac_approx": partial(_check_choice, allowed=KFAC_APPROXIMATIONS),
+    "kfac_like": check_flag,
+    "preconditioner_dtype": _check_dtypes,
+    "normalize_lr_cov": check_flag,
+    "expm_order": partial(_check_integer, at_least=1, at_most=2),
+    "step_cap": partial(check_number, allow_infinity=True, positive=True),
+    "stochastic_rounding": check_flag,
+    "seed": partial(_check_integer, at_least=0),
+    "max_update_norm": _check_bound,
+    "kl_clip": _check_bound,
+}

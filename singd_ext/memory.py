@@ -5,65 +5,32 @@ None of it is state: it can be recomputed, and is not saved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from . import _C, incidents
 from .incidents import Incidents
 
-
-class Workspace:
-    """Memory that calls may overwrite. Calls that follow one another share it."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._device = self._memory.device  # kept: a tensor makes a new object each time
-
-    def on(self, device: torch.device) -> Tensor:
-        """Return it, on the device that is asked for; operators enlarge it in place."""
-        if self._device != device:
-            self._memory = self._memory.new_empty(0, device=device)
-            self._device = device
-        return self._memory
-
-
-class CallMemory:
-    """Outcomes and workspace of the calls of one operator for one parameter group."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self._outcomes = torch.empty(0, dtype=torch.int64)
-        self._like = (0, self._outcomes.device)  # layers and device of the outcomes
-        self._workspace = workspace
-
-    def of(self, arguments: _C.LayerLists) -> tuple[Tensor, Tensor]:
-        """Return (outcomes, workspace) for a call with these lists."""
-        count = len(arguments)
-        like = count, device = count, arguments.device if count else self._like[1]
-        if like != self._like:
-            self._outcomes, self._like = self._outcomes.new_empty(count, device=device), like
-        return self._outcomes, self._workspace.on(device)
-
-
-class SparseProducts:
-    """Memory in which the CPU keeps K Kᵀ and C Cᵀ of sparse factors from one step to the next."""
-
-    def __init__(self) -> None:
-        self._memory = Workspace()
-        self._factors = _C.KnownFactors()
-
-    def of(self, arguments: _C.StepArguments, device: torch.device) -> Tensor:
-        """Return it for a call: empty, if K and C are not those of the last, or were updated."""
-        memory = self._memory.on(device)
-        return memory if self._factors.are_all_of(arguments) else memory.resize_(0)
+if TYPE_CHECKING:
+    from .layers import Layer
 
 
 class GroupCalls:
     """What belongs to the calls of both operators for one parameter group."""
 
-    def __init__(self, warned: set[str]) -> None:
-        workspace = Workspace()
-        self.factors, self.parameters = CallMemory(workspace), CallMemory(workspace)
-        self.products = SparseProducts()
+    def __init__(
+        self, layers: Sequence[Layer], structures: tuple[str, str], warned: set[str]
+    ) -> None:
+        self.memory = _C.CallMemory()
+        self.writes_back = any(layer.is_copied for layer in layers)  # W to a weight
+        self.has_dense_factors = any(
+            _C.is_dense(spec, dim)
+            for layer in layers
+            for spec, dim in zip(structures, (layer.dim_K, layer.dim_C), strict=True)
+        )
         self.factor_incidents = Incidents(incidents.FACTORS, warned)
         self.parameter_incidents = Incidents(incidents.PARAMETERS, warned)
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _C, copies, ops
+from . import copies
 from ._warnings import warn_user
 from .checkpoint import checked_state, restore_state, saved_group
 from .clipping import divisors
@@ -22,20 +20,15 @@ from .construction import (
     untrained_names,
     warn_untrained,
 )
-from .curvature import gather, gatherer_of, install_hooks
+from .curvature import gather, gatherer_of, install_hooks, tell_options
 from .fallback import OWN, Factory, Fallback, Group, check_new_parameters, is_own, tensor_of
 from .groups import listed, split_group
-from .hyperparameters import (
-    Hyperparameters,
-    check_flag,
-    check_number,
-    option_values,
-)
+from .hyperparameters import OPTIONS, Hyperparameters, check_flag, check_number
 from .layers import Layer, find_layers
 from .memory import GroupCalls
 from .scaling import VoidSteps, is_on_host, is_set_on_host, scales_of_step
 from .step_hooks import noticed
-from .steps import complete_state, plan_of, step_factors, step_parameters
+from .steps import complete_state, plans_of, step_factors, step_parameters
 from .structured import StructuredMatrix
 from .summary import Summary
 
@@ -131,7 +124,7 @@ class SINGD(torch.optim.Optimizer):
         check_flag("warn_unsupported", warn_unsupported)
         check_number("init_grad_scale", init_grad_scale, positive=True)
         given = locals()
-        defaults = {field.name: given[field.name] for field in fields(Hyperparameters)}
+        defaults = {name: given[name] for name in OPTIONS}
         self._model = model
         self._forget_layers()
         self._fallback = Fallback(fallback, fallback_options)
@@ -180,8 +173,8 @@ class SINGD(torch.optim.Optimizer):
         for layer in layers:
             layer.kind.check(layer.name, layer.module, options.structures)
         super().add_param_group({**group, "steps": 0, "optimizer": OWN})
-        self._checked[index] = options
-        self._calls[index] = GroupCalls(self._warned)
+        self._calls[index] = GroupCalls(layers, options.structures, self._warned)
+        self._know(index, options)
         for layer in layers:
             self._layers.append(layer)
             gather(self, layer)
@@ -268,22 +261,29 @@ class SINGD(torch.optim.Optimizer):
         Raises:
             ValueError: Naming the option, its value and what is allowed.
         """
-        current, checked = self.param_groups[group], self._checked[group]
-        if all(map(is_, option_values(current), checked.values)):  # in every hook: kept cheap
-            checked.check_tensors()
+        checked = self._checked[group]
+        if self._gatherer.are_options_known(group):
             return checked
-        options = self._checked[group] = checked.updated(current, group)
-        for layer in self._layers:
-            if layer.group == group:
-                complete_state(self.state, layer, options)
+        options = checked.updated(self.param_groups[group], group)
+        self._know(group, options)
+        if (options.momentum, options.alpha1) != (checked.momentum, checked.alpha1):
+            for layer in self._layers:
+                if layer.group == group:
+                    complete_state(self.state, layer, options)
         return options
+
+    def _know(self, group: int, options: Hyperparameters) -> None:
+        """Take options that were checked for a group's."""
+        self._checked[group] = options
+        tell_options(self, group)
 
     def factors_due(self, group: int) -> bool:
         """Whether the next step of this group updates the factors."""
         current = self.param_groups[group]
-        if current["T"] is not self._checked[group].T:
+        T = current["T"]
+        if T is not self._checked[group].T:
             self.options(group)
-        return _C.is_due(current)
+        return bool(current["steps"] % T == 0)
 
     @property
     def is_paused(self) -> bool:
@@ -310,11 +310,14 @@ class SINGD(torch.optim.Optimizer):
 
     def _mark_due(self) -> None:
         """Set the flags that compiled models read: their code is specialized on each value."""
-        due = {i: not self.is_paused and self.factors_due(i) for i in self._checked}
-        if due != self._marked_due:
-            self._marked_due = due
+        for group in self._checked:
+            due = self._pauses == 0 and self.factors_due(group)
+            if due is self._marked_due.get(group):
+                continue
+            self._marked_due[group] = due
             for layer in self._layers:
-                layer.due = due[layer.group]
+                if layer.group == group:
+                    layer.due = due
 
     # ---------------------------------------------------------------- the step
 
@@ -336,20 +339,21 @@ class SINGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._gatherer.bind(self.state, ops.namespace())
-        plans = [plan_of(self, group) for group in self._checked]
+        plans = plans_of(self)
         scales = scales_of_step(self, self._curvature_scale)
         self._curvature_scale = None
         if is_set_on_host(scales.found_inf):  # the whole step is void, and comes again
             self._drop_statistics()
             return loss
-        self._fallback.step(self._fallback_groups(), self.state, scales)
-        for plan, calls in zip(plans, self._calls.values(), strict=True):
+        if len(plans) < len(self.param_groups):
+            self._fallback.step(self._fallback_groups(), self.state, scales)
+        for plan in plans:
             if plan.lr_cov is not None:
-                step_factors(self, plan, scales, calls)
-        bounds = divisors([plan[:2] for plan in plans], self.state, scales.gradient)
-        for plan, calls, divisor in zip(plans, self._calls.values(), bounds, strict=True):
-            step_parameters(plan, scales, calls, divisor)
+                step_factors(self, plan, scales)
+        bounded = [plan for plan in plans if plan.options.is_bounded]
+        bounds = divisors(bounded, self.state, scales.gradient) if bounded else {}
+        for plan in plans:
+            step_parameters(plan, scales, bounds.get(plan.group))
         self._count_steps(1)
         if not is_on_host(scales.found_inf):
             self._void_steps.note(scales.found_inf)

@@ -29,8 +29,8 @@ def scales_of_step(optimizer: torch.optim.Optimizer, told: float | None) -> Scal
     Raises:
         RuntimeError: If the scale of the statistics cannot be known.
     """
-    found_inf = getattr(optimizer, "found_inf", None)
-    gradient = getattr(optimizer, "grad_scale", None)
+    given = vars(optimizer)  # by a scaler; cheaper than to look for what is not there in classes
+    found_inf, gradient = given.get("found_inf"), given.get("grad_scale")
     if told is not None:
         return Scales(found_inf, gradient, torch.tensor(told, dtype=torch.float64))
     statistic = _scale_of_running_scaler() if gradient is None else gradient

@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 class Plan(NamedTuple):
     """A group's step, checked before anything is changed."""
 
+    group: int
     arguments: _C.StepArguments  # of the layers that have a gradient
     options: Hyperparameters
     step: int
     lr_cov: float | None  # β₁; None if the factors are not due
-    factors: _C.FactorArguments | None  # of those of the layers that have statistics, if due
+    calls: GroupCalls
 
 
-def plan_of(optimizer: SINGD, group: int) -> Plan:
-    """Check everything about a group's step.
+def plans_of(optimizer: SINGD) -> list[Plan]:
+    """Check everything about a step of all groups that SINGD trains itself.
 
     Raises:
         ValueError: For a bad option.
@@ -38,41 +39,39 @@ def plan_of(optimizer: SINGD, group: int) -> Plan:
         TypeError: For a sparse gradient.
         KeyError: For an entry that is missing in the state.
     """
-    options, step = optimizer.options(group), optimizer.param_groups[group]["steps"]
-    lr_cov = options.lr_cov_at(step) if optimizer.factors_due(group) else None
-    arguments = optimizer._gatherer.step_arguments(
-        group, has_momenta=options.momentum != 0, factors_are_due=lr_cov is not None
-    )
-    factors = None if lr_cov is None else arguments.factors(has_momenta=options.alpha1 != 0)
-    return Plan(arguments, options, step, lr_cov, factors)
+    plans = []
+    for group, arguments, step, factors_are_due in optimizer._gatherer.step_arguments():
+        options = optimizer._checked[group]  # which have just been looked at
+        lr_cov = options.lr_cov_at(step) if factors_are_due else None
+        plans.append(Plan(group, arguments, options, step, lr_cov, optimizer._calls[group]))
+    return plans
 
 
-def step_factors(optimizer: SINGD, plan: Plan, scales: Scales, calls: GroupCalls) -> None:
+def step_factors(optimizer: SINGD, plan: Plan, scales: Scales) -> None:
     """Update the factors of the layers whose modules were called, from their statistics."""
-    arguments = plan.factors
-    assert plan.lr_cov is not None and arguments is not None
-    if arguments.unseen and optimizer._handles:
+    report = update_factors(plan, scales)
+    if report is None:
+        return
+    outcomes, unseen = report
+    if unseen and optimizer._handles:
         optimizer._warn_once(
-            f"layers {arguments.unseen} have gradients, but their modules were not called: their "
-            "factors stay as they are"
+            f"layers {unseen} have gradients, but their modules were not called: their factors "
+            "stay as they are"
         )
-    outcomes = update_factors(arguments, plan.options, plan.step, plan.lr_cov, scales, calls)
-    calls.factor_incidents.read(outcomes, arguments)
-    arguments.forget_statistics()
+    plan.calls.factor_incidents.read(outcomes, plan.arguments.factors)
 
 
-def step_parameters(
-    plan: Plan, scales: Scales, calls: GroupCalls, divisor: list[Tensor] | None
-) -> None:
-    """Update the parameters; gradients are divided by `divisor`, one or one a layer, if given."""
-    arguments = plan.arguments
-    if divisor is not None and plan.options.max_update_norm is not None:
-        outcomes = update_layer_by_layer(arguments, plan.options, plan.step, scales, calls, divisor)
+def step_parameters(plan: Plan, scales: Scales, divisors: list[Tensor] | None) -> None:
+    """Update the parameters; gradients are divided by `divisors`, one a layer, if given."""
+    outcomes: Tensor | None
+    if divisors and plan.options.max_update_norm is not None:
+        outcomes = update_layer_by_layer(plan, scales, divisors)
     else:
-        if divisor:
-            scales = scales._replace(gradient=divisor[0])
-        outcomes = update_parameters(arguments, plan.options, plan.step, scales, calls)
-    calls.parameter_incidents.read(outcomes, arguments)
+        if divisors:  # the same for all layers
+            scales = scales._replace(gradient=divisors[0])
+        outcomes = update_parameters(plan, plan.arguments, scales)
+    if outcomes is not None:
+        plan.calls.parameter_incidents.read(outcomes, plan.arguments)
 
 
 def complete_state(

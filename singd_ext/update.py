@@ -1,94 +1,79 @@
 """The two halves of a step for the layers of one parameter group: factors, then parameters.
 
-Each is one call of an operator over lists of all layers, which stay in C++.
+Each is one call of an operator over lists of all layers, which stay in C++. It returns what there
+may be to warn of: nothing, where outcomes are on the CPU and all is well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import _C
-from .hyperparameters import Hyperparameters
-from .memory import NO_PRODUCT, GroupCalls, keeps_product
+from .memory import NO_PRODUCT, keeps_product
 from .scaling import Scales
 
+if TYPE_CHECKING:
+    from .steps import Plan
 
-def update_factors(
-    arguments: _C.FactorArguments,
-    options: Hyperparameters,
-    step: int,
-    lr_cov: float,
-    scales: Scales,
-    calls: GroupCalls,
-) -> Tensor:
-    """Update K, C, m_K and m_C from the layers' statistics; see `ops.update_factors_`."""
-    outcomes, workspace = calls.factors.of(arguments)
-    arguments.update_factors_(
-        lr_cov=lr_cov,
-        damping=float(options.damping),
-        alpha1=float(options.alpha1),
-        kfac_like=options.kfac_like,
-        normalize_lr_cov=options.normalize_lr_cov,
-        expm_order=int(options.expm_order),
-        step_cap=float(options.step_cap),
-        grad_scale=scales.statistic,
-        found_inf=scales.found_inf,
-        rounding_key=_rounding_key(options, step),
-        outcomes=outcomes,
-        workspace=workspace,
+NO_INCIDENT = torch.zeros(1, dtype=torch.int64, device="cpu")  # the outcome of one layer
+
+
+def update_factors(plan: Plan, scales: Scales) -> tuple[Tensor, list[str]] | None:
+    """Update K, C, m_K and m_C from the layers' statistics, which are forgotten.
+
+    See `ops.update_factors_`. Returns its outcomes, and names of layers without statistics.
+    """
+    options = plan.options
+    assert plan.lr_cov is not None
+    return plan.arguments.update_factors_(
+        plan.calls.memory,
+        plan.lr_cov,
+        options.damping,
+        options.alpha1,
+        options.kfac_like,
+        options.normalize_lr_cov,
+        options.expm_order,
+        options.step_cap,
+        scales.statistic,
+        scales.found_inf,
+        _rounding_key(plan),
     )
-    return outcomes
 
 
-def update_parameters(
-    arguments: _C.StepArguments,
-    options: Hyperparameters,
-    step: int,
-    scales: Scales,
-    calls: GroupCalls,
-) -> Tensor:
+def update_parameters(plan: Plan, arguments: _C.StepArguments, scales: Scales) -> Tensor | None:
     """Update weights, biases and their momenta; see `ops.preconditioned_update_`."""
-    outcomes, workspace = calls.parameters.of(arguments)
-    # With T = 1 none is of use in the next step, and a backward pass has other uses for memory.
-    products = calls.products.of(arguments, workspace.device) if options.T > 1 else None
-    arguments.preconditioned_update_(
-        lr=options.lr_tensor,
-        momentum=float(options.momentum),
-        weight_decay=float(options.weight_decay),
-        P_K=_products(arguments, options.T, 0),
-        P_C=_products(arguments, options.T, 1),
-        grad_scale=scales.gradient,
-        found_inf=scales.found_inf,
-        rounding_key=_rounding_key(options, step),
-        outcomes=outcomes,
-        workspace=workspace,
-        products=products,
+    options, calls = plan.options, plan.calls
+    outcomes = arguments.preconditioned_update_(
+        calls.memory,
+        options.lr,
+        options.momentum,
+        options.weight_decay,
+        _products(arguments, options.T, 0) if calls.has_dense_factors else [],
+        _products(arguments, options.T, 1) if calls.has_dense_factors else [],
+        scales.gradient,
+        scales.found_inf,
+        _rounding_key(plan),
+        # With T = 1 none is of use in the next step, and a backward pass has other uses for memory.
+        options.T > 1,
     )
-    if arguments.copied:
+    if calls.writes_back:
         _write_back(arguments, has_momenta=options.momentum != 0)
     return outcomes
 
 
-def update_layer_by_layer(
-    arguments: _C.StepArguments,
-    options: Hyperparameters,
-    step: int,
-    scales: Scales,
-    calls: GroupCalls,
-    divisors: Sequence[Tensor],
-) -> Tensor:
+def update_layer_by_layer(plan: Plan, scales: Scales, divisors: Sequence[Tensor]) -> Tensor:
     """`update_parameters` with a scale of the gradients for each layer: one call a layer."""
-    outcomes = [
-        update_parameters(
-            arguments.of_layer(i), options, step, scales._replace(gradient=divisor), calls
-        ).clone()
-        for i, divisor in enumerate(divisors)
-    ]
-    return torch.cat(outcomes) if outcomes else torch.empty(0, dtype=torch.int64)
+    outcomes = []
+    for i, divisor in enumerate(divisors):
+        layer = plan.arguments.of_layer(i)
+        outcome = update_parameters(plan, layer, scales._replace(gradient=divisor))
+        outcomes.append(NO_INCIDENT if outcome is None else outcome.clone())
+    return torch.cat(outcomes)
 
 
 def _products(arguments: _C.StepArguments, T: int, side: int) -> list[Tensor]:
@@ -119,5 +104,6 @@ def _write_back(arguments: _C.StepArguments, has_momenta: bool) -> None:
             write(arguments.momentum_buffer(i), arguments.momentum_weight[i])
 
 
-def _rounding_key(options: Hyperparameters, step: int) -> list[int] | None:
-    return [int(options.seed), step] if options.stochastic_rounding else None
+def _rounding_key(plan: Plan) -> list[int] | None:
+    options = plan.options
+    return [options.seed, plan.step] if options.stochastic_rounding else None
