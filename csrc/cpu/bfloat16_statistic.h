@@ -80,7 +80,7 @@ class Bfloat16Statistic {
     Shares<int64_t> shares;
     shares.begin(static_cast<size_t>(std::min<int64_t>(strips, at::get_num_threads())));
     shares.add(0, static_cast<size_t>(strips), 0, [](size_t i) { return static_cast<int64_t>(i); });
-    shares.run([&](int64_t i) {
+    shares.run([&](int64_t i, size_t) {
       add_strip(view, i * kStrip, is_toeplitz() ? diagonals + i * d : nullptr);
     });
     for (int64_t i = 0; diagonals != nullptr && i < strips; ++i) {

@@ -15,6 +15,7 @@
 
 #include "arena.h"
 #include "kernels.h"
+#include "shares.h"
 
 namespace singd::cpu {
 
@@ -55,18 +56,13 @@ class LocalFactors {
 
   void run(std::vector<FactorTask>& tasks) {
     if (tasks.empty()) return;
-    share_out(tasks);
-    std::vector<std::byte*> memory(shares_.size());
-    Arena::run(workspace_, [&](Arena& arena) {
-      for (size_t i = 0; i < shares_.size(); ++i) memory[i] = arena.take<std::byte>(needed_[i]);
-    });
-    const auto threads = static_cast<int64_t>(shares_.size());
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
-        for (const size_t layer : shares_[i]) {
-          update(tasks[2 * layer], tasks[2 * layer + 1], Arena(memory[i]));
-        }
-      }
+    const int64_t threads = share_out(tasks);
+    std::byte* memory = nullptr;
+    Arena::run(workspace_,
+               [&](Arena& arena) { memory = arena.take<std::byte>(threads * needed_); });
+    shares_.run([&](size_t layer, size_t thread) {
+      const Arena own(memory + static_cast<int64_t>(thread) * needed_);
+      update(tasks[2 * layer], tasks[2 * layer + 1], own);
     });
   }
 
@@ -84,8 +80,9 @@ class LocalFactors {
     return arena.take<std::byte>(scratch);
   }
 
-  // The largest layers first, each to the thread that has least so far: the same in every step.
-  void share_out(std::vector<FactorTask>& tasks) {
+  // The largest layers first, each to the thread that has least so far: the same in every step, but
+  // for the last ones, which go to whoever is done. Returns how many threads there are.
+  int64_t share_out(std::vector<FactorTask>& tasks) {
     const size_t layers = tasks.size() / 2;
     const auto size = [&](size_t i) { return tasks[2 * i].size + tasks[2 * i + 1].size; };
     std::vector<size_t> order(layers);
@@ -95,16 +92,17 @@ class LocalFactors {
     int64_t all = 0;
     for (size_t i = 0; i < layers; ++i) all += size(i);
     const int64_t most = std::min<int64_t>(layers, at::get_num_threads());
-    shares_.resize(static_cast<size_t>(std::clamp<int64_t>(all / kGrain, 1, most)));
-    needed_.resize(shares_.size());
-    std::vector<int64_t> load(shares_.size());
+    const int64_t threads = std::clamp<int64_t>(all / kGrain, 1, most);
+    shares_.begin(static_cast<size_t>(threads));
+    std::vector<int64_t> load(threads);
     for (const size_t i : order) {
       const auto share = std::min_element(load.begin(), load.end()) - load.begin();
-      const auto bytes = Arena::size([&](Arena& a) { plan(tasks[2 * i], tasks[2 * i + 1], a); });
-      shares_[share].push_back(i);
+      shares_.give(static_cast<size_t>(share), i);
       load[share] += size(i);
-      needed_[share] = std::max(needed_[share], bytes);
+      const auto bytes = Arena::size([&](Arena& a) { plan(tasks[2 * i], tasks[2 * i + 1], a); });
+      needed_ = std::max(needed_, bytes);
     }
+    return threads;
   }
 
   void update(FactorTask& k, FactorTask& c, Arena arena) const {
@@ -123,8 +121,8 @@ class LocalFactors {
 
   at::Tensor& workspace_;
   const FactorOptions options_;
-  std::vector<std::vector<size_t>> shares_;  // layers of each thread
-  std::vector<int64_t> needed_;              // bytes for the largest of them
+  Shares<size_t> shares_;  // of the layers
+  int64_t needed_ = 0;     // bytes for the largest of them
 };
 
 }  // namespace singd::cpu

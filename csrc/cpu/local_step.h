@@ -67,10 +67,10 @@ class LocalStep {
     Arena::run(workspace_, [&](Arena& arena) { allocate(arena); });
     if (products_ != nullptr) prepare_all(kept);
     writes_.assign(layers_.size(), 1);
+    unread_ = std::vector<std::atomic<size_t>>(layers_.size());
+    for (size_t i = 0; i < layers_.size(); ++i) unread_[i] = first_read_[i + 1] - first_read_[i];
     for (int64_t g = -2; g < groups_.count(); ++g) {
-      const LayerGroup now = groups_.at(g);
-      for (size_t i = now.begin; i < now.end; ++i) writes_[i] = finish_read(i);
-      parallel_over(now, groups_.at(g + 1),
+      parallel_over(groups_.at(g), groups_.at(g + 1),
                     products_ != nullptr ? LayerGroup{} : groups_.at(g + 2));
     }
     for (size_t i = 0; i < layers_.size(); ++i) updated(i, static_cast<bool>(writes_[i]));
@@ -305,12 +305,12 @@ class LocalStep {
     for (size_t layer = reads.begin; layer < reads.end; ++layer) {
       share_out(Phase::kRead, layer, first_read_[layer], first_read_[layer + 1]);
     }
-    shares_.run([&](const Task& task) {
+    shares_.run([&](const Task& task, size_t) {
       switch (task.phase) {
         case Phase::kPrepare:
           return prepare(task.index);
         case Phase::kRead:
-          return read(layers_[task.layer], read_tasks_[task.index]);
+          return read(task.layer, read_tasks_[task.index]);
         case Phase::kWrite:
           return write(task.layer, write_tasks_[task.index]);
       }
@@ -321,17 +321,20 @@ class LocalStep {
     shares_.add(begin, end - begin, layer, [&](size_t index) { return Task{phase, layer, index}; });
   }
 
-  void read(const StepLayer<T>& layer, Read& task) const {
+  void read(size_t index, Read& task) {
+    const StepLayer<T>& layer = layers_[index];
     task.largest = layer.left.has_border()
                        ? kernels_of(layer).thin(layer, task.panel, task.products, scratch())
                        : kernels_.largest(layer, task.panel);
+    if (--unread_[index] == 0) writes_[index] = finish_read(index);
   }
 
   void write(size_t layer, const Panel& panel) const {
     if (writes_[layer]) kernels_of(layers_[layer]).step(layers_[layer], panel, false, scratch());
   }
 
-  // Adds up what the tasks of a layer read; whether it is finite.
+  // Adds up what the tasks of a layer read, in their order; whether it is finite. The thread that
+  // read last does it, while others go on.
   bool finish_read(size_t index) {
     const StepLayer<T>& layer = layers_[index];
     for (size_t i = first_read_[index] + 1; i < first_read_[index + 1]; ++i) {
@@ -372,8 +375,9 @@ class LocalStep {
   std::vector<size_t> first_read_, first_write_;  // of every layer, and one past the last
   LayerGroups groups_;
   Shares<Task> shares_;
-  std::vector<char> writes_;
-  int64_t scratch_ = 0;  // of one thread
+  std::vector<char> writes_;                 // whether a layer is to be written
+  std::vector<std::atomic<size_t>> unread_;  // tasks of each layer that are left to be read
+  int64_t scratch_ = 0;                      // of one thread
   T* memory_ = nullptr;
   double* norms_ = nullptr;  // of the products that are kept
 };

@@ -37,12 +37,15 @@ class Shares {
     }
   }
 
-  // f(task) for all.
+  // A task for one thread's share.
+  void give(size_t thread, Task task) { shares_[thread].tasks.push_back(task); }
+
+  // f(task, thread) for all.
   template <class Function>
   void run(Function f) {
     at::parallel_for(0, static_cast<int64_t>(threads_), 1, [&](int64_t from, int64_t to) {
       for (auto t = static_cast<size_t>(from); t < static_cast<size_t>(to); ++t) {
-        for (size_t i = 0; i < threads_; ++i) run(shares_[(t + i) % threads_], f);
+        for (size_t i = 0; i < threads_; ++i) run(shares_[(t + i) % threads_], t, f);
       }
     });
   }
@@ -55,8 +58,10 @@ class Shares {
   };
 
   template <class Function>
-  static void run(Share& share, Function& f) {
-    for (size_t i = share.next++; i < share.tasks.size(); i = share.next++) f(share.tasks[i]);
+  static void run(Share& share, size_t thread, Function& f) {
+    for (size_t i = share.next++; i < share.tasks.size(); i = share.next++) {
+      f(share.tasks[i], thread);
+    }
   }
 
   size_t threads_ = 0;
