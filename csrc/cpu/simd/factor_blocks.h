@@ -20,15 +20,35 @@ void load_block(const Array& array, int64_t numbers, int64_t at, int64_t size, T
   });
 }
 
+// Rows of the tiles by which blocks of at least so many are multiplied: these are large enough to
+// ask for what comes after them.
+constexpr int64_t kBlockTileRows = 2 * SINGD_TILE_ROWS;
+
+// What the tiles of large blocks' products ask for: an array of the factor's, some blocks ahead.
+// The first blocks are asked for here; more of them would be waited for.
+SINGD_INLINE AskedRows asked_blocks(const FactorTask& task, const ConstArray& array) {
+  constexpr int64_t kAhead = 4;
+  const int64_t size = task.layout.block, tiles = (size + kBlockTileRows - 1) / kBlockTileRows;
+  if (array.data == nullptr || size < kBlockTileRows) return {};
+  const char* data = static_cast<const char*>(array.data);
+  const int64_t bytes = task.size * size_of(array.type), block = size * size * size_of(array.type);
+  const int64_t begin = smaller(bytes, kAhead * block);
+  for (int64_t at = 0; at < begin; at += kLineBytes) __builtin_prefetch(data + at, 0, 2);
+  return {data + begin, begin < bytes, bytes - begin, 0, block / kLineBytes / tiles + 1};
+}
+
 template <class T>
 void block_curvature(FactorTask& task, const T* u) {
+  Ahead ahead{asked_blocks(task, {task.factor.data, task.factor.type}),
+              asked_blocks(task, task.statistic)};
   const Numbers<T> n(task);
   double h = 0, gram = 0;
   for_each_block(task.layout, [&](int64_t, int64_t size, int64_t at, int64_t to) {
     const int64_t stride = padded(size);
     T *k = n.k + to, *uk = n.h + to;
     load_block(task.factor, task.size, at, size, T(1), k);
-    multiply<T>(size, stride, size, {u + at, size, 1}, k, stride, uk, stride, kOverwrite<T>);
+    multiply<T>(size, stride, size, {u + at, size, 1}, k, stride, uk, stride, kOverwrite<T>,
+                &ahead);
     h += static_cast<double>(dot_product(k, uk, size * stride));
     gram += static_cast<double>(dot_product(k, k, size * stride));
   });
@@ -57,6 +77,7 @@ Norms block_momenta(const FactorTask& task, const FactorTask& partner, const Fac
   const MomentumTerms terms(task, partner, o);
   const T h_scale = static_cast<T>(terms.h), gram_scale = static_cast<T>(terms.gram);
   Norms norms;
+  Ahead ahead{asked_blocks(task, {task.momentum.data, task.momentum.type}), {}};
   auto most = magnitude_bits(T(0));
   for_each_block(task.layout, [&](int64_t, int64_t size, int64_t at, int64_t to) {
     const int64_t stride = padded(size), area = size * stride;
@@ -64,7 +85,7 @@ Norms block_momenta(const FactorTask& task, const FactorTask& partner, const Fac
 #pragma GCC ivdep
     for (int64_t i = 0; i < area; ++i) scratch[i] = h_scale * m[i] + gram_scale * k[i];
     load_old_momentum(task, o, at, size, m);
-    multiply<T>(size, stride, size, {k, 1, stride}, scratch, stride, m, stride, kAdd<T>);
+    multiply<T>(size, stride, size, {k, 1, stride}, scratch, stride, m, stride, kAdd<T>, &ahead);
     norms.add_block(m, size, stride);
     if (o.normalize_lr_cov) most = larger(most, largest_bits(m, area));
   });

@@ -26,8 +26,9 @@ void factor_curvature(FactorTask& task, void* memory) {
   const Numbers<T> n(task);
   T* scratch = static_cast<T*>(memory);
   const T* u = static_cast<const T*>(task.statistic.data);
-  ask_for_factor(task);
-  if (task.layout.family == Family::kBlockDiagonal) return block_curvature(task, u);
+  const bool blocks = task.layout.family == Family::kBlockDiagonal;
+  if (!blocks || task.layout.block < kBlockTileRows) ask_for_factor(task);
+  if (blocks) return block_curvature(task, u);
   with_type(ConstArray{task.factor.data, task.factor.type},
             [&](const auto* stored) { load_row(stored, task.size, T(1), n.k); });
   for (int64_t i = 0; i < kPadding; ++i) n.k[task.size + i] = n.gram[task.size + i] = T(0);
