@@ -20,16 +20,12 @@ void load_block(const Array& array, int64_t numbers, int64_t at, int64_t size, T
   });
 }
 
-// Rows of the tiles by which blocks of at least so many are multiplied: these are large enough to
-// ask for what comes after them.
-constexpr int64_t kBlockTileRows = 2 * SINGD_TILE_ROWS;
-
 // What the tiles of large blocks' products ask for: an array of the factor's, some blocks ahead.
 // The first blocks are asked for here; more of them would be waited for.
 SINGD_INLINE AskedRows asked_blocks(const FactorTask& task, const ConstArray& array) {
   constexpr int64_t kAhead = 4;
   const int64_t size = task.layout.block, tiles = (size + kBlockTileRows - 1) / kBlockTileRows;
-  if (array.data == nullptr || size < kBlockTileRows) return {};
+  if (array.data == nullptr || !tiles_ask(task.layout)) return {};
   const char* data = static_cast<const char*>(array.data);
   const int64_t bytes = task.size * size_of(array.type), block = size * size * size_of(array.type);
   const int64_t begin = smaller(bytes, kAhead * block);

@@ -27,7 +27,7 @@ void factor_curvature(FactorTask& task, void* memory) {
   T* scratch = static_cast<T*>(memory);
   const T* u = static_cast<const T*>(task.statistic.data);
   const bool blocks = task.layout.family == Family::kBlockDiagonal;
-  if (!blocks || task.layout.block < kBlockTileRows) ask_for_factor(task);
+  if (!tiles_ask(task.layout)) ask_for_factor(task);
   if (blocks) return block_curvature(task, u);
   with_type(ConstArray{task.factor.data, task.factor.type},
             [&](const auto* stored) { load_row(stored, task.size, T(1), n.k); });

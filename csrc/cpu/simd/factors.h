@@ -109,6 +109,24 @@ struct Border {
   }
 };
 
+// Rows of the tiles by which blocks of at least so many are multiplied: these are large enough to
+// ask for what comes after them.
+constexpr int64_t kBlockTileRows = 2 * SINGD_TILE_ROWS;
+
+// Whether tiles of its products ask for what is read, which they do where they are large.
+SINGD_INLINE bool tiles_ask(const Layout& layout) {
+  if (layout.family == Family::kBlockDiagonal) return layout.block >= kBlockTileRows;
+  return !layout.transposed && layout.head + layout.tail >= SINGD_TILE_ROWS;
+}
+
+// An array of the factor's that so many tiles ask for.
+SINGD_INLINE AskedRows asked_array(const FactorTask& task, const ConstArray& array, int64_t tiles) {
+  if (array.data == nullptr) return {};
+  const int64_t bytes = task.size * size_of(array.type);
+  return {static_cast<const char*>(array.data), 1, bytes, 0,
+          bytes / kLineBytes / larger<int64_t>(1, tiles) + 1};
+}
+
 // K = R: U K = U[:, B] E + U diag(D) is kept in the place of H, in rows `wide` apart. One product
 // of the momentum by K^T makes the border's rows of H and Pi(K^T K) from it; their interiors are
 // kept in the place of the latter, one behind the other. scratch: border^2.
@@ -117,9 +135,12 @@ void row_border_curvature(FactorTask& task, const T* u, T* scratch) {
   const Numbers<T> n(task);
   const Border<T> b(task.layout);
   const int64_t count = b.interior();
+  const int64_t tiles = b.border * b.wide / kTileNumbers<T>;
+  Ahead ahead{asked_array(task, task.statistic, tiles),
+              asked_array(task, {task.momentum.data, task.momentum.type}, tiles)};
   b.gather_core(u, scratch);
   multiply<T>(b.border, b.wide, b.border, {scratch, b.border, 1}, n.k, b.d, n.h, b.wide,
-              kOverwrite<T>);
+              kOverwrite<T>, &ahead);
   const T *diagonal = b.diagonal(n.k), *u_diagonal = b.diagonal(u);
   T *gram = n.gram, *h = gram + count;
   for (int64_t j = 0; j < count; ++j) {
