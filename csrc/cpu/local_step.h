@@ -96,6 +96,9 @@ class LocalStep {
   // larger.
   static constexpr int64_t kPointwisePanel = 16384, kPanel = 8192, kWidePanel = 32768;
   static constexpr int64_t kPanelRows = 12, kTilePanelRows = 32;
+  // Every panel reads all of a border on the right: where that has more rows, panels are higher, as
+  // long as the second cache has them.
+  static constexpr int64_t kBorderPanelRows = 36, kBorderPanel = int64_t{1} << 17;
   // Bytes of all weights that are stored past the caches where several threads have read each of
   // them: more than a cache of one thread holds, since smaller ones stay there, and less than the
   // last cache, since of larger ones no cache has copies that must be told.
@@ -163,7 +166,10 @@ class LocalStep {
       const int64_t columns = (pointwise ? kPointwisePanel : kWidePanel) / least_rows;
       width = std::min(width, std::max(column_unit, columns / column_unit * column_unit));
     }
-    const int64_t elements = pointwise ? kPointwisePanel : kPanel;
+    int64_t elements = pointwise ? kPointwisePanel : kPanel;
+    if (layer.right.has_border() && layer.right.border() > kPanelRows) {
+      elements = std::max(elements, std::min(kBorderPanelRows * width, kBorderPanel));
+    }
     const int64_t rows = std::max(elements / width / some_rows, int64_t{1}) * some_rows;
     const int64_t height = (rows + row_unit - 1) / row_unit * row_unit;
     first_write_.push_back(write_tasks_.size());
