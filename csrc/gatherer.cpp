@@ -1,6 +1,6 @@
 // From a layer's input and output gradient to its statistics, without Python on the way: the code
 // runs cold, between matrix products, once a layer and backward pass. Whatever can be looked at
-// once a pass is left to `begin_pass` of curvature.py.
+// once a pass is looked at then: `look_around`.
 //
 // And from a backward pass to the arguments of a step. The gatherer belongs to the optimizer; hooks
 // and graphs hold it weakly.
@@ -51,21 +51,21 @@ class KnownOptions {
         loss_average(options["loss_average"].cast<std::optional<std::string>>().value_or("")),
         has_momenta(options["momentum"].cast<double>() != 0),
         has_factor_momenta(options["alpha1"].cast<double>() != 0),
-        may_change_in_place_(may_change_in_place) {
+        may_change_in_place(may_change_in_place) {
     for (const auto& [key, value] : group) {
-      if (options.contains(key))
-        entries_.emplace_back(py::reinterpret_borrow<py::object>(key), value.ptr());
+      if (!options.contains(key)) continue;
+      entries_.emplace_back(py::reinterpret_borrow<py::object>(key), value.ptr());
     }
   }
 
   bool reduce;               // KFAC-reduce
   std::string loss_average;  // empty for a sum
   bool has_momenta, has_factor_momenta;
+  bool may_change_in_place;  // numbers in tensors, which Python has to look at
 
   // Whether a dictionary has the same ones, in their order: in one pass, without a look at a key's
   // or a value's memory. Where it says no, Python looks for what is different.
   bool are_in(const py::dict& group) const {
-    if (may_change_in_place_) return false;
     PyObject *key = nullptr, *value = nullptr;
     auto next = entries_.begin();
     for (Py_ssize_t at = 0;
@@ -79,7 +79,6 @@ class KnownOptions {
 
  private:
   std::vector<std::pair<py::object, const PyObject*>> entries_;
-  bool may_change_in_place_;  // a number in a tensor
 };
 
 // What is asked of an optimizer.
@@ -236,7 +235,8 @@ py::list Gatherer::look_around() {
   const py::object optimizer = optimizer_.get();
   py::list groups = groups_of(optimizer);
   for (const auto& [index, options] : options_) {
-    if (!options.are_in(groups[index])) py::getattr(optimizer, names.options)(index);
+    const bool known = !options.may_change_in_place && options.are_in(groups[index]);
+    if (!known) py::getattr(optimizer, names.options)(index);
   }
   // Anew each time: an operator of this name may have been registered in the place of another.
   operators_ = std::make_shared<const Operators>(name_space_().cast<std::string>());

@@ -255,3 +255,19 @@ def test_kfac_like_set_in_the_group_has_no_riemannian_momentum_either() -> None:
 def test_kfac_like_does_not_hide_a_bad_alpha1(alpha1: Any) -> None:
     with pytest.raises(ValueError, match="alpha1"):
         SINGD(mlp(), kfac_like=True, alpha1=alpha1)
+
+
+def test_an_option_beside_a_bad_tensor_is_followed_once_that_is_mended() -> None:
+    """The state that it needs is made then: nothing is half taken."""
+    lr = torch.tensor(0.05, dtype=torch.float64)
+    model, optimizer = trained(range(2), lr=lr, momentum=0.0)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    lr.fill_(NAN)
+    with pytest.raises(ValueError, match=r"lr is nan"):
+        train(model, optimizer, [2])
+    lr.fill_(0.05)
+    train(model, optimizer, [2])
+    other_model, other = trained(range(2), lr=lr.clone(), momentum=0.0)
+    other.param_groups[0]["momentum"] = 0.9
+    train(other_model, other, [2])
+    assert_bitwise(snapshot(model, optimizer), snapshot(other_model, other))

@@ -64,7 +64,7 @@ class Hyperparameters:
         """Whether a step size is a tensor."""
         return isinstance(self.lr, Tensor) or isinstance(self.lr_cov, Tensor)
 
-    def _check_tensors(self) -> None:
+    def check_tensors(self) -> None:
         """Validate again what can change in place: step sizes in tensors."""
         if isinstance(self.lr, Tensor):
             check_number("lr", self.lr, tensor=True)
@@ -105,7 +105,7 @@ class Hyperparameters:
             changed["alpha1"] = _without_momentum_of_ikfac(group)
         options = object.__new__(Hyperparameters)  # past the checks of what is as it was
         vars(options).update({**known, **changed})
-        options._check_tensors()
+        options.check_tensors()
         return options
 
     @classmethod

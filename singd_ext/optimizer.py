@@ -261,12 +261,13 @@ class SINGD(torch.optim.Optimizer):
         Raises:
             ValueError: Naming the option, its value and what is allowed.
         """
-        checked = self._checked[group]
+        before = self._checked[group]
         if self._gatherer.are_options_known(group):
-            return checked
-        options = checked.updated(self.param_groups[group], group)
+            before.check_tensors()
+            return before
+        options = before.updated(self.param_groups[group], group)
         self._know(group, options)
-        if (options.momentum, options.alpha1) != (checked.momentum, checked.alpha1):
+        if (options.momentum, options.alpha1) != (before.momentum, before.alpha1):
             for layer in self._layers:
                 if layer.group == group:
                     complete_state(self.state, layer, options)
