@@ -67,6 +67,19 @@ def test_layers_of_several_groups(spec: str, threads: None) -> None:
                 assert torch.equal(together[name][i], alone[name][0]), f"{name} {i}"
 
 
+@pytest.mark.parametrize("spec", ["diagonal", "block_diagonal:30", "rank_triu:17", "rank_tril:17"])
+def test_factors_of_layers_that_one_thread_takes_from_another(spec: str, threads: None) -> None:
+    """Each works in memory of its own, whoever's layer it is: no number is another's."""
+    shapes = [calls.Shape(100 + 37 * i % 500, 90 + 53 * i % 400) for i in range(24)]
+    torch.set_num_threads(1)
+    one = calls.update_factors(spec, spec, shapes, torch.float32)
+    torch.set_num_threads(3)
+    for _ in range(10):
+        many = calls.update_factors(spec, spec, shapes, torch.float32)
+        for name, tensors in one.items():
+            assert all(map(torch.equal, many[name], tensors)), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", masks.SPECS)
 def test_statistics_of_parts_of_the_rows(spec: str, dtype: torch.dtype, threads: None) -> None:
