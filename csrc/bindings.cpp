@@ -10,6 +10,7 @@
 #include "cpu/aten_product.h"
 #include "cpu/kernels.h"
 #include "gatherer.h"
+#include "known_layer.h"
 #include "observation.h"
 #include "step_arguments.h"
 #include "structures/spec.h"
@@ -41,12 +42,7 @@ PYBIND11_MODULE(_C, m) {
         return singd::diagonal_slots(singd::make_layout(spec, dim));
       },
       py::arg("spec"), py::arg("dim"));
-  m.def(
-      "is_dense",
-      [](const std::string& spec, int64_t dim) {
-        return singd::make_layout(spec, dim).family == singd::Family::kDense;
-      },
-      py::arg("spec"), py::arg("dim"));
+  m.def("is_dense", &singd::is_dense, py::arg("structure"), py::arg("dim"));
   m.def("build_info", &singd::build_info);
   m.def("cpu_instructions", [] { return singd::cpu::kernels().name; });
   m.def("cpu_bfloat16_products", [] { return singd::cpu::bfloat16_gram(1) != nullptr; });

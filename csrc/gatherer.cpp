@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "known_layer.h"
+#include "known_options.h"
 #include "observation.h"
 #include "operators.h"
 #include "remembered.h"
@@ -41,45 +42,6 @@ at::Tensor linear_rows(const at::Tensor& tensor) {
   const int64_t shared = c10::multiply_integers(sizes.slice(1, sizes.size() - 2));
   return tensor.reshape({sizes.front(), shared, sizes.back()});
 }
-
-// The options in a parameter group's dictionary as Python last checked them.
-class KnownOptions {
- public:
-  // Of these values, which Python holds on to.
-  KnownOptions(const py::dict& group, const py::dict& options, bool may_change_in_place)
-      : reduce(options["kfac_approx"].cast<std::string>() == "reduce"),
-        loss_average(options["loss_average"].cast<std::optional<std::string>>().value_or("")),
-        has_momenta(options["momentum"].cast<double>() != 0),
-        has_factor_momenta(options["alpha1"].cast<double>() != 0),
-        may_change_in_place(may_change_in_place) {
-    for (const auto& [key, value] : group) {
-      if (!options.contains(key)) continue;
-      entries_.emplace_back(py::reinterpret_borrow<py::object>(key), value.ptr());
-    }
-  }
-
-  bool reduce;               // KFAC-reduce
-  std::string loss_average;  // empty for a sum
-  bool has_momenta, has_factor_momenta;
-  bool may_change_in_place;  // numbers in tensors, which Python has to look at
-
-  // Whether a dictionary has the same ones, in their order: in one pass, without a look at a key's
-  // or a value's memory. Where it says no, Python looks for what is different.
-  bool are_in(const py::dict& group) const {
-    PyObject *key = nullptr, *value = nullptr;
-    auto next = entries_.begin();
-    for (Py_ssize_t at = 0;
-         next != entries_.end() && PyDict_Next(group.ptr(), &at, &key, &value);) {
-      if (key != next->first.ptr()) continue;
-      if (value != next->second) return false;
-      ++next;
-    }
-    return next == entries_.end();
-  }
-
- private:
-  std::vector<std::pair<py::object, const PyObject*>> entries_;
-};
 
 // What is asked of an optimizer.
 struct Names {
@@ -398,6 +360,7 @@ class LayerReceiver : public Receiver, public std::enable_shared_from_this<Layer
 
 void define_gatherer(py::module_& m) {
   m.def("linear_rows", &linear_rows, py::arg("tensor"));
+  m.def("is_due", &is_due, py::arg("group"));
   py::class_<Gatherer, std::shared_ptr<Gatherer>>(m, "Gatherer")
       .def(py::init<const py::object&, py::function, py::function, py::function>(),
            py::arg("optimizer"), py::arg("namespace"), py::arg("follow"), py::arg("check_owned"))

@@ -33,10 +33,6 @@ std::vector<WeakReference> modules_in(const py::object& layer) {
   return modules;
 }
 
-bool is_dense(const std::string& structure, int64_t dim) {
-  return make_layout(structure, dim).family == Family::kDense;
-}
-
 }  // namespace
 
 py::object interned(const std::string& key) {
@@ -135,6 +131,10 @@ bool KnownLayer::is_owned() const {
     }
   }
   return !modules.empty();
+}
+
+bool is_dense(const std::string& structure, int64_t dim) {
+  return make_layout(structure, dim).family == Family::kDense;
 }
 
 py::dict attributes_of(const WeakReference& module) {

@@ -88,6 +88,9 @@ struct KnownLayer {
 pybind11::dict attributes_of(const WeakReference& module);
 pybind11::dict parameters_of(const WeakReference& module);
 
+// Whether such a factor is stored as a matrix.
+bool is_dense(const std::string& structure, int64_t dim);
+
 // An entry, or null.
 pybind11::handle find(const pybind11::dict& state, const pybind11::object& key);
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import copies
+from . import _C, copies
 from ._warnings import warn_user
 from .checkpoint import checked_state, restore_state, saved_group
 from .clipping import divisors
@@ -281,10 +281,9 @@ class SINGD(torch.optim.Optimizer):
     def factors_due(self, group: int) -> bool:
         """Whether the next step of this group updates the factors."""
         current = self.param_groups[group]
-        T = current["T"]
-        if T is not self._checked[group].T:
+        if current["T"] is not self._checked[group].T:
             self.options(group)
-        return bool(current["steps"] % T == 0)
+        return _C.is_due(current)
 
     @property
     def is_paused(self) -> bool:

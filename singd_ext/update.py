@@ -48,13 +48,14 @@ def update_factors(plan: Plan, scales: Scales) -> tuple[Tensor, list[str]] | Non
 def update_parameters(plan: Plan, arguments: _C.StepArguments, scales: Scales) -> Tensor | None:
     """Update weights, biases and their momenta; see `ops.preconditioned_update_`."""
     options, calls = plan.options, plan.calls
+    P_K, P_C = _kept_products(plan, arguments)
     outcomes = arguments.preconditioned_update_(
         calls.memory,
         options.lr,
         options.momentum,
         options.weight_decay,
-        _products(arguments, options.T, 0) if calls.has_dense_factors else [],
-        _products(arguments, options.T, 1) if calls.has_dense_factors else [],
+        P_K,
+        P_C,
         scales.gradient,
         scales.found_inf,
         _rounding_key(plan),
@@ -74,6 +75,12 @@ def update_layer_by_layer(plan: Plan, scales: Scales, divisors: Sequence[Tensor]
         outcome = update_parameters(plan, layer, scales._replace(gradient=divisor))
         outcomes.append(NO_INCIDENT if outcome is None else outcome.clone())
     return torch.cat(outcomes)
+
+
+def _kept_products(plan: Plan, arguments: _C.StepArguments) -> tuple[list[Tensor], list[Tensor]]:
+    if not plan.calls.has_dense_factors:  # in most steps: their layers are not asked
+        return [], []
+    return _products(arguments, plan.options.T, 0), _products(arguments, plan.options.T, 1)
 
 
 def _products(arguments: _C.StepArguments, T: int, side: int) -> list[Tensor]:
