@@ -1,6 +1,6 @@
 // Memory that is asked for while a product is computed. A core waits for at most some tens of lines
-// at a time: who asks for more waits himself. So some are asked for before every tile of a product,
-// and come while it is multiplied.
+// at a time: who asks for more waits himself. So every tile of a product asks for some, one with
+// each of its terms, and they come while it is multiplied.
 
 // Pieces of rows, `stride` bytes apart, of which the tiles to come ask for some lines each.
 struct AskedRows {
@@ -8,19 +8,18 @@ struct AskedRows {
   int64_t rows = 0, length = 0, stride = 0, lines = 0, at = 0;
   bool write = false;  // lines are to be written: with AVX-512, no other core keeps a copy of them
 
-  SINGD_INLINE void ask() {
-    for (int64_t n = 0; n < lines && rows > 0; ++n) {
-      if (write) {
-        __builtin_prefetch(row + at, 1, 3);
-      } else {
-        __builtin_prefetch(row + at, 0, 2);
-      }
-      at += kLineBytes;
-      if (at < length) continue;
-      at = 0;
-      row += stride;
-      --rows;
+  SINGD_INLINE void ask_for_line() {
+    if (rows <= 0) return;
+    if (write) {
+      __builtin_prefetch(row + at, 1, 3);
+    } else {
+      __builtin_prefetch(row + at, 0, 2);
     }
+    at += kLineBytes;
+    if (at < length) return;
+    at = 0;
+    row += stride;
+    --rows;
   }
 };
 
@@ -28,9 +27,15 @@ struct AskedRows {
 struct Ahead {
   AskedRows first, second;
 
-  SINGD_INLINE void ask() {
-    first.ask();
-    second.ask();
+  SINGD_INLINE int64_t lines() const { return first.lines + second.lines; }
+
+  // The n-th line of a tile's.
+  SINGD_INLINE void ask_for_line(int64_t n) {
+    if (n < first.lines) {
+      first.ask_for_line();
+    } else {
+      second.ask_for_line();
+    }
   }
 };
 

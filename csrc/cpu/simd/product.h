@@ -28,7 +28,9 @@ template <class T, class In, int kRows, int kVectors>
 SINGD_INLINE void multiply_tile(int64_t depth, const Operand<In>& a, const In* b, int64_t b_stride,
                                 T* c, int64_t c_stride, Before<T> before, Ahead* ahead) {
   constexpr bool kLarge = 2 * kRows * kVectors >= SINGD_TILE_ROWS * SINGD_TILE_VECTORS;
-  if (kLarge && ahead != nullptr) ahead->ask();
+  int64_t asked = 0;
+  const int64_t lines = kLarge && ahead != nullptr ? ahead->lines() : 0;
+  while (asked < lines - depth) ahead->ask_for_line(asked++);
   Vector<T> sums[kRows][kVectors];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
@@ -36,7 +38,7 @@ SINGD_INLINE void multiply_tile(int64_t depth, const Operand<In>& a, const In* b
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Vector<T>{};
   }
   const In* column = a.data;
-  for (int64_t p = 0; p < depth; ++p) {
+  const auto add_term = [&] {
     Vector<In> row[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) row[v] = load<In>(b + v * kLanes<T>);
@@ -48,7 +50,13 @@ SINGD_INLINE void multiply_tile(int64_t depth, const Operand<In>& a, const In* b
     }
     b += b_stride;
     column += a.column_stride;
+  };
+  int64_t p = 0;
+  for (; asked < lines; ++p) {
+    ahead->ask_for_line(asked++);
+    add_term();
   }
+  for (; p < depth; ++p) add_term();
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
