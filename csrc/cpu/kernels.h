@@ -12,7 +12,7 @@ namespace singd::cpu {
 //   kIdentity      nothing
 //   kDiagonal      diagonal[dim]
 //   kBlocks        blocks of width x padded(width), one after the other
-//   kRowBorder     an arrowhead: P[B, :] in `wide` [border, padded(dim)], its transpose in `thin`
+//   kRowBorder     an arrowhead: P[B, :] in `wide` [border, spaced(dim)], its transpose in `thin`
 //                  [dim, padded(border)], P[i, i] in `diagonal` [padded(dim)], which is 0 for i in
 //                  B
 //   kColumnBorder  thin wide + diag(diagonal): `thin` is F[:, B], `wide` its transpose
@@ -56,6 +56,9 @@ struct LocalProduct {
   SINGD_INLINE_EVERYWHERE int64_t stride_of(int64_t n) const {
     return form == Form::kNumbers ? padded(n) : whole_depths(n);
   }
+  SINGD_INLINE_EVERYWHERE int64_t wide_stride() const {
+    return form == Form::kNumbers ? spaced(layout.dim) : whole_depths(layout.dim);
+  }
   // Rows that a product on tiles may write behind those of its result.
   SINGD_INLINE_EVERYWHERE int64_t overshoot() const { return form == Form::kNumbers ? 0 : 15; }
   SINGD_INLINE_EVERYWHERE bool is_pointwise() const {
@@ -88,7 +91,7 @@ struct StepLayer {
   int64_t rows = 0, columns = 0;
   LocalProduct<T> left, right;  // C C^T and K K^T
   // With a border on the left: the rows P[B, :] G, and for an arrowhead the rows G[B, :] too.
-  // [border, padded(columns)] each; with tiles there is room for whole ones.
+  // [border, spaced(columns)] each; with tiles there is room for whole ones.
   T *border_products = nullptr, *border_rows = nullptr;
   StepOptions options;
 };
@@ -98,7 +101,7 @@ struct StepLayer {
 struct Panel {
   int64_t row_begin, row_end, column_begin, column_end;
 
-  int64_t stride() const { return padded(column_end - column_begin) + kPadding; }
+  int64_t stride() const { return spaced(column_end - column_begin); }
   int64_t scratch() const { return (row_end - row_begin) * stride(); }
 };
 
@@ -124,7 +127,7 @@ SINGD_INLINE_EVERYWHERE int64_t piece_columns(const StepLayer<T>& layer) {
 }
 template <class T>
 SINGD_INLINE_EVERYWHERE int64_t piece_scratch(const StepLayer<T>& layer, const Panel& panel) {
-  return scratch_rows(layer, panel) * (padded(piece_columns(layer)) + kPadding);
+  return scratch_rows(layer, panel) * spaced(piece_columns(layer));
 }
 template <class T>
 SINGD_INLINE_EVERYWHERE int64_t step_scratch(const StepLayer<T>& layer, const Panel& panel) {
@@ -139,14 +142,14 @@ SINGD_INLINE_EVERYWHERE int64_t step_scratch(const StepLayer<T>& layer, const Pa
 template <class T>
 struct StepKernels {
   // Fills a LocalProduct, whose arrays are allocated, from the factor's storage of `size` numbers;
-  // scratch: size + stride_of(width)^2 or, with a border, a row of stride_of(dim) if that is more.
+  // scratch: size + stride_of(width)^2 or, with a border, a row of wide_stride() if that is more.
   void (*prepare)(LocalProduct<T>& product, ConstArray storage, int64_t size, T* scratch);
   // Rows of unscale G, `stride` apart.
   void (*load)(const StepLayer<T>& layer, const Panel& panel, T* to, int64_t stride);
   // max |unscale G| over the rows of a panel; infinite if not finite.
   double (*largest)(const StepLayer<T>& layer, const Panel& panel);
-  // P[B, :] G of some rows [border, padded(columns)], their part of border_rows, and max |unscale
-  // G|; scratch: kThinRows * (kThinColumns + kPadding).
+  // P[B, :] G of some rows [border, spaced(columns)], their part of border_rows, and max |unscale
+  // G|; scratch: kThinRows * spaced(kThinColumns).
   double (*thin)(const StepLayer<T>& layer, const Panel& panel, T* products, T* scratch);
   // Adds such products to border_products.
   void (*add_products)(const StepLayer<T>& layer, const T* products);

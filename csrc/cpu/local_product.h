@@ -48,7 +48,7 @@ void allocate_product(LocalProduct<T>& product, Arena& arena) {
   if (product.has_border()) {
     const int64_t b = product.border();
     product.thin = arena.take<T>(product.rows_of(d) * product.stride_of(b) + behind);
-    product.wide = arena.take<T>(product.rows_of(b) * product.stride_of(d) + behind);
+    product.wide = arena.take<T>(product.rows_of(b) * product.wide_stride() + behind);
   }
 }
 

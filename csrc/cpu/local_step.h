@@ -191,7 +191,7 @@ class LocalStep {
     if (layer.left.has_border()) {
       const int64_t share = (layer.rows + kMostThinTasks - 1) / kMostThinTasks;
       height = std::max(kLeastThinRows, whole_depths(share));
-      scratch_ = std::max(scratch_, kThinRows * (kThinColumns + kPadding));
+      scratch_ = std::max(scratch_, kThinRows * spaced(kThinColumns));
     }
     first_read_.push_back(read_tasks_.size());
     for (int64_t i = 0; i < layer.rows; i += height) {
@@ -224,7 +224,7 @@ class LocalStep {
         const LocalProduct<T>& product = side == 0 ? layer.left : layer.right;
         const int64_t side_of_square = product.stride_of(product.width());
         const int64_t square = side_of_square * side_of_square;
-        const int64_t row = product.has_border() ? product.stride_of(product.layout.dim) : 0;
+        const int64_t row = product.has_border() ? product.wide_stride() : 0;
         scratch_ = std::max(scratch_, factors_[2 * i + side].size + std::max(square, row));
       }
     }
@@ -244,7 +244,7 @@ class LocalStep {
       if (!layer.left.has_border()) continue;
       const int64_t b = layer.left.border();
       const int64_t rows = std::max(b + layer.left.overshoot(), layer.left.rows_of(b));
-      const int64_t size = rows * padded(layer.columns);
+      const int64_t size = rows * spaced(layer.columns);
       for (size_t task = first_read_[i]; task < first_read_[i + 1]; ++task) {
         read_tasks_[task].products = arena.take<T>(size);
       }

@@ -70,8 +70,7 @@ void zero_behind(const LocalProduct<T>& product, T* matrix, int64_t rows, int64_
 // A matrix of P in the form that products take it in.
 #if SINGD_TILES
 SINGD_INLINE void bring_into_form(const LocalProduct<float>& product, float* matrix, int64_t rows,
-                                  int64_t columns, float* scratch) {
-  const int64_t stride = product.stride_of(columns);
+                                  int64_t stride, float* scratch) {
   if (product.form == Form::kLeftPlanes) split_left(matrix, product.rows_of(rows), stride, scratch);
   if (product.form == Form::kRightPlanes) split_right(matrix, product.rows_of(rows), stride);
 }
@@ -91,7 +90,7 @@ void prepare_blocks(LocalProduct<T>& product, const T* factor, T* scratch) {
                 kOverwrite<T>);
     zero_behind(product, square, size, stride);
     most = larger(most, largest_column_sum(square, size, size, stride));  // symmetric
-    bring_into_form(product, square, size, size, scratch);
+    bring_into_form(product, square, size, stride, scratch);
   });
   product.norm = static_cast<double>(most);
 }
@@ -103,7 +102,7 @@ template <class T>
 void prepare_border(LocalProduct<T>& product, const T* factor, T* scratch) {
   const Layout& layout = product.layout;
   const int64_t d = layout.dim, b = product.border(), tail = d - layout.tail;
-  const int64_t wide = product.stride_of(d), thin = product.stride_of(b);
+  const int64_t wide = product.wide_stride(), thin = product.stride_of(b);
   const T* interior = factor + b * d - layout.head;  // D of index j is interior[j]
   for (int64_t j = 0; j < padded(d); ++j) {
     const bool inside = j >= layout.head && j < tail;
@@ -139,7 +138,7 @@ void prepare_border(LocalProduct<T>& product, const T* factor, T* scratch) {
 template <class T>
 double border_norm(const LocalProduct<T>& product) {
   const int64_t d = product.layout.dim, b = product.border();
-  const int64_t stride = product.stride_of(d);
+  const int64_t stride = product.wide_stride();
   const double across = static_cast<double>(largest_row_sum(product.wide, b, d, stride));
   const auto diagonal = static_cast<double>(magnitude_of(largest_bits(product.diagonal, d)));
   const double along = static_cast<double>(largest_column_sum(product.wide, b, d, stride));
@@ -165,8 +164,9 @@ void prepare_product(LocalProduct<T>& product, ConstArray storage, int64_t size,
   } else if (product.has_border()) {
     prepare_border(product, factor, scratch);
     product.norm = border_norm(product);
-    bring_into_form(product, product.wide, product.border(), product.layout.dim, scratch);
-    bring_into_form(product, product.thin, product.layout.dim, product.border(), scratch);
+    bring_into_form(product, product.wide, product.border(), product.wide_stride(), scratch);
+    bring_into_form(product, product.thin, product.layout.dim, product.stride_of(product.border()),
+                    scratch);
   }
   product.norm *= kRounded;
 }

@@ -158,7 +158,7 @@ template <class T>
 double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* products,
                              T* scratch) {
   const LocalProduct<T>& left = layer.left;
-  const int64_t wide = left.stride_of(layer.rows), stride = padded(layer.columns);
+  const int64_t wide = left.wide_stride(), stride = spaced(layer.columns);
   LargestGradient<T> largest;
   for (int64_t begin = panel.row_begin; begin < panel.row_end; begin += kThinRows) {
     const int64_t end = smaller(begin + kThinRows, panel.row_end);
@@ -240,9 +240,12 @@ double thin_products(const StepLayer<T>& layer, const Panel& panel, T* products,
 
 template <class T>
 void add_products(const StepLayer<T>& layer, const T* products) {
-  const int64_t count = layer.left.border() * padded(layer.columns);
+  for (int64_t r = 0; r < layer.left.border(); ++r) {
+    const T* from = products + r * spaced(layer.columns);
+    T* to = layer.border_products + r * spaced(layer.columns);
 #pragma GCC ivdep
-  for (int64_t j = 0; j < count; ++j) layer.border_products[j] += products[j];
+    for (int64_t j = 0; j < padded(layer.columns); ++j) to[j] += from[j];
+  }
 }
 
 // The rows of G, or of P[B, :] G, that a border on the left spreads over all rows.
@@ -255,7 +258,7 @@ T* border_coefficients(const StepLayer<T>& layer) {
 template <class T>
 void finish_border([[maybe_unused]] const StepLayer<T>& layer) {
 #if SINGD_TILES
-  const int64_t b = layer.left.border(), stride = padded(layer.columns);
+  const int64_t b = layer.left.border(), stride = spaced(layer.columns);
   if (layer.left.form == Form::kNumbers) return;
   zero_behind(layer.left, border_coefficients(layer), b, stride);
   split_right(border_coefficients(layer), layer.left.rows_of(b), stride);

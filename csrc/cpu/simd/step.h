@@ -8,7 +8,7 @@ void add_border_rows(const StepLayer<T>& layer, const Panel& panel, T* x,
   const LocalProduct<T>& left = layer.left;
   const int64_t stride = panel.stride(), width = padded(panel.column_end - panel.column_begin);
   const int64_t rows = panel.row_end - panel.row_begin, b = left.border();
-  const int64_t all = padded(layer.columns), thin = left.stride_of(b);
+  const int64_t all = spaced(layer.columns), thin = left.stride_of(b);
   const T *by = left.thin + panel.row_begin * thin, *spread = border_coefficients(layer);
 #if SINGD_TILES
   SINGD_COUNT(multiply_adds, rows * width * b);
@@ -44,7 +44,7 @@ void load_scaled(const StepLayer<T>& layer, const Panel& panel, T* x) {
 template <class T>
 void multiply_left_border(const StepLayer<T>& layer, const Panel& panel, T* x, Ahead& ahead) {
   const int64_t stride = panel.stride(), width = padded(panel.column_end - panel.column_begin);
-  const int64_t all = padded(layer.columns);
+  const int64_t all = spaced(layer.columns);
   // A border of one row was added as the gradient was loaded.
   if (layer.left.border() > 1) add_border_rows(layer, panel, x, ahead);
   for_each_arrow_row(layer, panel.row_begin, panel.row_end, [&](int64_t i, int64_t r) {
@@ -110,7 +110,7 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
   const LocalProduct<T>& right = layer.right;
   if (right.border() == 1) return multiply_right_one(layer, panel, x);
   const int64_t d = layer.columns, b = right.border(), thin = right.stride_of(b);
-  const int64_t width = padded(b), wide = right.stride_of(d), all = padded(d);
+  const int64_t width = padded(b), wide = right.wide_stride(), all = padded(d);
   const int64_t stride = panel.stride(), rows = panel.row_end - panel.row_begin;
   const int64_t head = right.layout.head, tail = d - right.layout.tail;
   const bool arrow = right.kind == LocalKind::kRowBorder;
