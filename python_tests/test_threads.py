@@ -100,3 +100,24 @@ def test_threads(spec: str, threads: None) -> None:
     one, four, again = train(spec, 1), train(spec, 4), train(spec, 4)
     torch.testing.assert_close(four, one, rtol=1e-11, atol=1e-13)
     assert torch.equal(four, again)
+
+
+@pytest.mark.parametrize("huge", [False, True], ids=["", "near-overflow"])
+@pytest.mark.parametrize("spec", ["block_diagonal:30", "rank_triu:17", "rank_tril:17"])
+def test_steps_of_layers_that_share_memory(spec: str, huge: bool, threads: None) -> None:
+    """No thread takes what is not made yet, or makes what another still takes.
+
+    Near overflow products are looked at first, while other threads write.
+    """
+    shapes = [calls.Shape(100 + 37 * i % 500, 90 + 53 * i % 400) for i in range(24)]
+    options: dict[str, Any] = {}
+    if huge:
+        options = {"grad_scale": torch.tensor(5e-38), "lr": torch.tensor(1e-37)}
+    torch.set_num_threads(1)
+    one = calls.update_parameters(spec, spec, shapes, torch.float32, **options)
+    assert not any(map(torch.count_nonzero, one["skipped"]))
+    for count in (2, 3):
+        torch.set_num_threads(count)
+        for _ in range(10):
+            many = calls.update_parameters(spec, spec, shapes, torch.float32, **options)
+            calls.assert_same(one, many)

@@ -5,8 +5,9 @@
 //   write     momentum and weight, unless the preconditioned gradient is not finite
 //
 // Layers are read and written in groups that stay in a cache from the one to the other; a group is
-// written in the same breath as the next one is read. P is prepared of all layers first where it is
-// kept for later steps, else of a group a breath before that is read.
+// written in the same round as the next one is read. P is prepared of all layers first where it is
+// kept for later steps, else of a group a round before that is read. Between rounds no thread waits
+// for all others: what a task needs of the round before it is counted.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,6 +23,7 @@
 #include "kernels.h"
 #include "layer_groups.h"
 #include "local_product.h"
+#include "rounds.h"
 #include "shares.h"
 
 namespace singd::cpu {
@@ -69,10 +71,7 @@ class LocalStep {
     writes_.assign(layers_.size(), 1);
     unread_ = std::vector<std::atomic<size_t>>(layers_.size());
     for (size_t i = 0; i < layers_.size(); ++i) unread_[i] = first_read_[i + 1] - first_read_[i];
-    for (int64_t g = -2; g < groups_.count(); ++g) {
-      parallel_over(groups_.at(g), groups_.at(g + 1),
-                    products_ != nullptr ? LayerGroup{} : groups_.at(g + 2));
-    }
+    run_rounds();
     for (size_t i = 0; i < layers_.size(); ++i) updated(i, static_cast<bool>(writes_[i]));
   }
 
@@ -81,13 +80,6 @@ class LocalStep {
     Panel panel;
     double largest = 0;
     T* products = nullptr;  // of a border on the left
-  };
-
-  enum class Phase { kPrepare, kRead, kWrite };
-
-  struct Task {
-    Phase phase;
-    size_t layer, index;
   };
 
   // Elements of a panel: with products two of them fit the first cache, or with blocks on the left,
@@ -253,32 +245,31 @@ class LocalStep {
     }
   }
 
-  T* scratch() const { return memory_ + at::get_thread_num() * scratch_; }
+  T* scratch(size_t thread) const { return memory_ + static_cast<int64_t>(thread) * scratch_; }
 
-  // f(index) for [begin, end) in threads; `elements` is the work of all.
-  template <class Function>
-  static void parallel(size_t begin, size_t end, int64_t elements, Function f) {
-    const int64_t count = static_cast<int64_t>(end - begin);
-    const int64_t grain = std::max<int64_t>(1, count * kGrain / std::max<int64_t>(1, elements));
-    at::parallel_for(0, count, grain, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) f(begin + static_cast<size_t>(i));
-    });
+  // Threads for so much work.
+  static size_t threads(int64_t elements) {
+    return std::min(static_cast<size_t>(at::get_num_threads()),
+                    static_cast<size_t>(elements / kGrain) + 1);
   }
 
-  void prepare(size_t factor) {
+  void prepare(size_t factor, size_t thread) {
     LocalProduct<T>& p = product(factor);
     if (p.kind == LocalKind::kIdentity) return;
     const LocalFactor& of = factors_[factor];
-    kernels_of(layers_[factor / 2]).prepare(p, of.storage, of.size, scratch());
+    kernels_of(layers_[factor / 2]).prepare(p, of.storage, of.size, scratch(thread));
   }
 
   // Products that are kept, which `are_there` from an earlier step or not.
   void prepare_all(bool are_there) {
-    int64_t elements = 0;
-    for (const LocalFactor& factor : factors_) elements += factor.size;
     if (!are_there) {
-      parallel(0, factors_.size(), elements, [&](size_t i) {
-        prepare(i);
+      int64_t numbers = 0;
+      for (const LocalFactor& factor : factors_) numbers += factor.size;
+      Shares<size_t> factors;
+      factors.begin(threads(numbers));
+      factors.add(0, factors_.size(), 0, [](size_t i) { return i; });
+      factors.run([&](size_t i, size_t thread) {
+        prepare(i, thread);
         norms_[i] = product(i).norm;
       });
     }
@@ -291,67 +282,99 @@ class LocalStep {
     return sum;
   }
 
-  // Writes a group, reads the next one and prepares a third, in threads, each of which takes its
-  // share of every layer: the rows that torch's products gave it, so that gradients are where it
-  // wrote them. What takes longest comes first.
-  void parallel_over(const LayerGroup& writes, const LayerGroup& reads,
-                     const LayerGroup& prepares) {
-    int64_t work = elements(writes.begin, writes.end) + elements(reads.begin, reads.end);
-    for (size_t i = 2 * prepares.begin; i < 2 * prepares.end; ++i) work += factors_[i].size;
-    if (work == 0) return;
-    const size_t most = static_cast<size_t>(work / kGrain) + 1;
-    const size_t threads = std::min(static_cast<size_t>(at::get_num_threads()), most);
-    shares_.begin(threads);
-    for (size_t layer = prepares.begin; layer < prepares.end; ++layer) {
-      share_out(Phase::kPrepare, layer, 2 * layer, 2 * layer + 2);
-    }
-    for (size_t layer = writes.begin; layer < writes.end; ++layer) {
-      share_out(Phase::kWrite, layer, first_write_[layer], first_write_[layer + 1]);
-    }
-    for (size_t layer = reads.begin; layer < reads.end; ++layer) {
-      share_out(Phase::kRead, layer, first_read_[layer], first_read_[layer + 1]);
-    }
-    shares_.run([&](const Task& task, size_t) {
-      switch (task.phase) {
-        case Phase::kPrepare:
-          return prepare(task.index);
-        case Phase::kRead:
-          return read(task.layer, read_tasks_[task.index]);
-        case Phase::kWrite:
-          return write(task.layer, write_tasks_[task.index]);
+  // Round r writes group r - 2. Threads take their share of every layer: the rows that torch's
+  // products gave them, so that gradients are where these wrote them. What takes longest comes
+  // first.
+  void run_rounds() {
+    rounds_ = std::vector<Round>(static_cast<size_t>(groups_.count()) + 2);
+    size_t most = 1;
+    for (size_t r = 0; r < rounds_.size(); ++r) most = std::max(most, threads(work_of_round(r)));
+    for (size_t r = 0; r < rounds_.size(); ++r) plan_round(r, most);
+    in_threads(most, [&](size_t thread) {
+      for (size_t r = 0; r < rounds_.size(); ++r) {
+        rounds_[r].work(thread, [&](const Round::Task& task) { perform(task, r, thread); });
       }
     });
   }
 
-  void share_out(Phase phase, size_t layer, size_t begin, size_t end) {
-    shares_.add(begin, end - begin, layer, [&](size_t index) { return Task{phase, layer, index}; });
+  LayerGroup group_to_write(size_t round) const {
+    return groups_.at(static_cast<int64_t>(round) - 2);
+  }
+  LayerGroup group_to_read(size_t round) const {
+    return groups_.at(static_cast<int64_t>(round) - 1);
+  }
+  LayerGroup group_to_prepare(size_t round) const {
+    return products_ != nullptr ? LayerGroup{} : groups_.at(static_cast<int64_t>(round));
   }
 
-  void read(size_t index, Read& task) {
+  int64_t work_of_round(size_t round) const {
+    const LayerGroup writes = group_to_write(round), reads = group_to_read(round);
+    const LayerGroup prepares = group_to_prepare(round);
+    int64_t work = elements(writes.begin, writes.end) + elements(reads.begin, reads.end);
+    for (size_t i = 2 * prepares.begin; i < 2 * prepares.end; ++i) work += factors_[i].size;
+    return work;
+  }
+
+  void plan_round(size_t round, size_t threads) {
+    const LayerGroup writes = group_to_write(round), reads = group_to_read(round);
+    const LayerGroup prepares = group_to_prepare(round);
+    Round& r = rounds_[round];
+    r.begin(threads);
+    for (size_t i = prepares.begin; i < prepares.end; ++i) r.add(kPrepare, i, 2 * i, 2 * i + 2);
+    for (size_t i = writes.begin; i < writes.end; ++i) {
+      r.add(kWrite, i, first_write_[i], first_write_[i + 1]);
+    }
+    for (size_t i = reads.begin; i < reads.end; ++i) {
+      r.add(kRead, i, first_read_[i], first_read_[i + 1]);
+    }
+  }
+
+  // A task may begin when those of the round before are done that make what it takes, or take what
+  // lies where it makes something: layers of a round have the memory of those before (allocate).
+  void perform(const Round::Task& task, size_t round, size_t thread) {
+    const auto wait_for = [&](Phase phase) {
+      if (round > 0) rounds_[round - 1].wait_for(phase);
+    };
+    switch (task.phase) {
+      case kPrepare:
+        wait_for(kWrite);
+        return prepare(task.index, thread);
+      case kRead:
+        wait_for(kPrepare);
+        wait_for(kWrite);
+        return read(task.layer, read_tasks_[task.index], thread);
+      case kWrite:
+        wait_for(kRead);
+        return write(task.layer, write_tasks_[task.index], thread);
+    }
+  }
+
+  void read(size_t index, Read& task, size_t thread) {
     const StepLayer<T>& layer = layers_[index];
     task.largest = layer.left.has_border()
-                       ? kernels_of(layer).thin(layer, task.panel, task.products, scratch())
+                       ? kernels_of(layer).thin(layer, task.panel, task.products, scratch(thread))
                        : kernels_.largest(layer, task.panel);
-    if (--unread_[index] == 0) writes_[index] = finish_read(index);
+    if (--unread_[index] == 0) writes_[index] = finish_read(index, thread);
   }
 
-  void write(size_t layer, const Panel& panel) const {
-    if (writes_[layer]) kernels_of(layers_[layer]).step(layers_[layer], panel, false, scratch());
+  void write(size_t index, const Panel& panel, size_t thread) const {
+    const StepLayer<T>& layer = layers_[index];
+    if (writes_[index]) kernels_of(layer).step(layer, panel, false, scratch(thread));
   }
 
   // Adds up what the tasks of a layer read, in their order; whether it is finite. The thread that
   // read last does it, while others go on.
-  bool finish_read(size_t index) {
+  bool finish_read(size_t index, size_t thread) {
     const StepLayer<T>& layer = layers_[index];
     for (size_t i = first_read_[index] + 1; i < first_read_[index + 1]; ++i) {
       if (layer.left.has_border()) kernels_.add_products(layer, read_tasks_[i].products);
     }
     if (layer.left.has_border()) kernels_of(layer).finish_border(layer);
-    return is_finite(index);
+    return is_finite(index, thread);
   }
 
   // A bound tells, but near overflow, where the products themselves are looked at.
-  bool is_finite(size_t index) {
+  bool is_finite(size_t index, size_t thread) const {
     const StepLayer<T>& layer = layers_[index];
     double largest = 0;
     for (size_t i = first_read_[index]; i < first_read_[index + 1]; ++i) {
@@ -362,11 +385,10 @@ class LocalStep {
         largest * layer.left.norm * layer.right.norm <= limit) {
       return true;
     }
-    std::atomic<bool> finite{true};
-    parallel(first_write_[index], first_write_[index + 1], elements(index, index + 1),
-             [&](size_t i) {
-               if (!kernels_of(layer).step(layer, write_tasks_[i], true, scratch())) finite = false;
-             });
+    bool finite = true;
+    for (size_t i = first_write_[index]; finite && i < first_write_[index + 1]; ++i) {
+      finite = kernels_of(layer).step(layer, write_tasks_[i], true, scratch(thread));
+    }
     return finite;
   }
 
@@ -380,7 +402,7 @@ class LocalStep {
   std::vector<Panel> write_tasks_;
   std::vector<size_t> first_read_, first_write_;  // of every layer, and one past the last
   LayerGroups groups_;
-  Shares<Task> shares_;
+  std::vector<Round> rounds_;
   std::vector<char> writes_;                 // whether a layer is to be written
   std::vector<std::atomic<size_t>> unread_;  // tasks of each layer that are left to be read
   int64_t scratch_ = 0;                      // of one thread

@@ -6,32 +6,33 @@
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
-#include <deque>
 #include <vector>
 
 namespace singd::cpu {
 
+// f(thread) in so many threads, or in fewer of them one after the other.
+template <class Function>
+void in_threads(size_t threads, Function f) {
+  at::parallel_for(0, static_cast<int64_t>(threads), 1, [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; ++t) f(static_cast<size_t>(t));
+  });
+}
+
 template <class Task>
 class Shares {
  public:
-  // For so many threads, without tasks; memory is kept from one use to the next.
-  void begin(size_t threads) {
-    threads_ = threads;
-    shares_.resize(std::max(shares_.size(), threads));
-    for (size_t t = 0; t < threads; ++t) {
-      shares_[t].tasks.clear();
-      shares_[t].next = 0;
-    }
-  }
+  // For so many threads, without tasks.
+  void begin(size_t threads) { shares_ = std::vector<Share>(threads); }
 
   // Tasks [first, first + count), task(index) each. Those of several calls begin their shares in
   // `turn`, so that calls with fewer tasks than threads are spread.
   template <class Function>
   void add(size_t first, size_t count, size_t turn, Function task) {
-    turn %= threads_;
-    for (size_t t = 0; t < threads_; ++t) {
-      const size_t last = first + (count * (t + 1) + turn) / threads_;
-      for (size_t i = first + (count * t + turn) / threads_; i < last; ++i) {
+    const size_t threads = shares_.size();
+    turn %= threads;
+    for (size_t t = 0; t < threads; ++t) {
+      const size_t last = first + (count * (t + 1) + turn) / threads;
+      for (size_t i = first + (count * t + turn) / threads; i < last; ++i) {
         shares_[t].tasks.push_back(task(i));
       }
     }
@@ -43,11 +44,18 @@ class Shares {
   // f(task, thread) for all.
   template <class Function>
   void run(Function f) {
-    at::parallel_for(0, static_cast<int64_t>(threads_), 1, [&](int64_t from, int64_t to) {
-      for (auto t = static_cast<size_t>(from); t < static_cast<size_t>(to); ++t) {
-        for (size_t i = 0; i < threads_; ++i) run(shares_[(t + i) % threads_], t, f);
+    in_threads(shares_.size(), [&](size_t thread) { work(thread, f); });
+  }
+
+  // f(task, thread) for what nobody has taken yet: all are taken then, perhaps not done.
+  template <class Function>
+  void work(size_t thread, Function& f) {
+    for (size_t i = 0; i < shares_.size(); ++i) {
+      Share& share = shares_[(thread + i) % shares_.size()];
+      for (size_t n = share.next++; n < share.tasks.size(); n = share.next++) {
+        f(share.tasks[n], thread);
       }
-    });
+    }
   }
 
  private:
@@ -57,15 +65,7 @@ class Shares {
     std::atomic<size_t> next{0};
   };
 
-  template <class Function>
-  static void run(Share& share, size_t thread, Function& f) {
-    for (size_t i = share.next++; i < share.tasks.size(); i = share.next++) {
-      f(share.tasks[i], thread);
-    }
-  }
-
-  size_t threads_ = 0;
-  std::deque<Share> shares_;
+  std::vector<Share> shares_;
 };
 
 }  // namespace singd::cpu

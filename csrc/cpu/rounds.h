@@ -1,0 +1,54 @@
+// Tasks in rounds, between which no thread waits for all others: what is needed of the round before
+// is counted.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <thread>
+
+#include "shares.h"
+
+namespace singd::cpu {
+
+enum Phase { kPrepare, kRead, kWrite };
+
+class Round {
+ public:
+  struct Task {
+    Phase phase;
+    size_t layer, index;
+  };
+
+  void begin(size_t threads) { shares_.begin(threads); }
+
+  // Tasks [begin, end) of a layer.
+  void add(Phase phase, size_t layer, size_t begin, size_t end) {
+    left_[phase] += end - begin;
+    shares_.add(begin, end - begin, layer, [&](size_t index) { return Task{phase, layer, index}; });
+  }
+
+  // f(task) for all that nobody has taken yet.
+  template <class Function>
+  void work(size_t thread, Function f) {
+    const auto run = [&](const Task& task, size_t) {
+      f(task);
+      left_[task.phase].fetch_sub(1, std::memory_order_acq_rel);
+    };
+    shares_.work(thread, run);
+  }
+
+  // Until all of a phase are done. Those that are not are under way in other threads: whoever waits
+  // has found none that he could take.
+  void wait_for(Phase phase) const {
+    constexpr int kSoon = 1000;
+    for (int tries = 0; left_[phase].load(std::memory_order_acquire) > 0; ++tries) {
+      if (tries > kSoon) std::this_thread::yield();
+    }
+  }
+
+ private:
+  Shares<Task> shares_;
+  std::atomic<size_t> left_[3] = {};  // tasks of every phase that are not done
+};
+
+}  // namespace singd::cpu
