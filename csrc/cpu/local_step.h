@@ -292,7 +292,11 @@ class LocalStep {
     for (size_t r = 0; r < rounds_.size(); ++r) plan_round(r, most);
     in_threads(most, [&](size_t thread) {
       for (size_t r = 0; r < rounds_.size(); ++r) {
-        rounds_[r].work(thread, [&](const Round::Task& task) { perform(task, r, thread); });
+        rounds_[r].work(
+            thread, [&](const Round::Task& task) { perform(task, r, thread); },
+            [&](const Round::Task& task, size_t count) {
+              if (task.phase == kRead) count_read(task.layer, count, thread);
+            });
       }
     });
   }
@@ -354,7 +358,11 @@ class LocalStep {
     task.largest = layer.left.has_border()
                        ? kernels_of(layer).thin(layer, task.panel, task.products, scratch(thread))
                        : kernels_.largest(layer, task.panel);
-    if (--unread_[index] == 0) writes_[index] = finish_read(index, thread);
+  }
+
+  // So many tasks of a layer have been read.
+  void count_read(size_t index, size_t count, size_t thread) {
+    if ((unread_[index] -= count) == 0) writes_[index] = finish_read(index, thread);
   }
 
   void write(size_t index, const Panel& panel, size_t thread) const {

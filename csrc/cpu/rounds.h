@@ -27,14 +27,26 @@ class Round {
     shares_.add(begin, end - begin, layer, [&](size_t index) { return Task{phase, layer, index}; });
   }
 
-  // f(task) for all that nobody has taken yet.
-  template <class Function>
-  void work(size_t thread, Function f) {
-    const auto run = [&](const Task& task, size_t) {
-      f(task);
-      left_[task.phase].fetch_sub(1, std::memory_order_acq_rel);
+  // run(task) for all that nobody has taken yet, and done(task, count) after so many of the same
+  // phase and layer: what all threads count in is touched as seldom as that.
+  template <class Run, class Done>
+  void work(size_t thread, Run run, Done done) {
+    Task last{};
+    size_t count = 0;
+    const auto settle = [&] {
+      if (count == 0) return;
+      done(last, count);
+      left_[last.phase].fetch_sub(count, std::memory_order_acq_rel);
+      count = 0;
     };
-    shares_.work(thread, run);
+    const auto run_one = [&](const Task& task, size_t) {
+      if (task.phase != last.phase || task.layer != last.layer) settle();
+      run(task);
+      last = task;
+      ++count;
+    };
+    shares_.work(thread, run_one);
+    settle();
   }
 
   // Until all of a phase are done. Those that are not are under way in other threads: whoever waits
@@ -48,7 +60,7 @@ class Round {
 
  private:
   Shares<Task> shares_;
-  std::atomic<size_t> left_[3] = {};  // tasks of every phase that are not done
+  alignas(64) std::atomic<size_t> left_[3] = {};  // tasks of every phase that are not done
 };
 
 }  // namespace singd::cpu

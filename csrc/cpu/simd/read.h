@@ -240,11 +240,12 @@ double thin_products(const StepLayer<T>& layer, const Panel& panel, T* products,
 
 template <class T>
 void add_products(const StepLayer<T>& layer, const T* products) {
+  const int64_t count = padded(layer.columns), stride = spaced(layer.columns);
   for (int64_t r = 0; r < layer.left.border(); ++r) {
-    const T* from = products + r * spaced(layer.columns);
-    T* to = layer.border_products + r * spaced(layer.columns);
+    const T* from = products + r * stride;
+    T* to = layer.border_products + r * stride;
 #pragma GCC ivdep
-    for (int64_t j = 0; j < padded(layer.columns); ++j) to[j] += from[j];
+    for (int64_t j = 0; j < count; ++j) to[j] += from[j];
   }
 }
 
