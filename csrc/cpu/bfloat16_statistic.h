@@ -93,7 +93,7 @@ class Bfloat16Statistic {
     const int64_t d = layout_.dim, end = std::min(d, begin + kStrip), width = padded(d - begin);
     float* sums = thread_scratch<float, Sums>((end - begin) * width);
     std::fill_n(sums, (end - begin) * width, 0.0f);
-    gram_rows_(y, d, begin, end, sums, thread_scratch<float>(kChunkDepth * (width + kPadding)));
+    gram_rows_(y, d, begin, end, sums, thread_scratch<float>(kChunkDepth * spaced(d - begin)));
     if (diagonals != nullptr) std::fill_n(diagonals, d, 0.0f);
     for (int64_t i = begin; i < end; ++i) {
       plain_.add(sums + (i - begin) * (width + 1), d - i,

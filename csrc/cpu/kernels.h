@@ -188,7 +188,7 @@ struct GramKernels {
 };
 
 // Rows [begin, end) of X^T X, of padded(dim - begin) numbers each, those from the diagonal on;
-// scratch: kChunkDepth rows of padded(dim - begin) + kPadding.
+// scratch: kChunkDepth rows of spaced(dim - begin).
 using GramRows = void(const RowsView& rows, int64_t dim, int64_t begin, int64_t end, float* sums,
                       float* scratch);
 

@@ -13,6 +13,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <limits>
 #include <type_traits>
@@ -301,27 +302,22 @@ class LocalStep {
     });
   }
 
-  LayerGroup group_to_write(size_t round) const {
-    return groups_.at(static_cast<int64_t>(round) - 2);
-  }
-  LayerGroup group_to_read(size_t round) const {
-    return groups_.at(static_cast<int64_t>(round) - 1);
-  }
-  LayerGroup group_to_prepare(size_t round) const {
-    return products_ != nullptr ? LayerGroup{} : groups_.at(static_cast<int64_t>(round));
+  // The groups that a round writes, reads and prepares.
+  std::array<LayerGroup, 3> groups_of(size_t round) const {
+    const auto r = static_cast<int64_t>(round);
+    const bool kept = products_ != nullptr;
+    return {groups_.at(r - 2), groups_.at(r - 1), kept ? LayerGroup{} : groups_.at(r)};
   }
 
   int64_t work_of_round(size_t round) const {
-    const LayerGroup writes = group_to_write(round), reads = group_to_read(round);
-    const LayerGroup prepares = group_to_prepare(round);
+    const auto [writes, reads, prepares] = groups_of(round);
     int64_t work = elements(writes.begin, writes.end) + elements(reads.begin, reads.end);
     for (size_t i = 2 * prepares.begin; i < 2 * prepares.end; ++i) work += factors_[i].size;
     return work;
   }
 
   void plan_round(size_t round, size_t threads) {
-    const LayerGroup writes = group_to_write(round), reads = group_to_read(round);
-    const LayerGroup prepares = group_to_prepare(round);
+    const auto [writes, reads, prepares] = groups_of(round);
     Round& r = rounds_[round];
     r.begin(threads);
     for (size_t i = prepares.begin; i < prepares.end; ++i) r.add(kPrepare, i, 2 * i, 2 * i + 2);

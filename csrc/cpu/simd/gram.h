@@ -301,7 +301,7 @@ void block_statistic(const RowsView& rows, const Layout& layout, const Panel& wh
   In* x = as<In>(scratch);
   for_each_chunk<In>(part.row_begin, part.row_end, [&](int64_t first, int64_t count) {
     for_each_panel(part, k, [&](int64_t begin, int64_t end) {
-      const int64_t stride = padded(end - begin) + kPadding;
+      const int64_t stride = spaced(end - begin);
       const int64_t last = smaller(begin + padded(end - begin), layout.dim);
       bring_rows(rows, first, count, begin, last, x, stride, stride);
       fill_tiles(x, depth_of<In>(count), stride);
@@ -338,7 +338,7 @@ void border_statistic(const RowsView& rows, const Layout& layout, const T* given
     }
     const In* left = given == nullptr ? e : as<In>(given + first * thin);
     for_each_panel(part, 1, [&](int64_t begin, int64_t end) {
-      const int64_t width = padded(end - begin), stride = width + kPadding;
+      const int64_t width = padded(end - begin), stride = spaced(end - begin);
       bring_rows(rows, first, count, begin, end, x, stride, width);
       fill_tiles(x, depth, stride);
       add_border(b, width, depth, left, thin, x, stride, sums + begin, wide);
@@ -351,7 +351,7 @@ void border_statistic(const RowsView& rows, const Layout& layout, const T* given
 // Rows [begin, end) of X^T X, of padded(dim - begin) numbers each, those from the diagonal on.
 inline void gram_rows(const RowsView& rows, int64_t dim, int64_t begin, int64_t end, float* sums,
                       float* scratch) {
-  const int64_t width = padded(dim - begin), stride = width + kPadding;
+  const int64_t width = padded(dim - begin), stride = spaced(dim - begin);
   auto* x = as<Pair>(scratch);
   for_each_chunk<Pair>(0, rows.count, [&](int64_t first, int64_t count) {
     const int64_t depth = depth_of<Pair>(count);

@@ -30,7 +30,7 @@ SINGD_INLINE void multiply_tile(int64_t depth, const Operand<In>& a, const In* b
   constexpr bool kLarge = 2 * kRows * kVectors >= SINGD_TILE_ROWS * SINGD_TILE_VECTORS;
   int64_t asked = 0;
   const int64_t lines = kLarge && ahead != nullptr ? ahead->lines() : 0;
-  while (asked < lines - depth) ahead->ask_for_line(asked++);
+  while (asked < lines - depth) ahead->ask_for_line(asked++);  // more than there are terms
   Vector<T> sums[kRows][kVectors];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
