@@ -70,8 +70,21 @@ class KeptTensor {
   at::Tensor tensor_;
 };
 
+// A number as a tensor on the CPU, which a call reads before it returns.
+class KeptNumber {
+ public:
+  const at::Tensor& set(double number) {
+    *tensor_.of(1, c10::kCPU).mutable_data_ptr<double>() = number;
+    return tensor_.tensor();
+  }
+
+ private:
+  KeptTensor tensor_{at::kDouble};
+};
+
 struct CallMemory {
   KeptTensor workspace{at::kByte};  // of both: they follow one another
+  KeptNumber lr, lr_cov;
   KeptTensor factor_outcomes{at::kLong}, parameter_outcomes{at::kLong};
 
   // Where the CPU keeps K K^T and C C^T of sparse factors from one step to the next: empty, if K

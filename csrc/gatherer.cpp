@@ -212,6 +212,8 @@ py::list Gatherer::look_around() {
 
 StepArguments Gatherer::step_of(int index, const KnownOptions& options, bool factors_are_due) {
   StepArguments arguments(operators_);
+  arguments.reserve(layers_.size());
+  if (factors_are_due) arguments.factors.reserve(layers_.size());
   for (const auto& layer : layers_) {
     if (layer->group != index) continue;
     const bool unused = is_unused(*layer);

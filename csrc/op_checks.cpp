@@ -62,7 +62,9 @@ void check_outcomes(const char* op, const at::Tensor& outcomes, size_t layers) {
 double checked_scalar(const char* op, const char* name, const at::Tensor& scalar) {
   TORCH_CHECK_VALUE(scalar.numel() == 1, "singd_ext::", op, ": ", name,
                     " must hold one number, but has shape ", scalar.sizes());
-  return scalar.item().toDouble();
+  // What `item` does, without torch's way to it, which is cold in a step.
+  const bool is_here = scalar.is_cpu() && scalar.scalar_type() == at::kDouble;
+  return is_here ? *scalar.const_data_ptr<double>() : scalar.item().toDouble();
 }
 
 Scaler checked_scaler(const char* op, const std::optional<at::Tensor>& grad_scale,

@@ -2,7 +2,6 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros_like.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -95,12 +94,12 @@ FactorReport update_factors(StepArguments& step, CallMemory& memory, double lr_c
     const at::AutoDispatchBelowADInplaceOrView guard;
     a.operators->update_factors_.call(
         a.K, a.C, a.m_K, a.m_C, a.rejected, a.statistic_K, a.statistic_C, a.scale_K, a.scale_C,
-        a.dim_K, a.dim_C, any.structure_K, any.structure_C, at::scalar_tensor(lr_cov, at::kDouble),
-        damping, alpha1, kfac_like, normalize_lr_cov, expm_order, step_cap, outcomes,
+        a.dim_K, a.dim_C, any.structure_K, any.structure_C, memory.lr_cov.set(lr_cov), damping,
+        alpha1, kfac_like, normalize_lr_cov, expm_order, step_cap, outcomes,
         memory.workspace.on(device), grad_scale, found_inf, array(rounding_key));
   }
   note_changes({&a.K, &a.C, &a.m_K, &a.m_C});
-  a.forget_statistics();
+  a.release();
   if (a.unseen.empty() && are_uneventful(outcomes)) return std::nullopt;
   return FactorReport({outcomes, a.unseen});
 }
@@ -125,9 +124,9 @@ std::optional<at::Tensor> preconditioned_update(
     a.operators->preconditioned_update_.call(
         a.weight, a.bias, a.momentum_weight, a.momentum_bias, a.skipped, a.grad_weight, a.grad_bias,
         a.K, a.C, P_K, P_C, any.structure_K, any.structure_C,
-        number != nullptr ? at::scalar_tensor(*number, at::kDouble) : std::get<at::Tensor>(lr),
-        momentum, weight_decay, outcomes, memory.workspace.on(device), products, grad_scale,
-        found_inf, array(rounding_key));
+        number != nullptr ? memory.lr.set(*number) : std::get<at::Tensor>(lr), momentum,
+        weight_decay, outcomes, memory.workspace.on(device), products, grad_scale, found_inf,
+        array(rounding_key));
   }
   note_changes({&a.weight, &a.bias, &a.momentum_weight, &a.momentum_bias});
   if (are_uneventful(outcomes)) return std::nullopt;
@@ -175,10 +174,18 @@ void FactorArguments::add(const std::shared_ptr<KnownLayer>& layer, bool has_mom
   dim_C.push_back(layer->dim_C);
 }
 
-void FactorArguments::forget_statistics() {
+void FactorArguments::reserve(size_t count) {
+  layers.reserve(count);
+  all.reserve(count);
+  for (auto* list : {&K, &C, &m_K, &m_C, &rejected, &statistic_K, &statistic_C}) {
+    list->reserve(count);
+  }
+}
+
+// Here first: Python's object of a tensor that C++ holds too would be kept for it.
+void FactorArguments::release() {
+  for (auto* list : {&K, &C, &m_K, &m_C, &rejected, &statistic_K, &statistic_C}) list->clear();
   for (const auto& layer : all) layer->forget_statistics();
-  statistic_K.clear();
-  statistic_C.clear();
 }
 
 bool is_unused(const KnownLayer& layer) {
@@ -186,6 +193,14 @@ bool is_unused(const KnownLayer& layer) {
     if (parameter.get().grad().defined()) return false;
   }
   return true;
+}
+
+void StepArguments::reserve(size_t count) {
+  layers.reserve(count);
+  for (auto* list : {&K, &C, &weight, &bias, &momentum_weight, &momentum_bias, &skipped,
+                     &grad_weight, &grad_bias}) {
+    list->reserve(count);
+  }
 }
 
 void StepArguments::add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta) {

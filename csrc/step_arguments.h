@@ -39,8 +39,10 @@ struct FactorArguments : LayerLists {
 
   using LayerLists::LayerLists;
   void add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta);
-  // Lets the statistics of all go, from the state and from here.
-  void forget_statistics();
+  // For so many layers.
+  void reserve(size_t count);
+  // Lets all tensors go, while a cache has them, and the statistics from the state too.
+  void release();
 };
 
 // The lists of `preconditioned_update_`, of layers that have a gradient.
@@ -52,6 +54,8 @@ struct StepArguments : LayerLists {
 
   explicit StepArguments(const std::shared_ptr<const Operators>& called)
       : LayerLists(called), factors(called) {}
+  // For so many layers.
+  void reserve(size_t count);
   // Not without a gradient. Throws if the gradients are not what a step needs.
   void add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta);
   // Those of one layer.

@@ -78,8 +78,9 @@ class Bfloat16Statistic {
     const int64_t d = layout_.dim, strips = (d + kStrip - 1) / kStrip;
     float* diagonals = is_toeplitz() ? thread_scratch<float, Diagonals>(strips * d) : nullptr;
     Shares<int64_t> shares;
-    shares.begin(static_cast<size_t>(std::min<int64_t>(strips, at::get_num_threads())));
-    shares.add(0, static_cast<size_t>(strips), 0, [](size_t i) { return static_cast<int64_t>(i); });
+    const auto count = static_cast<size_t>(strips);
+    shares.begin(std::min(count, static_cast<size_t>(at::get_num_threads())), count);
+    shares.add(0, count, 0, [](size_t i) { return static_cast<int64_t>(i); });
     shares.run([&](int64_t i, size_t) {
       add_strip(view, i * kStrip, is_toeplitz() ? diagonals + i * d : nullptr);
     });

@@ -37,6 +37,12 @@ class LocalStep {
   LocalStep(at::Tensor& workspace, at::Tensor* products)
       : workspace_(workspace), products_(products) {}
 
+  // For so many layers.
+  void reserve(size_t layers) {
+    layers_.reserve(layers);
+    factors_.reserve(2 * layers);
+  }
+
   // Adds a layer and its factors C and K; without them its gradient is taken as it is.
   void add(StepLayer<T> layer, const LocalFactor& left = {}, const LocalFactor& right = {}) {
     for (const auto& [product, factor] :
@@ -267,7 +273,7 @@ class LocalStep {
       int64_t numbers = 0;
       for (const LocalFactor& factor : factors_) numbers += factor.size;
       Shares<size_t> factors;
-      factors.begin(threads(numbers));
+      factors.begin(threads(numbers), factors_.size());
       factors.add(0, factors_.size(), 0, [](size_t i) { return i; });
       factors.run([&](size_t i, size_t thread) {
         prepare(i, thread);
@@ -318,8 +324,11 @@ class LocalStep {
 
   void plan_round(size_t round, size_t threads) {
     const auto [writes, reads, prepares] = groups_of(round);
+    const size_t tasks = 2 * (prepares.end - prepares.begin) +
+                         (first_write_[writes.end] - first_write_[writes.begin]) +
+                         (first_read_[reads.end] - first_read_[reads.begin]);
     Round& r = rounds_[round];
-    r.begin(threads);
+    r.begin(threads, tasks);
     for (size_t i = prepares.begin; i < prepares.end; ++i) r.add(kPrepare, i, 2 * i, 2 * i + 2);
     for (size_t i = writes.begin; i < writes.end; ++i) {
       r.add(kWrite, i, first_write_[i], first_write_[i + 1]);

@@ -215,8 +215,11 @@ void update_layers(const std::vector<LayerStep>& layers, const Options& options,
                    const RoundingKey& key, at::Tensor& workspace, at::Tensor* products,
                    Function report) {
   LocalStep<T> local(workspace, products);
+  local.reserve(layers.size());
   std::vector<std::vector<Staged>> staged;
   std::vector<size_t> indices;
+  staged.reserve(layers.size());
+  indices.reserve(layers.size());
   at::Tensor matrices;
   for (size_t i = 0; i < layers.size(); ++i) {
     const LayerStep& layer = layers[i];
@@ -273,11 +276,12 @@ void preconditioned_update_(at::TensorList weight, at::TensorList bias,
   // Those that are kept must be of one type throughout, so that their size tells whose they are.
   const auto is_double = [](const LayerStep& layer) { return step_type(layer) == at::kDouble; };
   const auto doubles = std::count_if(layers.begin(), layers.end(), is_double);
-  const bool mixed = doubles != 0 && doubles != static_cast<int64_t>(layers.size());
+  const bool has_doubles = doubles > 0;
+  const bool has_floats = doubles < static_cast<int64_t>(layers.size());
   at::Tensor memory = products.value_or(at::Tensor());
-  at::Tensor* kept = mixed || !products.has_value() ? nullptr : &memory;
-  update_layers<float>(layers, options, key, workspace, kept, report);
-  update_layers<double>(layers, options, key, workspace, kept, report);
+  at::Tensor* kept = (has_doubles && has_floats) || !products.has_value() ? nullptr : &memory;
+  if (has_floats) update_layers<float>(layers, options, key, workspace, kept, report);
+  if (has_doubles) update_layers<double>(layers, options, key, workspace, kept, report);
 }
 
 }  // namespace

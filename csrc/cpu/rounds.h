@@ -19,7 +19,8 @@ class Round {
     size_t layer, index;
   };
 
-  void begin(size_t threads) { shares_.begin(threads); }
+  // For so many threads, about so many tasks.
+  void begin(size_t threads, size_t tasks) { shares_.begin(threads, tasks); }
 
   // Tasks [begin, end) of a layer.
   void add(Phase phase, size_t layer, size_t begin, size_t end) {

@@ -21,8 +21,11 @@ void in_threads(size_t threads, Function f) {
 template <class Task>
 class Shares {
  public:
-  // For so many threads, without tasks.
-  void begin(size_t threads) { shares_ = std::vector<Share>(threads); }
+  // For so many threads, without tasks; about so many will come.
+  void begin(size_t threads, size_t tasks) {
+    shares_ = std::vector<Share>(threads);
+    for (Share& share : shares_) share.tasks.reserve(tasks / threads + kMore);
+  }
 
   // Tasks [first, first + count), task(index) each. Those of several calls begin their shares in
   // `turn`, so that calls with fewer tasks than threads are spread.
@@ -64,6 +67,8 @@ class Shares {
     std::vector<Task> tasks;
     std::atomic<size_t> next{0};
   };
+
+  static constexpr size_t kMore = 8;  // of one share than of others
 
   std::vector<Share> shares_;
 };
