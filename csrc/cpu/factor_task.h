@@ -23,9 +23,9 @@ struct FactorTask {
   Array gram;
   bool is_added_up = false;  // H and Pi(K^T K), with their scales and weights, in the place of H
   double update_scale = 1;   // of the update in `gram`: K + update_scale gram is the next K
-  Array next_factor, next_momentum;  // local products: the candidates as they would be stored
   double mean_trace_h = 0, mean_trace_gram = 0;
   double momentum_norm = 0;             // at least the spectral norm of the new momentum
+  double beta1 = 0;                     // the step of K
   bool finite = false, capped = false;  // of the candidates
 };
 
@@ -71,16 +71,20 @@ inline int64_t factor_scratch(const Layout& layout) {
 struct FactorKernels {
   // Of a diagonal, block-diagonal or bordered factor: K, H, Pi(K^T K) and the mean traces.
   void (*curvature)(FactorTask& task, void* scratch);
-  // And the candidates; `partner` is the layer's other factor.
-  void (*candidate)(FactorTask& task, const FactorTask& partner, const FactorOptions& options,
-                    void* scratch);
+  // Then the new momentum and beta1; `partner` is the layer's other factor.
+  void (*local_momentum)(FactorTask& task, const FactorTask& partner, const FactorOptions& options,
+                         void* scratch);
+  // Then the candidates of both: to the state, or only looked at, whether they are finite as they
+  // would be stored.
+  bool (*local_candidates)(const FactorTask& task, const FactorOptions& options, bool commit,
+                           void* scratch);
   // Rows [begin, end) of storage_rows of any factor: the new momentum from H and Pi(K^T K), in the
   // place of H, and what these rows add up to; all of sums.columns is written.
   void (*momentum)(const FactorTask& task, const FactorTask& partner, const FactorOptions& options,
                    int64_t begin, int64_t end, MomentumSums& sums);
   // beta1 for the momentum whose parts have these sums, and its norm.
-  double (*step_size)(FactorTask& task, const MomentumSums* parts, int64_t count,
-                      const FactorOptions& options);
+  void (*step_size)(FactorTask& task, const MomentumSums* parts, int64_t count,
+                    const FactorOptions& options);
   // Slots [begin, end) of an array, times `scale`, in another one.
   void (*copy)(ConstArray from, double scale, int64_t begin, int64_t end, const Array& to);
   // The candidates of slots [begin, end), from the new momentum and the update of K: whether they

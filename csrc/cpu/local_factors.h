@@ -1,16 +1,15 @@
 // update_factors_ for layers whose two factors have local products: each layer in one thread, whose
 // caches have all of it from the first to the last of
 //
-//   curvature   H, Pi(K^T K) and their traces of both factors
-//   candidate   the new momenta and factors as they would be stored, and whether they are finite
-//   commit      where all four are finite
+//   curvature    H, Pi(K^T K) and their traces of both factors
+//   momentum     the new momenta, and how far the factors step
+//   candidates   of factors and momenta, to the state where all four are finite
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cstring>
-#include <numeric>
+#include <cmath>
 #include <vector>
 
 #include "arena.h"
@@ -21,31 +20,27 @@ namespace singd::cpu {
 
 // Memory of one task; all of it is behind its arena.
 inline void allocate_task(FactorTask& task, Arena& arena) {
-  const auto take = [&](Scalar type) -> void* {
-    return arena.take<std::byte>((task.size + kPadding) * size_of(type));
-  };
   // Rows of blocks and borders are padded.
   const Layout& layout = task.layout;
   const int64_t blocks = layout.dim * padded(layout.block);
-  const int64_t border = (layout.head + layout.tail) * padded(layout.dim);
+  const int64_t border = (layout.head + layout.tail + 1) * padded(layout.dim);
   const int64_t numbers = std::max({task.size, blocks, border}) + kPadding;
   const int64_t bytes = numbers * size_of(task.statistic.type);
   for (void** memory : {&task.k, &task.h}) *memory = arena.take<std::byte>(bytes);
   task.gram = {arena.take<std::byte>(bytes), task.statistic.type};
-  task.next_factor = {take(task.factor.type), task.factor.type};
-  const Scalar momentum = task.momentum.data != nullptr ? task.momentum.type : task.factor.type;
-  // The new momentum is where it is made, unless it has to be converted or is in padded rows.
-  const bool is_there = momentum == task.statistic.type && layout.family != Family::kBlockDiagonal;
-  task.next_momentum = {is_there ? task.h : take(momentum), momentum};
 }
 
-// The candidates take the place of the old state.
-inline void commit_task(const FactorTask& task) {
-  const auto copy = [&](const Array& to, const Array& from) {
-    std::memcpy(to.data, from.data, static_cast<size_t>(task.size * size_of(to.type)));
-  };
-  copy(task.factor, task.next_factor);
-  if (task.momentum.data != nullptr) copy(task.momentum, task.next_momentum);
+// Whether the norms alone say that no candidate overflows as it is stored, which saves a look at
+// all of them: no entry of K exceeds ||K||_F, none of m ||m||, none of K m their product, and none
+// of K E ||K||_F (x + x^2 / 2) with x = beta1 ||m||. Rounding does not matter that far from
+// overflow. NaN is not below any limit.
+inline bool is_surely_finite(const FactorTask& task) {
+  const Scalar momentum = task.momentum.data != nullptr ? task.momentum.type : task.factor.type;
+  const bool in_float16 = Scalar::kFloat16 == task.factor.type || Scalar::kFloat16 == momentum;
+  const double limit = in_float16 ? 1e3 : 1e35;
+  const double m = task.momentum_norm, x = std::abs(task.beta1) * m;
+  const double k = std::sqrt(task.mean_trace_gram * static_cast<double>(task.layout.dim));
+  return m < limit && k * m < limit && k * (1 + x + x * x / 2) < limit;
 }
 
 // Two tasks a layer: K's and C's.
@@ -54,9 +49,10 @@ class LocalFactors {
   LocalFactors(at::Tensor& workspace, const FactorOptions& options)
       : workspace_(workspace), options_(options) {}
 
-  void run(std::vector<FactorTask>& tasks) {
-    if (tasks.empty()) return;
-    const int64_t threads = share_out(tasks);
+  // These layers of the tasks.
+  void run(std::vector<FactorTask>& tasks, std::vector<size_t> layers) {
+    if (layers.empty()) return;
+    const int64_t threads = share_out(tasks, layers);
     std::byte* memory = nullptr;
     Arena::run(workspace_,
                [&](Arena& arena) { memory = arena.take<std::byte>(threads * needed_); });
@@ -82,20 +78,17 @@ class LocalFactors {
 
   // The largest layers first, each to the thread that has least so far: the same in every step, but
   // for the last ones, which go to whoever is done. Returns how many threads there are.
-  int64_t share_out(std::vector<FactorTask>& tasks) {
-    const size_t layers = tasks.size() / 2;
+  int64_t share_out(std::vector<FactorTask>& tasks, std::vector<size_t>& layers) {
     const auto size = [&](size_t i) { return tasks[2 * i].size + tasks[2 * i + 1].size; };
-    std::vector<size_t> order(layers);
-    std::iota(order.begin(), order.end(), size_t{0});
-    std::stable_sort(order.begin(), order.end(),
+    std::stable_sort(layers.begin(), layers.end(),
                      [&](size_t a, size_t b) { return size(a) > size(b); });
     int64_t all = 0;
-    for (size_t i = 0; i < layers; ++i) all += size(i);
-    const int64_t most = std::min<int64_t>(layers, at::get_num_threads());
+    for (const size_t i : layers) all += size(i);
+    const int64_t most = std::min<int64_t>(layers.size(), at::get_num_threads());
     const int64_t threads = std::clamp<int64_t>(all / kGrain, 1, most);
-    shares_.begin(static_cast<size_t>(threads));
+    shares_.begin(static_cast<size_t>(threads), layers.size());
     std::vector<int64_t> load(threads);
-    for (const size_t i : order) {
+    for (const size_t i : layers) {
       const auto share = std::min_element(load.begin(), load.end()) - load.begin();
       shares_.give(static_cast<size_t>(share), i);
       load[share] += size(i);
@@ -110,13 +103,19 @@ class LocalFactors {
     const auto kernels_of = [](const FactorTask& task) -> const FactorKernels& {
       return kernels().factors(task.statistic.type);
     };
+    const auto candidates = [&](FactorTask& task, bool commit) {
+      return kernels_of(task).local_candidates(task, options_, commit, scratch);
+    };
     kernels_of(k).curvature(k, scratch);
     kernels_of(c).curvature(c, scratch);
-    kernels_of(k).candidate(k, c, options_, scratch);
-    kernels_of(c).candidate(c, k, options_, scratch);
+    kernels_of(k).local_momentum(k, c, options_, scratch);
+    kernels_of(c).local_momentum(c, k, options_, scratch);
+    for (FactorTask* task : {&k, &c}) {
+      task->finite = is_surely_finite(*task) || candidates(*task, false);
+    }
     if (!k.finite || !c.finite) return;
-    commit_task(k);
-    commit_task(c);
+    candidates(k, true);
+    candidates(c, true);
   }
 
   at::Tensor& workspace_;

@@ -12,6 +12,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <utility>
 #include <vector>
 
 #include "../call_checks.h"
@@ -50,24 +51,19 @@ Outcome outcome_of(const FactorTask& k, const FactorTask& c) {
 
 // Two tasks a layer; report(layer, outcome) for every layer.
 template <class Function>
-void update_layers(const std::vector<FactorTask>& tasks, const FactorOptions& options,
+void update_layers(std::vector<FactorTask>& tasks, const FactorOptions& options,
                    at::Tensor& workspace, Function report) {
-  std::vector<FactorTask> local;
-  std::vector<size_t> local_layers;
+  std::vector<size_t> local;
+  local.reserve(tasks.size() / 2);
   for (size_t i = 0; i < tasks.size(); i += 2) {
     if (has_local_products(tasks[i].layout) && has_local_products(tasks[i + 1].layout)) {
-      local.insert(local.end(), {tasks[i], tasks[i + 1]});
-      local_layers.push_back(i / 2);
-      continue;
+      local.push_back(i / 2);
+    } else {
+      WholeFactors(workspace, options).run(tasks[i], tasks[i + 1]);
     }
-    FactorTask k = tasks[i], c = tasks[i + 1];
-    WholeFactors(workspace, options).run(k, c);
-    report(i / 2, outcome_of(k, c));
   }
-  LocalFactors(workspace, options).run(local);
-  for (size_t i = 0; i < local_layers.size(); ++i) {
-    report(local_layers[i], outcome_of(local[2 * i], local[2 * i + 1]));
-  }
+  LocalFactors(workspace, options).run(tasks, std::move(local));
+  for (size_t i = 0; i < tasks.size(); i += 2) report(i / 2, outcome_of(tasks[i], tasks[i + 1]));
 }
 
 void update_factors_(at::TensorList K, at::TensorList C, at::TensorList m_K, at::TensorList m_C,

@@ -146,25 +146,17 @@ class WholeFactors {
   // As in simd/candidates.h.
   void candidate(FactorTask& task, const FactorTask& partner) {
     if (has_local_products(task.layout)) {
-      return kernels_of(task).candidate(task, partner, options_, scratch_);
+      kernels_of(task).local_momentum(task, partner, options_, scratch_);
+      task.finite = is_surely_finite(task) || local_candidates(task, false);
+      return;
     }
-    const double beta = momentum(task, partner);
-    dispatch(task,
-             [&](const auto& family, auto, auto p) { update<decltype(p)>(family, task, beta); });
-    task.finite = is_surely_finite(task, beta) || has_finite_candidates(task);
+    momentum(task, partner);
+    dispatch(task, [&](const auto& family, auto, auto p) { update<decltype(p)>(family, task); });
+    task.finite = is_surely_finite(task) || has_finite_candidates(task);
   }
 
-  // Whether the norms alone say that no candidate overflows as it is stored, which saves a look at
-  // all of them: no entry of K exceeds ||K||_F, none of m ||m||, none of K m their product, and
-  // none of K E ||K||_F (x + x^2 / 2) with x = beta1 ||m||. Rounding does not matter that far from
-  // overflow. NaN is not below any limit.
-  static bool is_surely_finite(const FactorTask& task, double beta) {
-    const Scalar momentum = task.momentum.data != nullptr ? task.momentum.type : task.factor.type;
-    const bool in_float16 = Scalar::kFloat16 == task.factor.type || Scalar::kFloat16 == momentum;
-    const double limit = in_float16 ? 1e3 : 1e35;
-    const double m = task.momentum_norm, x = std::abs(beta) * m;
-    const double k = std::sqrt(task.mean_trace_gram * static_cast<double>(task.layout.dim));
-    return m < limit && k * m < limit && k * (1 + x + x * x / 2) < limit;
+  bool local_candidates(const FactorTask& task, bool commit) const {
+    return kernels_of(task).local_candidates(task, options_, commit, scratch_);
   }
 
   static bool has_finite_candidates(const FactorTask& task) {
@@ -175,8 +167,8 @@ class WholeFactors {
     return finite;
   }
 
-  // The new momentum; returns beta1. The parts do not depend on the threads, so sums do not either.
-  double momentum(FactorTask& task, const FactorTask& partner) {
+  // The new momentum and beta1. The parts do not depend on the threads, so sums do not either.
+  void momentum(FactorTask& task, const FactorTask& partner) {
     const int64_t parts = parts_of(task), rows = storage_rows(task.layout);
     std::vector<MomentumSums> sums(static_cast<size_t>(parts));
     AtenMath::parallel_for(parts, task.size / parts, [&](int64_t begin, int64_t end) {
@@ -187,21 +179,21 @@ class WholeFactors {
                                   part);
       }
     });
-    return kernels_of(task).step_size(task, sums.data(), parts, options_);
+    kernels_of(task).step_size(task, sums.data(), parts, options_);
   }
 
   // K E for E = Expm(-beta m) - I, truncated, where Pi(K^T K) was. Of order 1 it is K m, whose
   // scale is left to the end, if m is in the type of products.
   template <class P, class FamilyT>
-  void update(const FamilyT& family, FactorTask& task, double beta) {
+  void update(const FamilyT& family, FactorTask& task) {
     const P* k = static_cast<const P*>(task.k);
     P* product = static_cast<P*>(task.gram.data);
     if (options_.expm_order == 1 && task.gram.type == task.statistic.type) {
-      task.update_scale = -beta;
+      task.update_scale = -task.beta1;
       return family.template product<AtenMath, P>(k, static_cast<const P*>(task.h), product);
     }
     P *e = reinterpret_cast<P*>(scratch_), *square = e + task.size;
-    copy(task, {task.h, task.statistic.type}, -beta, {e, task.gram.type});
+    copy(task, {task.h, task.statistic.type}, -task.beta1, {e, task.gram.type});
     if (options_.expm_order == 2) {
       family.template product<AtenMath, P>(e, e, square);
       AtenMath::add_scaled(square, task.size, 0.5, e);
@@ -209,8 +201,11 @@ class WholeFactors {
     family.template product<AtenMath, P>(k, e, product);
   }
 
-  static void commit(const FactorTask& task) {
-    if (has_local_products(task.layout)) return commit_task(task);
+  void commit(const FactorTask& task) const {
+    if (has_local_products(task.layout)) {
+      local_candidates(task, true);
+      return;
+    }
     parallel(task, [&](int64_t begin, int64_t end) { kernels_of(task).commit(task, begin, end); });
   }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 
 namespace {
 struct Counts {
@@ -121,7 +122,9 @@ Counts update(const std::string& spec, int64_t d, int64_t layers = 1) {
   }
   at::Tensor workspace;
   counts = {};
-  LocalFactors(workspace, {1e-3, 0.1, 0.5, 1e9, false, false, 1}).run(tasks);
+  std::vector<std::size_t> all(static_cast<std::size_t>(layers));
+  std::iota(all.begin(), all.end(), std::size_t{0});
+  LocalFactors(workspace, {1e-3, 0.1, 0.5, 1e9, false, false, 1}).run(tasks, all);
   for (const Numbers& numbers : state) check(numbers != statistic, spec + ": was not updated");
   return counts;
 }

@@ -13,7 +13,7 @@ struct AskedRows {
     if (write) {
       __builtin_prefetch(row + at, 1, 3);
     } else {
-      __builtin_prefetch(row + at, 0, 2);
+      __builtin_prefetch(row + at, 0, 3);
     }
     at += kLineBytes;
     if (at < length) return;

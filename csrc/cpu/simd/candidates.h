@@ -25,101 +25,130 @@ SINGD_INLINE void narrow_row(const T* values, int64_t count, const RoundingKey& 
   }
 }
 
-// `count` numbers to the beginning of an array; whether all are finite.
+// What becomes of candidates: they take the place of the state, or are only looked at, whether they
+// are finite as they would be stored. One function for both, since a candidate must round the same
+// way twice.
 template <class T>
-bool store_numbers(const T* values, int64_t count, const Array& array, const RoundingKey& key) {
+struct Candidates {
+  Array state;  // its data are null, if momenta are not kept
+  RoundingKey key;
+  bool commit;
   bool finite = true;
-  with_type(array, [&](auto* to) {
-    const bool there = static_cast<const void*>(to) == static_cast<const void*>(values);
-    if (!there) narrow_row(values, count, key, 0, to);
-    finite = are_finite<T>(to, count);
-  });
-  return finite;
-}
 
-// to = a + scale b.
+  // f(numbers of the state), unless momenta are to be written that are not kept.
+  template <class Function>
+  SINGD_INLINE void visit(Function f) {
+    with_type(state, [&](auto* stored) {
+      if (!commit || stored != nullptr) f(stored);
+    });
+  }
+
+  // Numbers from slot `first` on, at most kChunk of them.
+  SINGD_INLINE void take(const T* values, int64_t first, int64_t count) {
+    visit([&](auto* stored) {
+      typename Pointee<decltype(stored)>::type chunk[kChunk];
+      auto* to = commit ? stored + first : chunk;
+      narrow_row(values, count, key, first, to);
+      if (!commit) finite &= are_finite<T>(to, count);
+    });
+  }
+
+  // However many.
+  SINGD_INLINE void take_all(const T* values, int64_t first, int64_t count) {
+    for (int64_t j = 0; j < count; j += kChunk) {
+      take(values + j, first + j, smaller(kChunk, count - j));
+    }
+  }
+};
+
 template <class T>
-SINGD_INLINE void add_scaled(const T* a, T scale, const T* b, int64_t count, T* to) {
-#pragma GCC ivdep
-  for (int64_t j = 0; j < count; ++j) to[j] = a[j] + scale * b[j];
+SINGD_INLINE Candidates<T> factor_candidates(const FactorTask& task, bool commit) {
+  return {task.factor, task.key.stream(0), commit};
+}
+template <class T>
+SINGD_INLINE Candidates<T> momentum_candidates(const FactorTask& task, bool commit) {
+  const bool kept = task.momentum.data != nullptr;
+  return {
+      {task.momentum.data, (kept ? task.momentum : task.factor).type}, task.key.stream(1), commit};
 }
 
-// The candidates of slots [begin, end) as they are stored: to the state, or only looked at, whether
-// they are finite. One function for both, since a candidate must round the same way twice.
+// The candidates of slots [begin, end), from the new momentum and the update of K.
 template <class T>
 bool whole_candidates(const FactorTask& task, int64_t begin, int64_t end, bool commit) {
   SINGD_COUNT(elements, end - begin);
   const T* m = static_cast<const T*>(task.h);
   const T scale = static_cast<T>(task.update_scale);
-  Array momentum = task.momentum;
-  if (momentum.data == nullptr) momentum.type = task.factor.type;
   T old[kChunk], update[kChunk], next[kChunk];
-  bool finite = true;
-  const auto settle = [&](const T* values, int64_t first, int64_t count, const Array& array,
-                          const RoundingKey& key) {
-    with_type(array, [&](auto* state) {
-      if (commit && state == nullptr) return;  // momenta are not kept
-      typename Pointee<decltype(state)>::type chunk[kChunk];
-      auto* to = commit ? state + first : chunk;
-      narrow_row(values, count, key, first, to);
-      if (!commit) finite &= are_finite<T>(to, count);
-    });
-  };
+  auto factor = factor_candidates<T>(task, commit);
+  auto momentum = momentum_candidates<T>(task, commit);
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t count = smaller(kChunk, end - first);
     const T* k = numbers_of(task.factor, first, count, old);
     const T* ke = numbers_of(task.gram, first, count, update);
 #pragma GCC ivdep
     for (int64_t j = 0; j < count; ++j) next[j] = k[j] + scale * ke[j];
-    settle(next, first, count, task.factor, task.key.stream(0));
-    settle(m + first, first, count, momentum, task.key.stream(1));
+    factor.take(next, first, count);
+    momentum.take(m + first, first, count);
   }
-  return finite;
+  return factor.finite && momentum.finite;
 }
 
 // ---- K + K E with E = Expm(-beta m) - I, truncated: E without the identity, whose rounding would
 // be that of K itself ----
 
 template <class T>
-bool diagonal_candidate(const FactorTask& task, double beta, bool second_order) {
+void diagonal_candidates(const FactorTask& task, bool second_order, Candidates<T>& factor) {
   const Numbers<T> n(task);
-  for (int64_t j = 0; j < task.size; ++j) {
-    T e = static_cast<T>(-beta) * n.h[j];
-    if (second_order) e += e * e / 2;
-    n.gram[j] = n.k[j] + n.k[j] * e;
+  const T scale = static_cast<T>(-task.beta1);
+  T chunk[kChunk];
+  for (int64_t first = 0; first < task.size; first += kChunk) {
+    const int64_t count = smaller(kChunk, task.size - first);
+    const T *k = n.k + first, *m = n.h + first;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < count; ++j) {
+      T e = scale * m[j];
+      if (second_order) e += e * e / 2;
+      chunk[j] = k[j] + k[j] * e;
+    }
+    factor.take(chunk, first, count);
   }
-  return store_numbers(n.gram, task.size, task.next_factor, task.key.stream(0));
 }
 
 // The same for a bordered factor. scratch: border wide + border^2 + wide.
 template <class T>
-bool border_candidate(const FactorTask& task, double beta, bool second_order, T* scratch) {
+void border_candidates(const FactorTask& task, bool second_order, Candidates<T>& factor,
+                       T* scratch) {
   const Numbers<T> n(task);
   const Border<T> b(task.layout);
-  const T scale = static_cast<T>(-beta), *m = n.h;
-  T *rows = scratch, *rest = scratch + b.border * b.wide;
+  const T scale = static_cast<T>(-task.beta1), *m = n.h;
   if (second_order) {
-    b.multiply_rows(m, m, rows, rest);
-    for (int64_t r = 0; r < b.border; ++r) {
-      add_scaled(m + r * b.d, scale / 2, rows + r * b.wide, b.d, n.gram + r * b.d);
-    }
+    b.multiply_rows(m, m, scratch,
+                    [&](int64_t r, int64_t begin, int64_t end, const T* x, const T* e, const T* s) {
+                      T* to = n.gram + r * b.d;
+#pragma GCC ivdep
+                      for (int64_t j = begin; j < end; ++j) {
+                        to[j] = e[j] + scale / 2 * (x[j] + e[j] * s[j]);
+                      }
+                    });
     for (int64_t j = b.border * b.d; j < task.size; ++j) n.gram[j] = m[j] + scale / 2 * m[j] * m[j];
     m = n.gram;
   }
   const bool swap = task.layout.transposed;  // (K m)^T = m^T K^T
-  b.multiply_rows(swap ? m : n.k, swap ? n.k : m, rows, rest);
-  const RoundingKey key = task.key.stream(0);
-  bool finite = true;
-  with_type(task.next_factor, [&](auto* to) {
-    const auto store = [&](const T* product, int64_t first, int64_t count) {
-      add_scaled(n.k + first, scale, product, count, rest);
-      narrow_row(rest, count, key, first, to + first);
-      finite &= are_finite<T>(to + first, count);
-    };
-    for (int64_t r = 0; r < b.border; ++r) store(rows + r * b.wide, r * b.d, b.d);
-    const T *k = b.diagonal(n.k), *diagonal = b.diagonal(m);
-    for (int64_t j = 0; j < b.interior(); ++j) rows[j] = k[j] * diagonal[j];
-    store(rows, b.border * b.d, b.interior());
-  });
-  return finite;
+  T chunk[kChunk];
+  b.multiply_rows(swap ? m : n.k, swap ? n.k : m, scratch,
+                  [&](int64_t r, int64_t begin, int64_t end, const T* x, const T* e, const T* s) {
+                    const T* k = n.k + r * b.d;
+#pragma GCC ivdep
+                    for (int64_t j = begin; j < end; ++j) {
+                      chunk[j - begin] = k[j] + scale * (x[j] + e[j] * s[j]);
+                    }
+                    factor.take(chunk, r * b.d + begin, end - begin);
+                  });
+  for (int64_t first = b.border * b.d; first < task.size; first += kChunk) {
+    const int64_t count = smaller(kChunk, task.size - first);
+    const T *k = n.k + first, *diagonal = m + first;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < count; ++j) chunk[j] = k[j] + scale * (k[j] * diagonal[j]);
+    factor.take(chunk, first, count);
+  }
 }

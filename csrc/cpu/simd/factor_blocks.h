@@ -89,57 +89,62 @@ Norms block_momenta(const FactorTask& task, const FactorTask& partner, const Fac
   return norms;
 }
 
-// Padded rows times `scale`, plus those of `add` where given, to slots from `at`; whether all are
-// finite. A row is written a whole number of vectors wide, over the beginning of the next one,
-// which is written after it; there is room behind the last.
+// Padded rows times `scale`, plus those of `add` where given, as candidates from slot `at`. A row
+// is written a whole number of vectors wide, over the beginning of the next one, which is written
+// after it, but for the last of the `numbers`.
 template <class T>
-bool store_block(const T* from, T scale, const T* add, int64_t at, int64_t size, const Array& array,
-                 const RoundingKey& key) {
+void take_block(const T* from, T scale, const T* add, int64_t at, int64_t size, int64_t numbers,
+                Candidates<T>& candidates) {
   const int64_t stride = padded(size);
-  bool finite = true;
-  with_type(array, [&](auto* stored) {
+  const RoundingKey& key = candidates.key;
+  candidates.visit([&](auto* stored) {
     using Stored = typename Pointee<decltype(stored)>::type;
+    Stored looked_at[kChunk];
     for (int64_t i = 0; i < size; ++i) {
       const T* row = from + i * stride;
       const T* other = add != nullptr ? add + i * stride : row;
       const int64_t slot = at + i * size;
-      Stored* to = stored + slot;
+      Stored* to = candidates.commit ? stored + slot : looked_at;
       const auto value = [&](int64_t j) {
         return add != nullptr ? other[j] + scale * row[j] : row[j];
       };
       if (key.enabled) {
         for (int64_t j = 0; j < size; ++j) to[j] = Stochastic<Stored>::of(value(j), key, slot + j);
       } else {
+        const int64_t count = smaller(stride, numbers - slot);
 #pragma GCC ivdep
-        for (int64_t j = 0; j < stride; ++j) to[j] = Narrow<Stored>::of(value(j));
+        for (int64_t j = 0; j < count; ++j) to[j] = Narrow<Stored>::of(value(j));
       }
+      if (!candidates.commit) candidates.finite &= are_finite<T>(to, size);
     }
-    finite = are_finite<T>(stored + at, size * size);
   });
-  return finite;
 }
 
-// scratch: 2 size padded(size) + kPadding, here and above.
+// The new momentum in the place of U K, and beta1. scratch: size padded(size), here and above.
 template <class T>
-void block_candidate(FactorTask& task, const FactorTask& partner, const FactorOptions& o,
-                     T* scratch) {
-  const Numbers<T> n(task);
+void block_momentum(FactorTask& task, const FactorTask& partner, const FactorOptions& o,
+                    T* scratch) {
   double largest = 0;
   const double bound = block_momenta<T>(task, partner, o, &largest, scratch).bound();
-  const double beta = step_size(task, bound, largest, o);
-  const RoundingKey key = task.key.stream(0), momentum_key = task.key.stream(1);
-  task.finite = true;
+  set_step_size(task, bound, largest, o);
+}
+
+// scratch: 2 size padded(size) + kPadding.
+template <class T>
+void block_candidates(const FactorTask& task, bool second_order, Candidates<T>& factor,
+                      Candidates<T>& momentum, T* scratch) {
+  const Numbers<T> n(task);
   for_each_block(task.layout, [&](int64_t, int64_t size, int64_t at, int64_t to) {
     const int64_t stride = padded(size), area = size * stride;
     const T *k = n.k + to, *m = n.h + to;
-    T *e = scratch, *product = scratch + area, scale = static_cast<T>(-beta);
-    if (o.expm_order == 2) {
+    T *e = scratch, *product = scratch + area, scale = static_cast<T>(-task.beta1);
+    if (second_order) {
       multiply<T>(size, stride, size, {m, stride, 1}, m, stride, product, stride, kOverwrite<T>);
       for (int64_t i = 0; i < area; ++i) e[i] = m[i] + scale * product[i] / 2;
     }
-    multiply<T>(size, stride, size, {k, stride, 1}, o.expm_order == 2 ? e : m, stride, product,
-                stride, kOverwrite<T>);
-    task.finite &= store_block<T>(product, scale, k, at, size, task.next_factor, key);
-    task.finite &= store_block<T>(m, T(1), nullptr, at, size, task.next_momentum, momentum_key);
+    multiply<T>(size, stride, size, {k, stride, 1}, second_order ? e : m, stride, product, stride,
+                kOverwrite<T>);
+    take_block<T>(product, scale, k, at, size, task.size, factor);
+    take_block<T>(m, T(1), nullptr, at, size, task.size, momentum);
   });
 }

@@ -38,30 +38,38 @@ void factor_curvature(FactorTask& task, void* memory) {
 }
 
 template <class T>
-void factor_candidate(FactorTask& task, const FactorTask& partner, const FactorOptions& o,
-                      void* memory) {
-  const Numbers<T> n(task);
+void local_momentum(FactorTask& task, const FactorTask& partner, const FactorOptions& o,
+                    void* memory) {
   T* scratch = static_cast<T*>(memory);
-  if (task.layout.family == Family::kBlockDiagonal) {
-    return block_candidate<T>(task, partner, o, scratch);
-  }
-  if (task.layout.family != Family::kDiagonal) {
-    const MomentumTerms terms(task, partner, o);
-    const T h_scale = static_cast<T>(terms.h), gram_scale = static_cast<T>(terms.gram);
-    const auto add_up = task.layout.transposed ? column_border_sum<T> : row_border_sum<T>;
-    add_up(task, h_scale, gram_scale, scratch);
-    task.is_added_up = true;
-  }
+  if (task.layout.family == Family::kBlockDiagonal)
+    return block_momentum(task, partner, o, scratch);
   MomentumSums sums;
-  sums.columns = static_cast<double*>(memory);
-  momentum_rows<T>(task, partner, o, 0, storage_rows(task.layout), sums);
-  const double beta = momentum_step_size(task, &sums, 1, o);
+  if (task.layout.family == Family::kDiagonal) {
+    sums.columns = static_cast<double*>(memory);
+    momentum_rows<T>(task, partner, o, 0, storage_rows(task.layout), sums);
+  } else {
+    border_momenta<T>(task, partner, o, sums, scratch);
+  }
+  momentum_step_size(task, &sums, 1, o);
+}
+
+template <class T>
+bool local_candidates(const FactorTask& task, const FactorOptions& o, bool commit, void* memory) {
+  T* scratch = static_cast<T*>(memory);
   const bool second_order = o.expm_order == 2;
-  task.finite = task.layout.family == Family::kDiagonal
-                    ? diagonal_candidate<T>(task, beta, second_order)
-                    : border_candidate<T>(task, beta, second_order, scratch);
-  const RoundingKey key = task.key.stream(1);
-  task.finite &= store_numbers(n.h, task.size, task.next_momentum, key);
+  auto factor = factor_candidates<T>(task, commit);
+  auto momentum = momentum_candidates<T>(task, commit);
+  if (task.layout.family == Family::kBlockDiagonal) {
+    block_candidates(task, second_order, factor, momentum, scratch);
+  } else {
+    if (task.layout.family == Family::kDiagonal) {
+      diagonal_candidates(task, second_order, factor);
+    } else {
+      border_candidates(task, second_order, factor, scratch);
+    }
+    momentum.take_all(Numbers<T>(task).h, 0, task.size);
+  }
+  return factor.finite && momentum.finite;
 }
 
 template <class T>
@@ -91,6 +99,6 @@ void commit_candidates(const FactorTask& task, int64_t begin, int64_t end) {
 
 template <class T>
 constexpr FactorKernels factor_kernels() {
-  return {factor_curvature<T>, factor_candidate<T>, momentum_rows<T>,    momentum_step_size,
-          copy_numbers<T>,     check_candidates<T>, commit_candidates<T>};
+  return {factor_curvature<T>, local_momentum<T>, local_candidates<T>, momentum_rows<T>,
+          momentum_step_size,  copy_numbers<T>,   check_candidates<T>, commit_candidates<T>};
 }

@@ -20,10 +20,22 @@ SINGD_INLINE void for_each_diagonal(const Layout& layout, Function f) {
   for (int64_t j = 0; j < d - border; ++j) f(border * d + j);
 }
 
+// A whole vector of numbers as float64.
+SINGD_INLINE Vector<double> load_doubles(const double* from) { return load(from); }
+SINGD_INLINE Vector<double> load_doubles(const float* from) {
+  typedef float Half __attribute__((vector_size(SINGD_VECTOR_BYTES / 2)));
+  Half half;
+  __builtin_memcpy(&half, from, sizeof half);
+  return __builtin_convertvector(half, Vector<double>);
+}
+
 template <class T>
 double sum_of(const T* numbers, int64_t count) {
-  double sum = 0;
-  for (int64_t j = 0; j < count; ++j) sum += static_cast<double>(numbers[j]);
+  Vector<double> sums = {};
+  int64_t j = 0;
+  for (; j + kLanes<double> <= count; j += kLanes<double>) sums += load_doubles(numbers + j);
+  double sum = lane_sum<double>(sums);
+  for (; j < count; ++j) sum += static_cast<double>(numbers[j]);
   return sum;
 }
 
@@ -78,34 +90,53 @@ struct Border {
     });
   }
 
-  // E R' for R' = [E'; D'] : E[:, B] E' + E diag(D'), which is zero on the border; rows `wide`
-  // apart. scratch: border^2 + wide.
-  void multiply_rows(const T* e, const T* other, T* to, T* scratch) const {
-    T *core = scratch, *scale = scratch + border * border;
-    gather_core(e, core);
-    for (int64_t j = 0; j < wide; ++j) scale[j] = T(0);
-    for (int64_t j = 0; j < interior(); ++j) scale[head + j] = diagonal(other)[j];
-    for (int64_t r = 0; r < border; ++r) {
-      for (int64_t j = 0; j < wide; ++j) to[r * wide + j] = j < d ? e[r * d + j] : T(0);
-    }
-    multiply<T>(border, wide, border, {core, border, 1}, other, d, to, wide, {true, scale});
+  // D, with zeros on the border. to: wide.
+  void spread_diagonal(const T* storage, T* to) const {
+    for (int64_t j = 0; j < wide; ++j) to[j] = T(0);
+    for (int64_t j = 0; j < interior(); ++j) to[head + j] = diagonal(storage)[j];
   }
 
-  // Rows `wide` apart to the storage, times the weights of Pi.
-  void store_weighted(const T* from, T* to) const {
-    for (int64_t r = 0; r < border; ++r) {
-      const bool is_tail = r >= head;
-      const T* row = from + r * wide;
-      T* out = to + r * d;
-      const int64_t end = d - tail;
-      copy_scaled(row + head, interior(), T(2), out + head);
-      if (is_tail) {
-        for (int64_t j = 0; j < head; ++j) out[j] = T(0);
-      } else {
-        copy_scaled(row, head, T(1), out);
-      }
-      copy_scaled(row + end, tail, T(is_tail ? 1 : 2), out + end);
+  // Columns of products at a time: passes over what was just multiplied find it in the first cache.
+  static constexpr int64_t kStrip = 128;
+
+  // f(begin, end, width): columns [begin, end) of the matrix, `width` with padding.
+  template <class Function>
+  SINGD_INLINE void for_each_strip(Function f) const {
+    for (int64_t j = 0; j < wide; j += kStrip) {
+      f(j, smaller(d, j + kStrip), smaller(wide - j, kStrip));
     }
+  }
+
+  // E R' for R' = [E'; D'], that is E[:, B] E' + E diag(D'). rows(r, begin, end, x, e, s) for
+  // columns [begin, end) of row r: x + e s is the result there. scratch: border wide + border^2 +
+  // wide.
+  template <class Rows>
+  void multiply_rows(const T* e, const T* other, T* scratch, Rows rows) const {
+    T *product = scratch, *core = scratch + border * wide, *scale = core + border * border;
+    gather_core(e, core);
+    spread_diagonal(other, scale);
+    for_each_strip([&](int64_t begin, int64_t end, int64_t width) {
+      multiply<T>(border, width, border, {core, border, 1}, other + begin, d, product + begin, wide,
+                  kOverwrite<T>);
+      for (int64_t r = 0; r < border; ++r) {
+        rows(r, begin, end, product + r * wide, e + r * d, scale);
+      }
+    });
+  }
+
+  // Row r of rows `wide` apart to the storage, times the weights of Pi.
+  void store_weighted(const T* from, int64_t r, T* to) const {
+    const bool is_tail = r >= head;
+    const T* row = from + r * wide;
+    T* out = to + r * d;
+    const int64_t end = d - tail;
+    copy_scaled(row + head, interior(), T(2), out + head);
+    if (is_tail) {
+      for (int64_t j = 0; j < head; ++j) out[j] = T(0);
+    } else {
+      copy_scaled(row, head, T(1), out);
+    }
+    copy_scaled(row + end, tail, T(is_tail ? 1 : 2), out + end);
   }
 };
 
@@ -128,44 +159,53 @@ SINGD_INLINE AskedRows asked_array(const FactorTask& task, const ConstArray& arr
 }
 
 // K = R: U K = U[:, B] E + U diag(D) is kept in the place of H, in rows `wide` apart. One product
-// of the momentum by K^T makes the border's rows of H and Pi(K^T K) from it; their interiors are
-// kept in the place of the latter, one behind the other. scratch: border^2.
+// of the momentum by K^T makes the border's rows of H and Pi(K^T K) from it; their diagonals are
+// kept in the place of the latter, `wide` apart. scratch: border^2 + wide.
 template <class T>
 void row_border_curvature(FactorTask& task, const T* u, T* scratch) {
   const Numbers<T> n(task);
   const Border<T> b(task.layout);
-  const int64_t count = b.interior();
-  const int64_t tiles = b.border * b.wide / kTileNumbers<T>;
-  Ahead ahead{asked_array(task, task.statistic, tiles),
-              asked_array(task, {task.momentum.data, task.momentum.type}, tiles)};
-  b.gather_core(u, scratch);
-  multiply<T>(b.border, b.wide, b.border, {scratch, b.border, 1}, n.k, b.d, n.h, b.wide,
-              kOverwrite<T>, &ahead);
-  const T *diagonal = b.diagonal(n.k), *u_diagonal = b.diagonal(u);
-  T *gram = n.gram, *h = gram + count;
-  for (int64_t j = 0; j < count; ++j) {
-    gram[j] = diagonal[j] * diagonal[j];
-    h[j] = diagonal[j] * u_diagonal[j] * diagonal[j];
-  }
-  for (int64_t r = 0; r < b.border; ++r) {
-    const T *e = n.k + r * b.d + b.head, *u_row = u + r * b.d + b.head;
-    T* uk = n.h + r * b.wide + b.head;
+  Ahead ahead{{},
+              asked_array(task, {task.momentum.data, task.momentum.type},
+                          b.border * b.wide / kTileNumbers<T>)};
+  // The statistic's columns of a strip, by the tiles of the one before.
+  const auto ask_for_strip = [&](int64_t begin) {
+    const int64_t tiles = b.border * b.kStrip / kTileNumbers<T>;
+    const int64_t count = smaller(b.kStrip, b.d - begin);
+    ahead.first = {};
+    if (count > 0) ahead.first = asked_rows(u + begin, b.border, count, b.d, tiles, false);
+  };
+  ask_for_strip(0);
+  while (tiles_ask(task.layout) && ahead.first.rows > 0) ahead.first.ask_for_line();
+  T *core = scratch, *diagonal = scratch + b.border * b.border;
+  T *gram = n.gram, *h = gram + b.wide;
+  b.gather_core(u, core);
+  b.spread_diagonal(n.k, diagonal);
+  b.spread_diagonal(u, h);
+  b.for_each_strip([&](int64_t begin, int64_t end, int64_t width) {
+    ask_for_strip(begin + width);
+    multiply<T>(b.border, width, b.border, {core, b.border, 1}, n.k + begin, b.d, n.h + begin,
+                b.wide, kOverwrite<T>, &ahead);
 #pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j) {
-      const T scaled = u_row[j] * diagonal[j];
-      h[j] += e[j] * (uk[j] + 2 * scaled);
-      gram[j] += e[j] * e[j];
-      uk[j] += scaled;
+    for (int64_t j = begin; j < end; ++j) {
+      gram[j] = diagonal[j] * diagonal[j];
+      h[j] *= gram[j];
     }
-  }
-  double h_trace = sum_of(h, count), gram_trace = sum_of(gram, count);
-  b.for_each_core([&](int64_t r, int64_t, int64_t column) {
-    const T k = n.k[r * b.d + column];
-    h_trace += static_cast<double>(k * n.h[r * b.wide + column]);
-    gram_trace += static_cast<double>(k * k);
+    for (int64_t r = 0; r < b.border; ++r) {
+      const T *e = n.k + r * b.d, *u_row = u + r * b.d;
+      T* uk = n.h + r * b.wide;
+#pragma GCC ivdep
+      for (int64_t j = begin; j < end; ++j) {
+        const T scaled = u_row[j] * diagonal[j];
+        h[j] += e[j] * (uk[j] + 2 * scaled);
+        gram[j] += e[j] * e[j];
+        uk[j] += scaled;
+      }
+    }
   });
-  task.mean_trace_h = h_trace * task.scale / static_cast<double>(b.d);
-  task.mean_trace_gram = gram_trace / static_cast<double>(b.d);
+  const auto d = static_cast<double>(b.d);
+  task.mean_trace_h = sum_of(h, b.d) * task.scale / d;
+  task.mean_trace_gram = sum_of(gram, b.d) / d;
 }
 
 // K = R^T: the statistic is H, and K^T K = R R^T, of which E E^T is kept in rows padded(border)
@@ -188,25 +228,26 @@ void column_border_curvature(FactorTask& task, const T* u, T* scratch) {
   task.mean_trace_gram = trace / static_cast<double>(b.d);
 }
 
-// h_scale H + gram_scale Pi(K^T K) in the place of H. scratch: border wide + border^2.
+// h_scale H + gram_scale Pi(K^T K): the interior in the place of H, the border without the weights
+// of Pi in scratch, in rows `wide` apart. scratch: border wide + border^2.
 template <class T>
 void row_border_sum(const FactorTask& task, T h_scale, T gram_scale, T* scratch) {
   const Numbers<T> n(task);
   const Border<T> b(task.layout);
-  const int64_t count = b.interior();
   T *rows = scratch, *core = scratch + b.border * b.wide;
   b.gather_core(n.k, core);
-  const int64_t wide = b.wide;
-  for (int64_t r = 0; r < b.border; ++r) {
-    const T* e = n.k + r * b.d;
-    T* uk = n.h + r * b.wide;
+  b.for_each_strip([&](int64_t begin, int64_t, int64_t width) {
+    for (int64_t r = 0; r < b.border; ++r) {
+      const T* e = n.k + r * b.d;
+      T* uk = n.h + r * b.wide;
 #pragma GCC ivdep
-    for (int64_t j = 0; j < wide; ++j) uk[j] = h_scale * uk[j] + gram_scale * e[j];
-  }
-  multiply<T>(b.border, b.wide, b.border, {core, 1, b.border}, n.h, b.wide, rows, b.wide,
-              kOverwrite<T>);
-  b.store_weighted(rows, n.h);
-  const T *gram = n.gram, *h = gram + count;
+      for (int64_t j = begin; j < begin + width; ++j) uk[j] = h_scale * uk[j] + gram_scale * e[j];
+    }
+    multiply<T>(b.border, width, b.border, {core, 1, b.border}, n.h + begin, b.wide, rows + begin,
+                b.wide, kOverwrite<T>);
+  });
+  const int64_t count = b.interior();
+  const T *gram = n.gram + b.head, *h = gram + b.wide;
   T* interior = n.h + b.border * b.d;
 #pragma GCC ivdep
   for (int64_t j = 0; j < count; ++j) interior[j] = h_scale * h[j] + gram_scale * gram[j];
@@ -231,7 +272,6 @@ void column_border_sum(const FactorTask& task, T h_scale, T gram_scale, T* scrat
     scratch[r * b.wide + column] =
         h_scale * u[r * b.d + column] + gram_scale * n.gram[r * thin + c];
   });
-  b.store_weighted(scratch, n.h);
   const T* u_diagonal = b.diagonal(u);
   T* interior = n.h + b.border * b.d;
 #pragma GCC ivdep

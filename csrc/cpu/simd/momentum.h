@@ -3,16 +3,6 @@
 
 // ---- A bound of the spectral norm: min(Frobenius, sqrt(1-norm infinity-norm)) ----
 
-SINGD_INLINE Vector<double> load_magnitudes(const double* from) {
-  return magnitudes<double>(load(from));
-}
-SINGD_INLINE Vector<double> load_magnitudes(const float* from) {
-  typedef float Half __attribute__((vector_size(SINGD_VECTOR_BYTES / 2)));
-  Half half;
-  __builtin_memcpy(&half, from, sizeof half);
-  return magnitudes<double>(__builtin_convertvector(half, Vector<double>));
-}
-
 // Sums of float64: the largest of rows and of columns, and that of all squares.
 struct Norms {
   double rows = 0, columns = 0, squares = 0;
@@ -24,7 +14,7 @@ struct Norms {
     Vector<double> sums = {};
     int64_t j = 0;
     for (; j + kLanes<double> <= count; j += kLanes<double>) {
-      const Vector<double> value = load_magnitudes(x + j);
+      const Vector<double> value = magnitudes<double>(load_doubles(x + j));
       sums += value;
       square_sums += value * value;
       store<double>(column_sums + j, load<double>(column_sums + j) + value);
@@ -185,9 +175,11 @@ void momentum_row(const FactorTask& task, const MomentumTerms& terms, const Stor
   for (int64_t j = end; j < row.count; ++j) m[j] = T(0);
 }
 
-template <class T>
-void momentum_rows(const FactorTask& task, const FactorTask& partner, const FactorOptions& o,
-                   int64_t begin, int64_t end, MomentumSums& sums) {
+// The same, where sum(i) makes what row i lacks of H and Pi(K^T K).
+template <class T, class Sum>
+SINGD_INLINE void make_momentum_rows(const FactorTask& task, const FactorTask& partner,
+                                     const FactorOptions& o, int64_t begin, int64_t end,
+                                     MomentumSums& sums, Sum sum) {
   const MomentumTerms terms(task, partner, o);
   for (int64_t j = 0; j < task.layout.dim; ++j) sums.columns[j] = 0;
   Norms norms;
@@ -195,6 +187,7 @@ void momentum_rows(const FactorTask& task, const FactorTask& partner, const Fact
   for (int64_t i = begin; i < end; ++i) {
     const StoredRow row = stored_row(task.layout, i);
     SINGD_COUNT(elements, row.count);
+    sum(i);
     momentum_row<T>(task, terms, row);
     const T* m = static_cast<const T*>(task.h) + row.slot;
     if (task.layout.family == Family::kToeplitz) {
@@ -211,19 +204,41 @@ void momentum_rows(const FactorTask& task, const FactorTask& partner, const Fact
   sums.largest = static_cast<double>(magnitude_of(most));
 }
 
+template <class T>
+void momentum_rows(const FactorTask& task, const FactorTask& partner, const FactorOptions& o,
+                   int64_t begin, int64_t end, MomentumSums& sums) {
+  make_momentum_rows<T>(task, partner, o, begin, end, sums, [](int64_t) {});
+}
+
+// The momentum of a bordered factor from H and Pi(K^T K). scratch: border wide + border^2, of which
+// the second part ends as sums.columns.
+template <class T>
+void border_momenta(FactorTask& task, const FactorTask& partner, const FactorOptions& o,
+                    MomentumSums& sums, T* scratch) {
+  const MomentumTerms terms(task, partner, o);
+  const Border<T> b(task.layout);
+  const auto add_up = task.layout.transposed ? column_border_sum<T> : row_border_sum<T>;
+  add_up(task, static_cast<T>(terms.h), static_cast<T>(terms.gram), scratch);
+  task.is_added_up = true;
+  sums.columns = reinterpret_cast<double*>(scratch + b.border * b.wide);
+  make_momentum_rows<T>(task, partner, o, 0, storage_rows(task.layout), sums, [&](int64_t i) {
+    if (i < b.border) b.store_weighted(scratch, i, Numbers<T>(task).h);
+  });
+}
+
 // beta1 for a momentum with this norm and this largest entry: normalised if asked for, and such
 // that beta1 ||m|| <= step_cap.
-SINGD_INLINE double step_size(FactorTask& task, double norm, double largest,
-                              const FactorOptions& o) {
+SINGD_INLINE void set_step_size(FactorTask& task, double norm, double largest,
+                                const FactorOptions& o) {
   task.momentum_norm = norm;
   const double beta = o.normalize_lr_cov ? o.lr_cov / larger(1.0, largest) : o.lr_cov;
   task.capped = beta * norm > o.step_cap;
-  return task.capped ? o.step_cap / norm : beta;
+  task.beta1 = task.capped ? o.step_cap / norm : beta;
 }
 
 // Parts are added in their order: the same sums whichever threads made them.
-double momentum_step_size(FactorTask& task, const MomentumSums* parts, int64_t count,
-                          const FactorOptions& o) {
+void momentum_step_size(FactorTask& task, const MomentumSums* parts, int64_t count,
+                        const FactorOptions& o) {
   Norms norms;
   double largest = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -236,5 +251,5 @@ double momentum_step_size(FactorTask& task, const MomentumSums* parts, int64_t c
     for (int64_t j = 0; j < task.layout.dim; ++j) columns[j] += parts[i].columns[j];
   }
   norms.add_columns(columns, task.layout.dim);
-  return step_size(task, norms.bound(), largest, o);
+  set_step_size(task, norms.bound(), largest, o);
 }
