@@ -97,7 +97,7 @@ def test_operators_without_instructions_for_bfloat16(most: str) -> None:
     if most.endswith("BF16"):  # without any, rows are converted as under all instruction sets
         names.append("many_rows")
     files = [f"python_tests/test_{name}.py" for name in names]
-    chosen = ["-k", "not emulated and not cuda", "-p", "no:cacheprovider"]
+    chosen = ["-k", "not emulated and not cuda and not is_stable", "-p", "no:cacheprovider"]
     run(sys.executable, "-m", "pytest", "-q", "-x", *chosen, *files, ONEDNN_MAX_CPU_ISA=most)
 
 
@@ -140,7 +140,8 @@ def test_instruction_sets_share_no_functions(instructions: str, tmp_path: Path) 
         pytest.skip("an instruction set of x86-64")
     target = tmp_path / "kernels.o"
     source = f"csrc/cpu/simd_{instructions}.cpp"
-    run("g++", "-std=c++17", "-O3", "-fno-math-errno", "-c", source, "-o", str(target))
+    # Half the time of -O3, and less is inlined: more functions could be shared.
+    run("g++", "-std=c++17", "-O1", "-fno-math-errno", "-c", source, "-o", str(target))
     symbols = run("nm", "-C", str(target)).splitlines()
     assert any(re.search(rf"{instructions}::\w*kernels", line) for line in symbols)
     shared = [line for line in symbols if any(f" {kind} " in line for kind in "WVu")]

@@ -118,6 +118,6 @@ def test_steps_of_layers_that_share_memory(spec: str, huge: bool, threads: None)
     assert not any(map(torch.count_nonzero, one["skipped"]))
     for count in (2, 3):
         torch.set_num_threads(count)
-        for _ in range(10):
+        for _ in range(5):
             many = calls.update_parameters(spec, spec, shapes, torch.float32, **options)
             calls.assert_same(one, many)
