@@ -59,10 +59,18 @@ def accumulate(spec: str, shape: Shape, rows: int, dtype: torch.dtype, **options
     return statistic
 
 
+def with_room(numbers: Tensor, room: int) -> Tensor:
+    """The same numbers, with ones behind them in memory."""
+    return torch.cat([numbers, numbers.new_ones(room)])[: numbers.numel()]
+
+
 def update_factors(
-    spec_K: str, spec_C: str, shapes: list[Shape], dtype: torch.dtype, **options: Any
+    spec_K: str, spec_C: str, shapes: list[Shape], dtype: torch.dtype, room: int = 0, **options: Any
 ) -> dict[str, list[Tensor]]:
-    """The factors and momenta after an update from statistics of random rows."""
+    """The factors and momenta after an update from statistics of random rows.
+
+    room: numbers of memory behind each of them.
+    """
     dims = ([s.d_i for s in shapes], [s.d_o for s in shapes])
     specs = (spec_K, spec_C)
     state: dict[str, list[Tensor]] = {}
@@ -72,6 +80,8 @@ def update_factors(
         state[f"m_{name}"] = [
             factor(specs[side], d, 5 + side, dtype).mul_(0.125) for d in dims[side]
         ]
+        for key in (name, f"m_{name}"):
+            state[key] = [with_room(numbers, room) for numbers in state[key]]
         statistics.append([accumulate(specs[side], Shape(1, d), 20, dtype) for d in dims[side]])
     state["rejected"] = [torch.zeros((), dtype=torch.int64) for _ in shapes]
     arguments: dict[str, Any] = {

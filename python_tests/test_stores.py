@@ -1,7 +1,9 @@
 """Loads and stores of 16-bit numbers: exact, rounded to nearest, or stochastically by index."""
 
+import calls
 import pytest
 import torch
+from reference import masks
 from torch import Tensor
 
 from singd_ext import StructuredMatrix, ops
@@ -153,3 +155,13 @@ def test_one_entry_that_overflows_as_it_is_stored_keeps_both_factors(
     )  # fmt: skip
     assert outcomes.tolist() == [1] and rejected.item() == 1
     assert all(map(torch.equal, (*factors, *momenta), before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", [*masks.SPECS, "block_diagonal:30"])
+def test_a_factor_update_writes_nothing_behind_the_state(spec: str, dtype: torch.dtype) -> None:
+    room = 64
+    state = calls.update_factors(spec, spec, [calls.Shape(31, 47)], dtype, room=room)
+    for name in ("K", "C", "m_K", "m_C"):
+        numbers = state[name][0]
+        assert (numbers.as_strided((room,), (1,), numbers.numel()) == 1).all(), name
