@@ -41,10 +41,10 @@ template <class T>
 void local_momentum(FactorTask& task, const FactorTask& partner, const FactorOptions& o,
                     void* memory) {
   T* scratch = static_cast<T*>(memory);
-  if (task.layout.family == Family::kBlockDiagonal)
-    return block_momentum(task, partner, o, scratch);
+  const Family family = task.layout.family;
+  if (family == Family::kBlockDiagonal) return block_momentum(task, partner, o, scratch);
   MomentumSums sums;
-  if (task.layout.family == Family::kDiagonal) {
+  if (family == Family::kDiagonal) {
     sums.columns = static_cast<double*>(memory);
     momentum_rows<T>(task, partner, o, 0, storage_rows(task.layout), sums);
   } else {
