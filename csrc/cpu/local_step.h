@@ -24,6 +24,7 @@
 #include "kernels.h"
 #include "layer_groups.h"
 #include "local_product.h"
+#include "panels.h"
 #include "rounds.h"
 #include "shares.h"
 
@@ -89,22 +90,12 @@ class LocalStep {
     T* products = nullptr;  // of a border on the left
   };
 
-  // Elements of a panel: with products two of them fit the first cache, or with blocks on the left,
-  // which need many rows, the second, so that rows are long pieces. Without products none is
-  // visited twice; taking a task waits for all that was stored past the caches, so these are
-  // larger.
-  static constexpr int64_t kPointwisePanel = 16384, kPanel = 8192, kWidePanel = 32768;
-  static constexpr int64_t kPanelRows = 12, kTilePanelRows = 32;
-  // Every panel reads all of a border on the right: where that has more rows, panels are higher, as
-  // long as the second cache has them.
-  static constexpr int64_t kBorderPanelRows = 36, kBorderPanel = int64_t{1} << 17;
   // Bytes of all weights that are stored past the caches where several threads have read each of
   // them: more than a cache of one thread holds, since smaller ones stay there, and less than the
   // last cache, since of larger ones no cache has copies that must be told.
   static constexpr int64_t kLeastStreamed = int64_t{1} << 20, kMostStreamed = int64_t{1} << 25;
   // Elements below which a further thread costs more than it saves.
   static constexpr int64_t kGrain = 16384;
-  static constexpr int64_t kLeastThinRows = 128, kMostThinTasks = 4;
 
   static const StepKernels<T>& step_kernels() {
     if constexpr (std::is_same_v<T, float>) {
@@ -154,23 +145,7 @@ class LocalStep {
 
   void plan_writes(size_t index) {
     const StepLayer<T>& layer = layers_[index];
-    const bool pointwise = is_pointwise(layer);
-    const int64_t row_unit = unit(layer.left), column_unit = unit(layer.right);
-    const bool tiles = layer.left.form != Form::kNumbers;
-    const int64_t some_rows = pointwise ? 1 : tiles ? kTilePanelRows : kPanelRows;
-    const int64_t least_rows = tiles ? std::max<int64_t>(1, some_rows / row_unit) * row_unit
-                                     : (some_rows + row_unit - 1) / row_unit * row_unit;
-    int64_t width = layer.columns;
-    if (!layer.right.has_border()) {
-      const int64_t columns = (pointwise ? kPointwisePanel : kWidePanel) / least_rows;
-      width = std::min(width, std::max(column_unit, columns / column_unit * column_unit));
-    }
-    int64_t elements = pointwise ? kPointwisePanel : kPanel;
-    if (layer.right.has_border() && layer.right.border() > kPanelRows) {
-      elements = std::max(elements, std::min(kBorderPanelRows * width, kBorderPanel));
-    }
-    const int64_t rows = std::max(elements / width / some_rows, int64_t{1}) * some_rows;
-    const int64_t height = (rows + row_unit - 1) / row_unit * row_unit;
+    const auto [height, width] = Panels<T>::to_write(layer, is_pointwise(layer));
     first_write_.push_back(write_tasks_.size());
     for (int64_t i = 0; i < layer.rows; i += height) {
       for (int64_t j = 0; j < layer.columns; j += width) {
@@ -182,24 +157,14 @@ class LocalStep {
     }
   }
 
-  // Whole rows, as they lie in memory. Each task of thin products has sums of its own, so there are
-  // few of them; how many does not depend on the threads, so that the bits do not either.
   void plan_reads(size_t index) {
     const StepLayer<T>& layer = layers_[index];
-    int64_t height = std::max<int64_t>(1, kPointwisePanel / layer.columns);
-    if (layer.left.has_border()) {
-      const int64_t share = (layer.rows + kMostThinTasks - 1) / kMostThinTasks;
-      height = std::max(kLeastThinRows, whole_depths(share));
-      scratch_ = std::max(scratch_, kThinRows * spaced(kThinColumns));
-    }
+    const int64_t height = Panels<T>::rows_to_read(layer);
+    if (layer.left.has_border()) scratch_ = std::max(scratch_, kThinRows * spaced(kThinColumns));
     first_read_.push_back(read_tasks_.size());
     for (int64_t i = 0; i < layer.rows; i += height) {
       read_tasks_.push_back({{i, std::min(i + height, layer.rows), 0, layer.columns}});
     }
-  }
-
-  static int64_t unit(const LocalProduct<T>& product) {
-    return product.kind == LocalKind::kBlocks ? product.layout.block : 1;
   }
 
   LocalProduct<T>& product(size_t factor) {
