@@ -67,6 +67,13 @@ struct LocalProduct {
   SINGD_INLINE_EVERYWHERE bool has_border() const {
     return kind == LocalKind::kRowBorder || kind == LocalKind::kColumnBorder;
   }
+  // Rows of P x [first, last) that P[:, B] has a part in: of an arrowhead those outside the border.
+  SINGD_INLINE_EVERYWHERE int64_t first_mixed() const {
+    return kind == LocalKind::kRowBorder ? layout.head : 0;
+  }
+  SINGD_INLINE_EVERYWHERE int64_t last_mixed() const {
+    return kind == LocalKind::kRowBorder ? layout.dim - layout.tail : layout.dim;
+  }
 };
 
 // Columns [begin, begin + width) of a layer's matrix W: a parameter with its momentum and gradient.

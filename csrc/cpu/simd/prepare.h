@@ -30,6 +30,11 @@ T largest_column_sum(const T* matrix, int64_t rows, int64_t columns, int64_t str
 }
 
 template <class T>
+void fill_zeros(T* to, int64_t count) {
+  __builtin_memset(to, 0, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+template <class T>
 void prepare_diagonal(LocalProduct<T>& product, const T* factor) {
   const int64_t d = product.layout.dim;
   for (int64_t j = 0; j < d; ++j) product.diagonal[j] = factor[j] * factor[j];
@@ -63,8 +68,7 @@ SINGD_INLINE void for_each_block(const LocalProduct<T>& product, Function f) {
 // Zeros where the planes of a matrix have more rows than P: what is there is multiplied by zeros.
 template <class T>
 void zero_behind(const LocalProduct<T>& product, T* matrix, int64_t rows, int64_t stride) {
-  const int64_t numbers = (product.rows_of(rows) - rows) * stride;
-  __builtin_memset(matrix + rows * stride, 0, static_cast<std::size_t>(numbers) * sizeof(T));
+  fill_zeros(matrix + rows * stride, (product.rows_of(rows) - rows) * stride);
 }
 
 // A matrix of P in the form that products take it in.
@@ -104,10 +108,9 @@ void prepare_border(LocalProduct<T>& product, const T* factor, T* scratch) {
   const int64_t d = layout.dim, b = product.border(), tail = d - layout.tail;
   const int64_t wide = product.wide_stride(), thin = product.stride_of(b);
   const T* interior = factor + b * d - layout.head;  // D of index j is interior[j]
-  for (int64_t j = 0; j < padded(d); ++j) {
-    const bool inside = j >= layout.head && j < tail;
-    product.diagonal[j] = inside ? interior[j] * interior[j] : T(0);
-  }
+  fill_zeros(product.diagonal, layout.head);
+  for (int64_t j = layout.head; j < tail; ++j) product.diagonal[j] = interior[j] * interior[j];
+  fill_zeros(product.diagonal + tail, padded(d) - tail);
   transpose_padded(factor, b, d, d, product.thin, thin);
   const bool arrow = product.kind == LocalKind::kRowBorder;
   T* core = scratch;
@@ -120,12 +123,15 @@ void prepare_border(LocalProduct<T>& product, const T* factor, T* scratch) {
   for (int64_t r = 0; r < b; ++r) {
     const T* e = factor + r * d;
     T* row = product.wide + r * wide;
-    for (int64_t j = 0; j < wide; ++j) row[j] = j < d ? e[j] : T(0);
-    if (!arrow) continue;
+    fill_zeros(row + d, wide - d);
+    if (!arrow) {
+      copy_scaled(e, d, T(1), row);
+      continue;
+    }
     const T* square = core + r * thin;
     for (int64_t j = 0; j < layout.head; ++j) row[j] = square[j];
 #pragma GCC ivdep
-    for (int64_t j = layout.head; j < tail; ++j) row[j] *= interior[j];
+    for (int64_t j = layout.head; j < tail; ++j) row[j] = e[j] * interior[j];
     for (int64_t j = tail; j < d; ++j) row[j] = square[j - (d - b)];
     const int64_t at = r < layout.head ? r : r + d - b;
     copy_scaled(square, thin, T(1), product.thin + at * thin);

@@ -1,15 +1,19 @@
 // The step of a panel of W: its gradient is brought into scratch (read.h), multiplied by C C^T from
 // the left and K K^T from the right, and written (write.h) in the same visit.
 
-// x <- x + P[:, B] times these rows, for the columns of a panel; x has room for whole tiles.
+// x <- x + P[:, B] times these rows, for the columns of a panel; x has room for whole tiles. Not
+// for rows in an arrowhead's border, which are known.
 template <class T>
 void add_border_rows(const StepLayer<T>& layer, const Panel& panel, T* x,
                      [[maybe_unused]] Ahead& ahead) {
   const LocalProduct<T>& left = layer.left;
   const int64_t stride = panel.stride(), width = padded(panel.column_end - panel.column_begin);
-  const int64_t rows = panel.row_end - panel.row_begin, b = left.border();
+  const int64_t begin = larger(panel.row_begin, left.first_mixed());
+  const int64_t rows = smaller(panel.row_end, left.last_mixed()) - begin, b = left.border();
   const int64_t all = spaced(layer.columns), thin = left.stride_of(b);
-  const T *by = left.thin + panel.row_begin * thin, *spread = border_coefficients(layer);
+  const T *by = left.thin + begin * thin, *spread = border_coefficients(layer);
+  if (rows <= 0) return;
+  x += (begin - panel.row_begin) * stride;
 #if SINGD_TILES
   SINGD_COUNT(multiply_adds, rows * width * b);
   Planes right = right_planes(spread, all).from(panel.column_begin);
@@ -110,7 +114,8 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
   const LocalProduct<T>& right = layer.right;
   if (right.border() == 1) return multiply_right_one(layer, panel, x);
   const int64_t d = layer.columns, b = right.border(), thin = right.stride_of(b);
-  const int64_t width = padded(b), wide = right.wide_stride(), all = padded(d);
+  // Numbers in an arrowhead's border are the products that come first.
+  const int64_t width = padded(b), wide = right.wide_stride(), mixed = padded(right.last_mixed());
   const int64_t stride = panel.stride(), rows = panel.row_end - panel.row_begin;
   const int64_t head = right.layout.head, tail = d - right.layout.tail;
   const bool arrow = right.kind == LocalKind::kRowBorder;
@@ -129,7 +134,7 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
   for (int64_t i = 0; arrow && i < rows; ++i) {
     copy_border(x + i * stride, tail, coefficients + i * width, head);
   }
-  multiply_from_right(rows, all, b, arrow ? coefficients : products, width, right.wide, wide, x,
+  multiply_from_right(rows, mixed, b, arrow ? coefficients : products, width, right.wide, wide, x,
                       stride, {true, right.diagonal}, ahead);
   for (int64_t i = 0; arrow && i < rows; ++i) {
     copy_border(products + i * width, head, x + i * stride, tail);

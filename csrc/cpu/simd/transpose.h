@@ -53,24 +53,25 @@ SINGD_INLINE void transpose_square(const uint16_t* from, int64_t from_stride, ui
   for (int i = 0; i < 8; ++i) store<uint16_t, kPieceBytes>(to + i * to_stride, rows[i]);
 }
 
-// The transpose of `from` [rows, columns].
+// The transpose of `from` [rows, columns]. What is left over at the ends is part of a last square
+// that overlaps the one before.
 template <class T>
 void transpose_rows(const T* from, int64_t rows, int64_t columns, int64_t from_stride, T* to,
                     int64_t to_stride) {
   constexpr int64_t kSide = kPieceBytes / static_cast<int64_t>(sizeof(T));
-  const int64_t whole = columns / kSide * kSide;
-  int64_t i = 0;
-  for (; i + kSide <= rows; i += kSide) {
-    const T* strip = from + i * from_stride;
-    for (int64_t j = 0; j < whole; j += kSide) {
-      transpose_square(strip + j, from_stride, to + j * to_stride + i, to_stride);
+  if (rows < kSide || columns < kSide) {
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t r = 0; r < rows; ++r) to[j * to_stride + r] = from[r * from_stride + j];
     }
-    for (int64_t j = whole; j < columns; ++j) {
-      for (int64_t k = 0; k < kSide; ++k) to[j * to_stride + i + k] = strip[k * from_stride + j];
-    }
+    return;
   }
-  for (int64_t j = 0; j < columns; ++j) {
-    for (int64_t r = i; r < rows; ++r) to[j * to_stride + r] = from[r * from_stride + j];
+  for (int64_t next = 0; next < rows; next += kSide) {
+    const int64_t i = smaller(next, rows - kSide);
+    const auto transpose = [&](int64_t j) {
+      transpose_square(from + i * from_stride + j, from_stride, to + j * to_stride + i, to_stride);
+    };
+    for (int64_t j = 0; j + kSide <= columns; j += kSide) transpose(j);
+    if (columns % kSide != 0) transpose(columns - kSide);
   }
 }
 
