@@ -10,9 +10,9 @@
 #include "cpu/aten_product.h"
 #include "cpu/kernels.h"
 #include "gatherer.h"
+#include "group_step.h"
 #include "known_layer.h"
 #include "observation.h"
-#include "step_arguments.h"
 #include "structures/spec.h"
 
 namespace py = pybind11;
@@ -55,6 +55,6 @@ PYBIND11_MODULE(_C, m) {
   // Whether a profiler, or anything else, records what runs.
   m.def("is_recording", &at::hasCallbacks);
   singd::define_observation(m);
-  singd::define_step_arguments(m);
+  singd::define_group_step(m);
   singd::define_gatherer(m);
 }

@@ -14,20 +14,17 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
-#include <map>
 #include <memory>
-#include <optional>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "group_step.h"
+#include "known_groups.h"
 #include "known_layer.h"
-#include "known_options.h"
 #include "observation.h"
 #include "operators.h"
 #include "remembered.h"
-#include "step_arguments.h"
 
 namespace py = pybind11;
 
@@ -42,16 +39,6 @@ at::Tensor linear_rows(const at::Tensor& tensor) {
   const int64_t shared = c10::multiply_integers(sizes.slice(1, sizes.size() - 2));
   return tensor.reshape({sizes.front(), shared, sizes.back()});
 }
-
-// What is asked of an optimizer.
-struct Names {
-  py::object param_groups = interned("param_groups"), steps = interned("steps"), T = interned("T"),
-             state = interned("state"), options = interned("options");
-  static const Names& once() {
-    static const Names* const names = new Names();  // never destroyed: Python may be gone by then
-    return *names;
-  }
-};
 
 struct Shape {
   int64_t batch, shared;
@@ -75,16 +62,6 @@ struct Sums {
   }
 };
 
-py::list groups_of(const py::object& optimizer) {
-  return py::getattr(optimizer, Names::once().param_groups);
-}
-
-// Reads the group's own dictionary, which users may change at any time.
-bool is_due(const py::dict& group) {
-  const Names& names = Names::once();
-  return find(group, names.steps).cast<int64_t>() % find(group, names.T).cast<int64_t>() == 0;
-}
-
 class Gatherer {
  public:
   // name_space() is that of the operators; follow(optimizer, layer) is called if a layer's
@@ -92,11 +69,13 @@ class Gatherer {
   // its modules any more.
   Gatherer(const py::object& optimizer, py::function name_space, py::function follow,
            py::function check_owned)
-      : optimizer_(optimizer),
+      : groups(optimizer),
+        optimizer_(optimizer),
         name_space_(std::move(name_space)),
         follow_(std::move(follow)),
         check_owned_(std::move(check_owned)) {}
 
+  KnownGroups groups;
   bool paused = false;     // passes are ignored
   bool unsettled = false;  // the optimizer's settle_steps() is to be called before forward passes
 
@@ -107,34 +86,18 @@ class Gatherer {
     return static_cast<int>(layers_.size()) - 1;
   }
 
-  void set_options(int index, KnownOptions options) {
-    options_.insert_or_assign(index, std::move(options));
-  }
-  // Whether a group still has the options that were set.
-  bool are_options_known(int index) const {
-    return options_.at(index).are_in(groups_of(optimizer_.get())[index]);
-  }
-
   // Lets all states go, since others take their place.
   void unbind() {
     for (const auto& layer : layers_) layer->unbind();
     pass_ = -1;
   }
 
-  // What a group's step needs: its index, arguments, number, and whether its factors are due.
-  using GroupStep = std::tuple<int, StepArguments, int64_t, bool>;
-
-  // Of the layers that have gradients. Throws if one cannot do its step.
-  std::vector<GroupStep> step_arguments() {
+  // The steps of all groups. Throws if one cannot be done.
+  std::vector<GroupStep> steps() {
     const at::NoGradGuard no_grad;
-    const py::list groups = look_around();
-    std::vector<GroupStep> steps;
-    for (const auto& [index, options] : options_) {
-      const py::dict group = groups[index];
-      const bool due = singd::is_due(group);
-      steps.emplace_back(index, step_of(index, options, due), number_in(group, Names::once().steps),
-                         due);
-    }
+    look_around();
+    std::vector<GroupStep> steps = groups.steps(operators_);
+    for (GroupStep& step : steps) collect(step);
     return steps;
   }
 
@@ -149,7 +112,7 @@ class Gatherer {
 
   KnownLayer& layer(int index) { return *layers_.at(index); }
 
-  // Whether the next step of the layer's group updates the factors.
+  // Whether the forward pass of a layer that runs is needed by an update of its factors.
   bool is_due(const KnownLayer& layer) const;
 
   // Adds one call's input and output gradient; `hook` is asked for what is not of a Linear.
@@ -157,10 +120,10 @@ class Gatherer {
                const py::object& hook);
 
  private:
-  // The parameter groups, whose options are known from now on, as is where everything is: the
-  // states of all layers, and the operators.
-  py::list look_around();
-  StepArguments step_of(int index, const KnownOptions& options, bool factors_are_due);
+  // From now on the groups' options are known, and where everything is: the states of all layers,
+  // and the operators.
+  void look_around();
+  void collect(GroupStep& step);
   void follow(KnownLayer& layer);
   void begin(KnownLayer& layer, int64_t pass);
   Shape add_linear(KnownLayer& layer, const at::Tensor& x, const at::Tensor& g) const;
@@ -171,60 +134,45 @@ class Gatherer {
   WeakReference optimizer_;
   py::function name_space_, follow_, check_owned_;
   KnownLayers layers_;
-  std::map<int, KnownOptions> options_;  // of the groups, by index, that SINGD trains itself
-  int64_t pass_ = -1;                    // that looked around last
+  int64_t pass_ = -1;  // that looked around last
   std::shared_ptr<const Operators> operators_;
   Remembered last_step_;
 };
 
 bool Gatherer::is_due(const KnownLayer& layer) const {
-  const Names& names = Names::once();
   const py::object optimizer = optimizer_.get();
   if (optimizer.is_none()) return false;
   if (unsettled) optimizer.attr("settle_steps")();
-  const py::dict group = groups_of(optimizer)[layer.group];
-  const py::handle T = find(group, names.T);
-  // Another value is a bad option, which Python names.
-  if (!PyLong_CheckExact(T.ptr()) || T.cast<int64_t>() < 1) {
-    return optimizer.attr("factors_due")(layer.group).cast<bool>();
-  }
-  return singd::is_due(group);
+  return groups.are_due(optimizer, layer.group);
 }
 
-py::list Gatherer::look_around() {
-  const Names& names = Names::once();
+void Gatherer::look_around() {
+  static const auto* const state = new py::object(interned("state"));  // Python may be gone first
   last_step_.ask();
-  const py::object optimizer = optimizer_.get();
-  py::list groups = groups_of(optimizer);
-  for (const auto& [index, options] : options_) {
-    const bool known = !options.may_change_in_place && options.are_in(groups[index]);
-    if (!known) py::getattr(optimizer, names.options)(index);
-  }
+  groups.check();
   // Anew each time: an operator of this name may have been registered in the place of another.
   operators_ = std::make_shared<const Operators>(name_space_().cast<std::string>());
-  StateFinder states(py::getattr(optimizer, names.state));
+  StateFinder states(py::getattr(optimizer_.get(), *state));
   for (const auto& layer : layers_) {
     follow(*layer);
     layer->bind(states);
   }
-  return groups;
 }
 
-StepArguments Gatherer::step_of(int index, const KnownOptions& options, bool factors_are_due) {
-  StepArguments arguments(operators_);
-  arguments.reserve(layers_.size());
-  if (factors_are_due) arguments.factors.reserve(layers_.size());
+void Gatherer::collect(GroupStep& step) {
+  const bool factors_are_due = step.lr_cov.has_value();
+  step.reserve(layers_.size());
+  if (factors_are_due) step.factors.reserve(layers_.size());
   for (const auto& layer : layers_) {
-    if (layer->group != index) continue;
+    if (layer->group != step.group) continue;
     const bool unused = is_unused(*layer);
     const bool matters = unused || factors_are_due;
     if (matters && !layer->is_owned()) check_owned_(layer->python.get());
     if (unused) continue;
-    arguments.add(layer, options.has_momenta);
-    if (factors_are_due) arguments.factors.add(layer, options.has_factor_momenta);
+    step.add(layer);
+    if (factors_are_due) step.factors.add(layer, step.options->has_factor_momenta());
   }
-  last_step_.add(arguments, factors_are_due);
-  return arguments;
+  last_step_.add(step);
 }
 
 void Gatherer::follow(KnownLayer& layer) {
@@ -253,7 +201,7 @@ Shape Gatherer::add_linear(KnownLayer& layer, const at::Tensor& x, const at::Ten
   static const std::string expand = "expand", mean = "mean", sum = "sum";
   const Keys& keys = layer.keys;
   Sums of_C(layer, keys.C, keys.statistic_C), of_K(layer, keys.K, keys.statistic_K);
-  const bool reduce = options_.at(layer.group).reduce;
+  const bool reduce = groups.options(layer.group).reduce;
   const at::Tensor inputs = linear_rows(x), gradients = linear_rows(g);
   {
     const py::gil_scoped_release no_gil;
@@ -288,7 +236,7 @@ Shape Gatherer::add_others(KnownLayer& layer, const at::Tensor& x, const at::Ten
 // Uses of a layer within one backward pass see the same terms: they are counted once. A loss that
 // is a sum has the factor 1, however many passes there are.
 void Gatherer::count(KnownLayer& layer, Shape shape) const {
-  const KnownOptions& options = options_.at(layer.group);
+  const KnownOptions& options = groups.options(layer.group);
   const auto [batch, shared] = shape;
   py::dict& state = layer.entries();
   const int64_t rows = batch * (options.reduce ? std::min<int64_t>(1, shared) : shared);
@@ -362,7 +310,7 @@ class LayerReceiver : public Receiver, public std::enable_shared_from_this<Layer
 
 void define_gatherer(py::module_& m) {
   m.def("linear_rows", &linear_rows, py::arg("tensor"));
-  m.def("is_due", &is_due, py::arg("group"));
+  m.def("is_due", &factors_are_due, py::arg("group"));
   py::class_<Gatherer, std::shared_ptr<Gatherer>>(m, "Gatherer")
       .def(py::init<const py::object&, py::function, py::function, py::function>(),
            py::arg("optimizer"), py::arg("namespace"), py::arg("follow"), py::arg("check_owned"))
@@ -372,14 +320,22 @@ void define_gatherer(py::module_& m) {
            py::arg("is_linear"))
       .def(
           "set_options",
-          [](Gatherer& self, int index, const py::dict& group, const py::dict& options,
-             bool may_change_in_place) {
-            self.set_options(index, KnownOptions(group, options, may_change_in_place));
+          [](Gatherer& self, int index, const py::dict& group, const py::dict& options) {
+            self.groups.set_options(index, KnownOptions(group, options));
           },
-          py::arg("index"), py::arg("group"), py::arg("options"), py::arg("may_change_in_place"))
-      .def("are_options_known", &Gatherer::are_options_known, py::arg("index"))
+          py::arg("index"), py::arg("group"), py::arg("options"))
+      .def(
+          "are_options_known",
+          [](const Gatherer& self, int index) { return self.groups.are_options_known(index); },
+          py::arg("index"))
+      .def(
+          "memory", [](const Gatherer& self, int index) { return self.groups.memory(index); },
+          py::arg("index"))
       .def("unbind", &Gatherer::unbind)
-      .def("step_arguments", &Gatherer::step_arguments)
+      .def("steps", &Gatherer::steps)
+      .def("count_steps",
+           [](const Gatherer& self, int64_t count) { self.groups.count_steps(count); })
+      .def("changes_of_due", [](Gatherer& self) { return self.groups.changes_of_due(self.paused); })
       .def("forget_statistics", &Gatherer::forget_statistics, py::arg("state"));
   py::class_<LayerReceiver, std::shared_ptr<LayerReceiver>>(m, "LayerReceiver")
       .def(py::init<const std::shared_ptr<Gatherer>&, int, const py::object&, bool>(),

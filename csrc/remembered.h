@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "step_arguments.h"
+#include "group_step.h"
 
 namespace singd {
 
@@ -25,8 +25,8 @@ class Remembered {
     is_of_last_step_ = true;
   }
 
-  // Adds what a step with these arguments looks through, and forgets the last step.
-  void add(const StepArguments& a, bool factors_are_due) {
+  // Adds what a step looks through, and forgets the last one.
+  void add(const GroupStep& a) {
     if (std::exchange(is_of_last_step_, false)) lines_.clear();
     for (const auto& layer : a.layers) {
       note(layer.get(), sizeof(KnownLayer));
@@ -34,7 +34,7 @@ class Remembered {
       note(layer->states.data(), kLine);
       for (const WeakTensor& parameter : layer->parameters) note(parameter.get());
       for (const pybind11::dict& state : layer->states) note(state);
-      if (factors_are_due) note_factor_update(*layer);
+      if (a.lr_cov.has_value()) note_factor_update(*layer);
     }
     for (const auto* list : {&a.K, &a.C, &a.skipped, &a.momentum_weight, &a.momentum_bias}) {
       for (const at::Tensor& tensor : *list) note(tensor);

@@ -62,7 +62,7 @@ def test_products_of_sparse_factors_are_kept_where_a_step_without_update_follows
     net = nn.Linear(6, 4).double()
     optimizer = SINGD(net, structures=("diagonal", "block_diagonal:2"), T=T)
     train_step(net, optimizer, 0)
-    _, products, *_ = optimizer._calls[0].memory.tensors()
+    _, products, *_ = optimizer._gatherer.memory(0).tensors()
     assert (products is not None and products.numel() > 0) == kept
 
 
@@ -76,7 +76,7 @@ def test_outcomes_and_workspace_are_the_same_memory_in_every_step(
     for seed in range(4):
         train_step(net, optimizer, seed)
         if seed > 0:
-            tensors = optimizer._calls[0].memory.tensors()
+            tensors = optimizer._gatherer.memory(0).tensors()
             addresses.add(tuple(0 if t is None else t.data_ptr() for t in tensors))
     assert len(addresses) == 1
 
@@ -164,7 +164,8 @@ def test_a_layer_without_gradient_takes_its_products_along(structures: tuple[str
         net[0].requires_grad_(False)
         for seed in range(2, 4):
             if forget:
-                optimizer._calls[0].memory = _C.CallMemory()
+                _, products, *_ = optimizer._gatherer.memory(0).tensors()
+                products.resize_(0)
             train_step(net, optimizer, seed)
         return snapshot(net, optimizer)
 

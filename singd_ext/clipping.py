@@ -26,15 +26,16 @@ from .hyperparameters import Hyperparameters
 from .layers import Layer
 
 if TYPE_CHECKING:
-    from .steps import Plan
+    from . import _C
+    from .optimizer import SINGD
 
 State = dict[str, Any]
 
 
 def divisors(
-    plans: Sequence[Plan], state: dict[Tensor, State], grad_scale: Tensor | None
+    optimizer: SINGD, steps: Sequence[_C.GroupStep], grad_scale: Tensor | None
 ) -> dict[int, list[Tensor]]:
-    """Return by what each layer's gradient is to be divided, for all groups that have bounds.
+    """Return by what each layer's gradient is to be divided, for steps that have bounds, by group.
 
     That is `grad_scale` / ν_l ν, a 0-dimensional tensor a layer; the same tensor for all layers of
     a group without `max_update_norm`. Bounds that are not finite do not bind: the operator skips
@@ -42,17 +43,17 @@ def divisors(
     """
     shrinkings: list[list[Tensor]] = []
     total: Tensor | None = None
-    for plan in plans:
-        options = plan.options
-        measured = [_measure(layer, state, options, grad_scale) for layer in plan.arguments.layers]
+    for step in steps:
+        options = optimizer._checked[step.group]
+        measured = [_measure(x, optimizer.state, options, grad_scale) for x in step.layers]
         shrinkings.append([_shrinking(options.max_update_norm, norm) for norm, _ in measured])
         if options.kl_clip is not None:
             for nu, (_, change) in zip(shrinkings[-1], measured, strict=True):
                 term = (nu * nu * change).nan_to_num(0.0, 0.0, 0.0)
                 total = term if total is None else total + term.to(total.device)
     return {
-        plan.group: _divided(grad_scale, nus, plan.options, total)
-        for plan, nus in zip(plans, shrinkings, strict=True)
+        step.group: _divided(grad_scale, nus, optimizer._checked[step.group], total)
+        for step, nus in zip(steps, shrinkings, strict=True)
     }
 
 

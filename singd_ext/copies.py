@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .curvature import gather, install_hooks
 from .fallback import is_own
 from .hyperparameters import Hyperparameters
-from .memory import GroupCalls
+from .incidents import GroupIncidents
 
 if TYPE_CHECKING:
     from .optimizer import SINGD
@@ -36,8 +36,7 @@ def take_up(optimizer: SINGD) -> None:
     for index, group in enumerate(optimizer.param_groups):
         if is_own(group):
             options = Hyperparameters.of_group(group)
-            layers = [layer for layer in optimizer._layers if layer.group == index]
-            optimizer._calls[index] = GroupCalls(layers, options.structures, optimizer._warned)
+            optimizer._incidents[index] = GroupIncidents(optimizer._warned)
             optimizer._know(index, options)
     for layer in optimizer._layers:
         if not hasattr(layer.module, "_modules"):  # its copy is not finished

@@ -130,14 +130,12 @@ def gather(optimizer: SINGD, layer: Layer) -> None:
 
 
 def tell_options(optimizer: SINGD, group: int) -> None:
-    """Tell the gatherer what it needs of a group's options, which have been checked.
+    """Tell the gatherer a group's options, which have been checked.
 
     It looks for changes before each backward pass and step, and asks `SINGD.options` about them.
     """
-    options = optimizer._checked[group]
-    optimizer._gatherer.set_options(
-        group, optimizer.param_groups[group], vars(options), options.may_change_in_place
-    )
+    options = vars(optimizer._checked[group])
+    optimizer._gatherer.set_options(group, optimizer.param_groups[group], options)
 
 
 def install_hooks(optimizer: SINGD, layers: Iterable[Layer]) -> list[RemovableHandle]:

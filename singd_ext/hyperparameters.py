@@ -54,16 +54,6 @@ class Hyperparameters:
         for name in OPTIONS:
             _CHECKS[name](name, getattr(self, name))
 
-    @property
-    def is_bounded(self) -> bool:
-        """Whether the step has a bound, which costs another preconditioning."""
-        return self.max_update_norm is not None or self.kl_clip is not None
-
-    @property
-    def may_change_in_place(self) -> bool:
-        """Whether a step size is a tensor."""
-        return isinstance(self.lr, Tensor) or isinstance(self.lr_cov, Tensor)
-
     def check_tensors(self) -> None:
         """Validate again what can change in place: step sizes in tensors."""
         if isinstance(self.lr, Tensor):
@@ -236,7 +226,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "expm_order": partial(_check_integer, at_least=1, at_most=2),
     "step_cap": partial(check_number, allow_infinity=True, positive=True),
     "stochastic_rounding": check_flag,
-    "seed": partial(_check_integer, at_least=0),
+    "seed": partial(_check_integer, at_least=0, at_most=2**63 - 1),
     "max_update_norm": _check_bound,
     "kl_clip": _check_bound,
 }

@@ -67,3 +67,11 @@ class Incidents:
             if of_code and text not in self._warned:
                 self._warned.add(text)
                 warn_user(f"layers {of_code}: {text} (further warnings of this kind are not shown)")
+
+
+class GroupIncidents:
+    """Those of both operators for one parameter group."""
+
+    def __init__(self, warned: set[str]) -> None:
+        self.factors = Incidents(FACTORS, warned)
+        self.parameters = Incidents(PARAMETERS, warned)

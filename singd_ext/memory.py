@@ -1,38 +1,14 @@
-"""Memory that is kept from step to step, so that a steady step allocates nothing.
+"""K Kᵀ of dense factors, which is kept from step to step.
 
-None of it is state: it can be recomputed, and is not saved.
+It is not state: it can be recomputed, and is not saved. The rest of what a step keeps is C++'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from . import _C, incidents
-from .incidents import Incidents
-
-if TYPE_CHECKING:
-    from .layers import Layer
-
-
-class GroupCalls:
-    """What belongs to the calls of both operators for one parameter group."""
-
-    def __init__(
-        self, layers: Sequence[Layer], structures: tuple[str, str], warned: set[str]
-    ) -> None:
-        self.memory = _C.CallMemory()
-        self.writes_back = any(layer.is_copied for layer in layers)  # W to a weight
-        self.has_dense_factors = any(
-            _C.is_dense(spec, dim)
-            for layer in layers
-            for spec, dim in zip(structures, (layer.dim_K, layer.dim_C), strict=True)
-        )
-        self.factor_incidents = Incidents(incidents.FACTORS, warned)
-        self.parameter_incidents = Incidents(incidents.PARAMETERS, warned)
+from . import _C
 
 
 def keeps_product(dim: int, other: int, steps: int, dtype: torch.dtype) -> bool:

@@ -24,13 +24,14 @@ from .curvature import gather, gatherer_of, install_hooks, tell_options
 from .fallback import OWN, Factory, Fallback, Group, check_new_parameters, is_own, tensor_of
 from .groups import listed, split_group
 from .hyperparameters import OPTIONS, Hyperparameters, check_flag, check_number
+from .incidents import GroupIncidents
 from .layers import Layer, find_layers
-from .memory import GroupCalls
 from .scaling import VoidSteps, is_on_host, is_set_on_host, scales_of_step
+from .state import complete_state
 from .step_hooks import noticed
-from .steps import complete_state, plans_of, step_factors, step_parameters
 from .structured import StructuredMatrix
 from .summary import Summary
+from .update import update_factors, update_parameters
 
 
 class SINGD(torch.optim.Optimizer):
@@ -173,7 +174,7 @@ class SINGD(torch.optim.Optimizer):
         for layer in layers:
             layer.kind.check(layer.name, layer.module, options.structures)
         super().add_param_group({**group, "steps": 0, "optimizer": OWN})
-        self._calls[index] = GroupCalls(layers, options.structures, self._warned)
+        self._incidents[index] = GroupIncidents(self._warned)
         self._know(index, options)
         for layer in layers:
             self._layers.append(layer)
@@ -204,12 +205,11 @@ class SINGD(torch.optim.Optimizer):
         self._layers: list[Layer] = []
         self._handles: list[Any] = []
         self._checked: dict[int, Hyperparameters] = {}  # of the groups that SINGD trains itself
-        self._calls: dict[int, GroupCalls] = {}
+        self._incidents: dict[int, GroupIncidents] = {}
         self._gatherer = gatherer_of(self)
         self._curvature_scale: float | None = None
         self._warned: set[str] = set()
         self._pauses = 0
-        self._marked_due: dict[int, bool] = {}
         self._void_steps = VoidSteps()
 
     # ---------------------------------------------------------------- what users read
@@ -285,6 +285,9 @@ class SINGD(torch.optim.Optimizer):
             self.options(group)
         return _C.is_due(current)
 
+    def _lr_cov_at(self, group: int, step: int) -> float:
+        return self._checked[group].lr_cov_at(step)
+
     @property
     def is_paused(self) -> bool:
         """Whether a `paused` context is open."""
@@ -310,11 +313,7 @@ class SINGD(torch.optim.Optimizer):
 
     def _mark_due(self) -> None:
         """Set the flags that compiled models read: their code is specialized on each value."""
-        for group in self._checked:
-            due = self._pauses == 0 and self.factors_due(group)
-            if due is self._marked_due.get(group):
-                continue
-            self._marked_due[group] = due
+        for group, due in self._gatherer.changes_of_due():
             for layer in self._layers:
                 if layer.group == group:
                     layer.due = due
@@ -339,24 +338,27 @@ class SINGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plans = plans_of(self)
+        steps = self._gatherer.steps()  # all checks, before anything is changed
         scales = scales_of_step(self, self._curvature_scale)
         self._curvature_scale = None
-        if is_set_on_host(scales.found_inf):  # the whole step is void, and comes again
+        found_inf = scales.found_inf
+        if found_inf is not None and is_set_on_host(found_inf):  # all is void, and comes again
             self._drop_statistics()
             return loss
-        if len(plans) < len(self.param_groups):
+        if len(steps) < len(self.param_groups):
             self._fallback.step(self._fallback_groups(), self.state, scales)
-        for plan in plans:
-            if plan.lr_cov is not None:
-                step_factors(self, plan, scales)
-        bounded = [plan for plan in plans if plan.options.is_bounded]
-        bounds = divisors(bounded, self.state, scales.gradient) if bounded else {}
-        for plan in plans:
-            step_parameters(plan, scales, bounds.get(plan.group))
-        self._count_steps(1)
-        if not is_on_host(scales.found_inf):
-            self._void_steps.note(scales.found_inf)
+        bounded = []
+        for step in steps:
+            if step.factors_are_due:
+                update_factors(self, step, scales)
+            if step.is_bounded:
+                bounded.append(step)
+        bounds = divisors(self, bounded, scales.gradient) if bounded else {}
+        for step in steps:
+            update_parameters(self, step, scales, bounds.get(step.group))
+        self._gatherer.count_steps(1)
+        if found_inf is not None and not is_on_host(found_inf):
+            self._void_steps.note(found_inf)
             self._gatherer.unsettled = True
         self._mark_due()
         return loss
@@ -381,12 +383,8 @@ class SINGD(torch.optim.Optimizer):
         matters = any(g["T"] > 1 and g["steps"] % g["T"] <= 1 for g in own)
         void = self._void_steps.settle(keep=0 if matters else 1)
         if void:
-            self._count_steps(-void)
+            self._gatherer.count_steps(-void)
             self._mark_due()
-
-    def _count_steps(self, count: int) -> None:
-        for index in self._checked:
-            self.param_groups[index]["steps"] += count
 
     def _fallback_groups(self) -> list[Group]:
         return [group for group in self.param_groups if not is_own(group)]

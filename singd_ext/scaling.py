@@ -20,6 +20,9 @@ class Scales(NamedTuple):
     statistic: Tensor | None  # scale of the output gradients that the hooks saw
 
 
+NO_SCALES = Scales(None, None, None)
+
+
 def scales_of_step(optimizer: torch.optim.Optimizer, told: float | None) -> Scales:
     """Return the scales of the step that is running; `told` is the user's word, if there is one.
 
@@ -31,6 +34,9 @@ def scales_of_step(optimizer: torch.optim.Optimizer, told: float | None) -> Scal
     """
     given = vars(optimizer)  # by a scaler; cheaper than to look for what is not there in classes
     found_inf, gradient = given.get("found_inf"), given.get("grad_scale")
+    if told is None and gradient is None and found_inf is None:
+        statistic = _scale_of_running_scaler()
+        return NO_SCALES if statistic is None else Scales(None, None, statistic)
     if told is not None:
         return Scales(found_inf, gradient, torch.tensor(told, dtype=torch.float64))
     statistic = _scale_of_running_scaler() if gradient is None else gradient
@@ -74,10 +80,8 @@ class VoidSteps:
     def __len__(self) -> int:
         return len(self._flags)
 
-    def note(self, flag: Tensor | None) -> None:
+    def note(self, flag: Tensor) -> None:
         """Remember the flag of the step that was just taken."""
-        if flag is None:
-            return
         if flag.device.type != "cuda":
             self._flags.append((flag.clone(), None))
         elif not torch.cuda.is_current_stream_capturing():
@@ -96,11 +100,11 @@ class VoidSteps:
         return sum(flag.item() != 0 for flag, _ in known)
 
 
-def is_on_host(flag: Tensor | None) -> bool:
-    """Whether a flag, or that there is none, is known without waiting for a device."""
-    return flag is None or flag.device.type == "cpu"
+def is_on_host(flag: Tensor) -> bool:
+    """Whether a flag is known without waiting for a device."""
+    return flag.device.type == "cpu"
 
 
-def is_set_on_host(flag: Tensor | None) -> bool:
+def is_set_on_host(flag: Tensor) -> bool:
     """Whether a flag is known to be set without waiting for a device."""
-    return flag is not None and is_on_host(flag) and flag.item() != 0
+    return is_on_host(flag) and flag.item() != 0

@@ -22,17 +22,14 @@ def noticed(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def run(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        return (wrapped if _is_noticed(self) else step)(self, *args, **kwargs)
+        is_noticed = (
+            _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _C.is_recording()
+        )
+        return (wrapped if is_noticed else step)(self, *args, **kwargs)
 
     run.hooked = True  # type: ignore[attr-defined]  # torch wraps steps without this mark
     return run
-
-
-def _is_noticed(optimizer: Optimizer) -> bool:
-    return bool(
-        _global_optimizer_pre_hooks
-        or optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_post_hooks
-        or _C.is_recording()
-    )

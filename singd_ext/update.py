@@ -18,78 +18,75 @@ from .memory import NO_PRODUCT, keeps_product
 from .scaling import Scales
 
 if TYPE_CHECKING:
-    from .steps import Plan
+    from .optimizer import SINGD
 
 NO_INCIDENT = torch.zeros(1, dtype=torch.int64, device="cpu")  # the outcome of one layer
 
 
-def update_factors(plan: Plan, scales: Scales) -> tuple[Tensor, list[str]] | None:
-    """Update K, C, m_K and m_C from the layers' statistics, which are forgotten.
+def update_factors(optimizer: SINGD, step: _C.GroupStep, scales: Scales) -> None:
+    """Update K, C, m_K and m_C from the statistics of the layers whose modules were called.
 
-    See `ops.update_factors_`. Returns its outcomes, and names of layers without statistics.
+    See `ops.update_factors_`. The statistics are forgotten.
     """
-    options = plan.options
-    assert plan.lr_cov is not None
-    return plan.arguments.update_factors_(
-        plan.calls.memory,
-        plan.lr_cov,
-        options.damping,
-        options.alpha1,
-        options.kfac_like,
-        options.normalize_lr_cov,
-        options.expm_order,
-        options.step_cap,
-        scales.statistic,
-        scales.found_inf,
-        _rounding_key(plan),
-    )
+    report = step.update_factors(scales.statistic, scales.found_inf)
+    if report is None:
+        return
+    outcomes, unseen = report
+    if unseen and optimizer._handles:
+        optimizer._warn_once(
+            f"layers {unseen} have gradients, but their modules were not called: their factors "
+            "stay as they are"
+        )
+    optimizer._incidents[step.group].factors.read(outcomes, step.factors)
 
 
-def update_parameters(plan: Plan, arguments: _C.StepArguments, scales: Scales) -> Tensor | None:
-    """Update weights, biases and their momenta; see `ops.preconditioned_update_`."""
-    options, calls = plan.options, plan.calls
-    P_K, P_C = _kept_products(plan, arguments)
-    outcomes = arguments.preconditioned_update_(
-        calls.memory,
-        options.lr,
-        options.momentum,
-        options.weight_decay,
-        P_K,
-        P_C,
-        scales.gradient,
-        scales.found_inf,
-        _rounding_key(plan),
-        # With T = 1 none is of use in the next step, and a backward pass has other uses for memory.
-        options.T > 1,
-    )
-    if calls.writes_back:
-        _write_back(arguments, has_momenta=options.momentum != 0)
+def update_parameters(
+    optimizer: SINGD, step: _C.GroupStep, scales: Scales, divisors: list[Tensor] | None
+) -> None:
+    """Update weights, biases and their momenta; see `ops.preconditioned_update_`.
+
+    Gradients are divided by `divisors`, one a layer, if given.
+    """
+    options = optimizer._checked[step.group]
+    if divisors and options.max_update_norm is not None:
+        outcomes: Tensor | None = _update_one_by_one(step, options.T, scales, divisors)
+    else:
+        if divisors:  # the same for all layers
+            scales = scales._replace(gradient=divisors[0])
+        outcomes = _update(step, options.T, scales)
+    if outcomes is not None:
+        optimizer._incidents[step.group].parameters.read(outcomes, step)
+
+
+def _update(step: _C.GroupStep, T: int, scales: Scales) -> Tensor | None:
+    P_K: list[Tensor] = []
+    P_C: list[Tensor] = []
+    if step.has_dense_factors:
+        P_K, P_C = _kept_products(step, T, 0), _kept_products(step, T, 1)
+    outcomes = step.update_parameters(P_K, P_C, scales.gradient, scales.found_inf)
+    if step.writes_back:
+        _write_back(step)
     return outcomes
 
 
-def update_layer_by_layer(plan: Plan, scales: Scales, divisors: Sequence[Tensor]) -> Tensor:
-    """`update_parameters` with a scale of the gradients for each layer: one call a layer."""
+def _update_one_by_one(
+    step: _C.GroupStep, T: int, scales: Scales, divisors: Sequence[Tensor]
+) -> Tensor:
+    """`_update` with a scale of the gradients for each layer: one call a layer."""
     outcomes = []
     for i, divisor in enumerate(divisors):
-        layer = plan.arguments.of_layer(i)
-        outcome = update_parameters(plan, layer, scales._replace(gradient=divisor))
+        outcome = _update(step.of_layer(i), T, scales._replace(gradient=divisor))
         outcomes.append(NO_INCIDENT if outcome is None else outcome.clone())
     return torch.cat(outcomes)
 
 
-def _kept_products(plan: Plan, arguments: _C.StepArguments) -> tuple[list[Tensor], list[Tensor]]:
-    if not plan.calls.has_dense_factors:  # in most steps: their layers are not asked
-        return [], []
-    return _products(arguments, plan.options.T, 0), _products(arguments, plan.options.T, 1)
-
-
-def _products(arguments: _C.StepArguments, T: int, side: int) -> list[Tensor]:
+def _kept_products(step: _C.GroupStep, T: int, side: int) -> list[Tensor]:
     """Return what is kept of K Kᵀ (side 0) or C Cᵀ (1) of every layer: nothing of sparse ones."""
-    dense = (arguments.dense_K, arguments.dense_C)[side]
+    dense = (step.dense_K, step.dense_C)[side]
     if not dense:
         return []
-    layers, factors = arguments.layers, (arguments.K, arguments.C)[side]
-    result = [NO_PRODUCT] * len(arguments)
+    layers, factors = step.layers, (step.K, step.C)[side]
+    result = [NO_PRODUCT] * len(step)
     for i in dense:
         dims = (layers[i].dim_K, layers[i].dim_C)
         factor = factors[i]
@@ -100,17 +97,12 @@ def _products(arguments: _C.StepArguments, T: int, side: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _write_back(arguments: _C.StepArguments, has_momenta: bool) -> None:
+def _write_back(step: _C.GroupStep) -> None:
     """Write W and its momentum back to weights of which W holds a copy."""
-    layers = arguments.layers
-    for i in arguments.copied:
+    layers, momenta = step.layers, step.momentum_weight
+    for i in step.copied:
         layer = layers[i]
         write = partial(layer.kind.write_back, layer.module)
-        write(layer.parameters[0], arguments.weight[i])
-        if has_momenta:
-            write(arguments.momentum_buffer(i), arguments.momentum_weight[i])
-
-
-def _rounding_key(plan: Plan) -> list[int] | None:
-    options = plan.options
-    return [options.seed, plan.step] if options.stochastic_rounding else None
+        write(layer.parameters[0], step.weight[i])
+        if momenta:
+            write(step.momentum_buffer(i), momenta[i])

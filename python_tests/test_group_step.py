@@ -8,7 +8,8 @@ import torch
 from nets import snapshot
 from torch import Tensor, nn
 
-from singd_ext import SINGD, StructuredMatrix, incidents, ops, steps
+from singd_ext import SINGD, StructuredMatrix, incidents, ops
+from singd_ext import optimizer as optimizer_module
 
 
 def with_gradients() -> tuple[nn.Sequential, SINGD]:
@@ -204,7 +205,7 @@ def test_outcomes_that_are_read_late_do_not_keep_the_gradients(
     monkeypatch.setattr(torch.cuda, "Event", Arrived)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     net, optimizer = with_gradients()
-    ((_, lists, *_),) = optimizer._gatherer.step_arguments()
+    (lists,) = optimizer._gatherer.steps()
     reader = incidents.Incidents(incidents.PARAMETERS, set())
     reader._host = torch.zeros(2, dtype=torch.int64)  # not pinned
     reader.read(torch.tensor([0, 1]).as_subclass(OnGPU), lists)
@@ -213,7 +214,7 @@ def test_outcomes_that_are_read_late_do_not_keep_the_gradients(
     optimizer.zero_grad()
     assert gradient() is None
     net(torch.randn(5, 4)).sum().backward()
-    ((_, lists, *_),) = optimizer._gatherer.step_arguments()
+    (lists,) = optimizer._gatherer.steps()
     with pytest.warns(UserWarning, match=r"layers \['1'\]: the gradient was not finite"):
         reader.read(torch.tensor([0, 0]).as_subclass(OnGPU), lists)
 
@@ -226,13 +227,13 @@ def test_statistics_are_gone_before_the_parameters_are_updated(
     states = [optimizer.state[layer.weight] for layer in net]
     statistics = [weakref.ref(s[key]) for s in states for key in ("statistic_K", "statistic_C")]
     alive = []
-    update = steps.update_parameters
+    update = optimizer_module.update_parameters
 
     def call(*args: object) -> Tensor:
         alive.append([s() is not None for s in statistics])
         return update(*args)
 
-    monkeypatch.setattr(steps, "update_parameters", call)
+    monkeypatch.setattr(optimizer_module, "update_parameters", call)
     optimizer.step()
     assert alive == [[False] * 4]
     assert not any(s.keys() & {"statistic_K", "statistic_C", "rows", "loss_terms"} for s in states)

@@ -1,4 +1,4 @@
-#include "step_arguments.h"
+#include "group_step.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -12,8 +12,6 @@
 #include <stdexcept>
 #include <utility>
 #include <variant>
-
-#include "call_memory.h"
 
 namespace py = pybind11;
 
@@ -76,63 +74,6 @@ bool are_uneventful(const at::Tensor& outcomes) {
   return std::all_of(codes, codes + outcomes.numel(), [](int64_t code) { return code == 0; });
 }
 
-// Outcomes and the names of layers without statistics, if there is anything to report.
-using FactorReport = std::optional<std::pair<at::Tensor, std::vector<std::string>>>;
-
-FactorReport update_factors(StepArguments& step, CallMemory& memory, double lr_cov, double damping,
-                            double alpha1, bool kfac_like, bool normalize_lr_cov,
-                            int64_t expm_order, double step_cap,
-                            const std::optional<at::Tensor>& grad_scale,
-                            const std::optional<at::Tensor>& found_inf,
-                            const std::optional<std::vector<int64_t>>& rounding_key) {
-  FactorArguments& a = step.factors;
-  const auto device = a.device();
-  at::Tensor& outcomes = memory.factor_outcomes.of(a.count(), device);
-  if (!a.layers.empty()) {
-    const KnownLayer& any = *a.layers.front();  // all have the group's structures
-    const py::gil_scoped_release no_gil;
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    a.operators->update_factors_.call(
-        a.K, a.C, a.m_K, a.m_C, a.rejected, a.statistic_K, a.statistic_C, a.scale_K, a.scale_C,
-        a.dim_K, a.dim_C, any.structure_K, any.structure_C, memory.lr_cov.set(lr_cov), damping,
-        alpha1, kfac_like, normalize_lr_cov, expm_order, step_cap, outcomes,
-        memory.workspace.on(device), grad_scale, found_inf, array(rounding_key));
-  }
-  note_changes({&a.K, &a.C, &a.m_K, &a.m_C});
-  a.release();
-  if (a.unseen.empty() && are_uneventful(outcomes)) return std::nullopt;
-  return FactorReport({outcomes, a.unseen});
-}
-
-// The outcomes, if there is anything to report.
-std::optional<at::Tensor> preconditioned_update(
-    const StepArguments& a, CallMemory& memory, const std::variant<at::Tensor, double>& lr,
-    double momentum, double weight_decay, const std::vector<at::Tensor>& P_K,
-    const std::vector<at::Tensor>& P_C, const std::optional<at::Tensor>& grad_scale,
-    const std::optional<at::Tensor>& found_inf,
-    const std::optional<std::vector<int64_t>>& rounding_key, bool keep_products) {
-  if (a.layers.empty()) return std::nullopt;
-  const KnownLayer& any = *a.layers.front();  // all have the group's structures
-  const auto device = a.device();
-  at::Tensor& outcomes = memory.parameter_outcomes.of(a.count(), device);
-  std::optional<at::Tensor> products;
-  if (keep_products) products = memory.products_of(a.K, a.C, device);
-  const auto* number = std::get_if<double>(&lr);
-  {
-    const py::gil_scoped_release no_gil;
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    a.operators->preconditioned_update_.call(
-        a.weight, a.bias, a.momentum_weight, a.momentum_bias, a.skipped, a.grad_weight, a.grad_bias,
-        a.K, a.C, P_K, P_C, any.structure_K, any.structure_C,
-        number != nullptr ? memory.lr.set(*number) : std::get<at::Tensor>(lr), momentum,
-        weight_decay, outcomes, memory.workspace.on(device), products, grad_scale, found_inf,
-        array(rounding_key));
-  }
-  note_changes({&a.weight, &a.bias, &a.momentum_weight, &a.momentum_bias});
-  if (are_uneventful(outcomes)) return std::nullopt;
-  return outcomes;
-}
-
 std::vector<py::object> python_layers(const KnownLayers& layers) {
   std::vector<py::object> result;
   for (const auto& layer : layers) result.push_back(layer->python.get());
@@ -149,6 +90,62 @@ std::vector<size_t> positions(const KnownLayers& layers, bool KnownLayer::* is_s
 }
 
 }  // namespace
+
+GroupStep::FactorReport GroupStep::update_factors(const Scale& grad_scale, const Scale& found_inf) {
+  FactorArguments& a = factors;
+  const KnownOptions& o = *options;
+  const auto device = a.device();
+  const auto key = rounding_key();
+  at::Tensor& outcomes = memory->factor_outcomes.of(a.count(), device);
+  if (!a.layers.empty()) {
+    const KnownLayer& any = *a.layers.front();  // all have the group's structures
+    const py::gil_scoped_release no_gil;
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    a.operators->update_factors_.call(
+        a.K, a.C, a.m_K, a.m_C, a.rejected, a.statistic_K, a.statistic_C, a.scale_K, a.scale_C,
+        a.dim_K, a.dim_C, any.structure_K, any.structure_C, memory->lr_cov.set(lr_cov.value()),
+        o.damping, o.alpha1, o.kfac_like, o.normalize_lr_cov, o.expm_order, o.step_cap, outcomes,
+        memory->workspace.on(device), grad_scale, found_inf, array(key));
+  }
+  note_changes({&a.K, &a.C, &a.m_K, &a.m_C});
+  a.release();
+  if (a.unseen.empty() && are_uneventful(outcomes)) return std::nullopt;
+  return FactorReport({outcomes, a.unseen});
+}
+
+std::optional<at::Tensor> GroupStep::update_parameters(const std::vector<at::Tensor>& P_K,
+                                                       const std::vector<at::Tensor>& P_C,
+                                                       const Scale& grad_scale,
+                                                       const Scale& found_inf) const {
+  if (layers.empty()) return std::nullopt;
+  const KnownLayer& any = *layers.front();  // all have the group's structures
+  const KnownOptions& o = *options;
+  const auto here = device();
+  const auto key = rounding_key();
+  at::Tensor& outcomes = memory->parameter_outcomes.of(count(), here);
+  std::optional<at::Tensor> products;
+  // With T = 1 none is of use in the next step, and a backward pass has other uses for memory.
+  if (o.T > 1) products = memory->products_of(K, C, here);
+  const auto* lr = std::get_if<double>(&o.lr);
+  {
+    const py::gil_scoped_release no_gil;
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    operators->preconditioned_update_.call(
+        weight, bias, momentum_weight, momentum_bias, skipped, grad_weight, grad_bias, K, C, P_K,
+        P_C, any.structure_K, any.structure_C,
+        lr != nullptr ? memory->lr.set(*lr) : std::get<at::Tensor>(o.lr), o.momentum,
+        o.weight_decay, outcomes, memory->workspace.on(here), products, grad_scale, found_inf,
+        array(key));
+  }
+  note_changes({&weight, &bias, &momentum_weight, &momentum_bias});
+  if (are_uneventful(outcomes)) return std::nullopt;
+  return outcomes;
+}
+
+std::optional<std::vector<int64_t>> GroupStep::rounding_key() const {
+  if (!options->seed) return std::nullopt;
+  return std::vector<int64_t>{*options->seed, number};
+}
 
 void FactorArguments::add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta) {
   all.push_back(layer);
@@ -195,7 +192,7 @@ bool is_unused(const KnownLayer& layer) {
   return true;
 }
 
-void StepArguments::reserve(size_t count) {
+void GroupStep::reserve(size_t count) {
   layers.reserve(count);
   for (auto* list : {&K, &C, &weight, &bias, &momentum_weight, &momentum_bias, &skipped,
                      &grad_weight, &grad_bias}) {
@@ -203,7 +200,8 @@ void StepArguments::reserve(size_t count) {
   }
 }
 
-void StepArguments::add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta) {
+void GroupStep::add(const std::shared_ptr<KnownLayer>& layer) {
+  const bool has_momenta = options->has_momenta();
   Pair parameters, gradients, momenta;
   for (const WeakTensor& parameter : layer->parameters) {
     parameters.push_back(parameter.get());
@@ -236,18 +234,19 @@ void StepArguments::add(const std::shared_ptr<KnownLayer>& layer, bool has_momen
   K.push_back(tensor_in(*layer, layer->entries(), layer->keys.K));
   C.push_back(tensor_in(*layer, layer->entries(), layer->keys.C));
   skipped.push_back(tensor_in(*layer, layer->entries(), layer->keys.skipped));
+  has_dense_factors |= layer->is_dense_K || layer->is_dense_C;
   layers.push_back(layer);
 }
 
-StepArguments StepArguments::of_layer(size_t index) const {
-  StepArguments one(operators);
+GroupStep GroupStep::of_layer(size_t index) const {
+  GroupStep one(operators, group, {options, memory}, number);
+  one.has_dense_factors = has_dense_factors;
   one.layers = {layers.at(index)};
   one.K = {K[index]};
   one.C = {C[index]};
-  for (const auto list :
-       {&StepArguments::weight, &StepArguments::bias, &StepArguments::momentum_weight,
-        &StepArguments::momentum_bias, &StepArguments::skipped, &StepArguments::grad_weight,
-        &StepArguments::grad_bias}) {
+  for (const auto list : {&GroupStep::weight, &GroupStep::bias, &GroupStep::momentum_weight,
+                          &GroupStep::momentum_bias, &GroupStep::skipped, &GroupStep::grad_weight,
+                          &GroupStep::grad_bias}) {
     if (!(this->*list).empty()) (one.*list).push_back((this->*list)[index]);
   }
   for (const int64_t i : copied) {
@@ -256,7 +255,7 @@ StepArguments StepArguments::of_layer(size_t index) const {
   return one;
 }
 
-void define_step_arguments(py::module_& m) {
+void define_group_step(py::module_& m) {
   using torch::wrap_pybind_function;
   py::class_<KnownFactors>(m, "KnownFactors")
       .def(py::init<>())
@@ -266,35 +265,42 @@ void define_step_arguments(py::module_& m) {
             return self.are(factors);
           },
           py::arg("factors"));
-  py::class_<CallMemory>(m, "CallMemory").def(py::init<>()).def("tensors", &CallMemory::tensors);
+  py::class_<CallMemory, std::shared_ptr<CallMemory>>(m, "CallMemory")
+      .def("tensors", &CallMemory::tensors);
   py::class_<LayerLists>(m, "LayerLists")
       .def("__len__", [](const LayerLists& a) { return a.layers.size(); })
       .def_property_readonly("layers", [](const LayerLists& a) { return python_layers(a.layers); })
       .def_readonly("K", &LayerLists::K)
       .def_readonly("C", &LayerLists::C);
   py::class_<FactorArguments, LayerLists>(m, "FactorArguments");
-  py::class_<StepArguments, LayerLists>(m, "StepArguments")
-      .def_readonly("weight", &StepArguments::weight)
-      .def_readonly("momentum_weight", &StepArguments::momentum_weight)
+  py::class_<GroupStep, LayerLists>(m, "GroupStep")
+      .def_readonly("weight", &GroupStep::weight)
+      .def_readonly("momentum_weight", &GroupStep::momentum_weight)
       .def_property_readonly(
           "dense_K",
-          [](const StepArguments& a) { return positions(a.layers, &KnownLayer::is_dense_K); })
+          [](const GroupStep& a) { return positions(a.layers, &KnownLayer::is_dense_K); })
       .def_property_readonly(
           "dense_C",
-          [](const StepArguments& a) { return positions(a.layers, &KnownLayer::is_dense_C); })
-      .def_readonly("copied", &StepArguments::copied)
+          [](const GroupStep& a) { return positions(a.layers, &KnownLayer::is_dense_C); })
+      .def_readonly("copied", &GroupStep::copied)
       .def(
           "momentum_buffer",
-          [](const StepArguments& a, size_t index) {
+          [](const GroupStep& a, size_t index) {
             const KnownLayer& layer = *a.layers.at(index);
             return tensor_in(layer, layer.entries(), layer.keys.momentum_buffer);
           },
           py::arg("index"))
-      .def("of_layer", &StepArguments::of_layer, py::arg("index"))
-      .def_readonly("factors", &StepArguments::factors)
+      .def("of_layer", &GroupStep::of_layer, py::arg("index"))
+      .def_readonly("factors", &GroupStep::factors)
+      .def_readonly("group", &GroupStep::group)
+      .def_property_readonly("factors_are_due",
+                             [](const GroupStep& a) { return a.lr_cov.has_value(); })
+      .def_property_readonly("is_bounded", [](const GroupStep& a) { return a.options->is_bounded; })
+      .def_readonly("has_dense_factors", &GroupStep::has_dense_factors)
+      .def_property_readonly("writes_back", [](const GroupStep& a) { return !a.copied.empty(); })
       // Positional: names of arguments take time in calls that nothing has warmed up.
-      .def("update_factors_", wrap_pybind_function(update_factors))
-      .def("preconditioned_update_", wrap_pybind_function(preconditioned_update));
+      .def("update_factors", wrap_pybind_function(&GroupStep::update_factors))
+      .def("update_parameters", wrap_pybind_function(&GroupStep::update_parameters));
 }
 
 }  // namespace singd
