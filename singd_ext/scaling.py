@@ -20,9 +20,6 @@ class Scales(NamedTuple):
     statistic: Tensor | None  # scale of the output gradients that the hooks saw
 
 
-NO_SCALES = Scales(None, None, None)
-
-
 def scales_of_step(optimizer: torch.optim.Optimizer, told: float | None) -> Scales:
     """Return the scales of the step that is running; `told` is the user's word, if there is one.
 
@@ -34,9 +31,6 @@ def scales_of_step(optimizer: torch.optim.Optimizer, told: float | None) -> Scal
     """
     given = vars(optimizer)  # by a scaler; cheaper than to look for what is not there in classes
     found_inf, gradient = given.get("found_inf"), given.get("grad_scale")
-    if told is None and gradient is None and found_inf is None:
-        statistic = _scale_of_running_scaler()
-        return NO_SCALES if statistic is None else Scales(None, None, statistic)
     if told is not None:
         return Scales(found_inf, gradient, torch.tensor(told, dtype=torch.float64))
     statistic = _scale_of_running_scaler() if gradient is None else gradient
