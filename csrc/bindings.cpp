@@ -11,7 +11,6 @@
 #include "cpu/kernels.h"
 #include "gatherer.h"
 #include "group_step.h"
-#include "known_layer.h"
 #include "observation.h"
 #include "structures/spec.h"
 
@@ -42,7 +41,6 @@ PYBIND11_MODULE(_C, m) {
         return singd::diagonal_slots(singd::make_layout(spec, dim));
       },
       py::arg("spec"), py::arg("dim"));
-  m.def("is_dense", &singd::is_dense, py::arg("structure"), py::arg("dim"));
   m.def("build_info", &singd::build_info);
   m.def("cpu_instructions", [] { return singd::cpu::kernels().name; });
   m.def("cpu_bfloat16_products", [] { return singd::cpu::bfloat16_gram(1) != nullptr; });
