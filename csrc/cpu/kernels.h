@@ -68,13 +68,12 @@ struct LocalProduct {
     return kind == LocalKind::kRowBorder || kind == LocalKind::kColumnBorder;
   }
   // Rows [first, last) of P x that take a part of P[:, B]: of an arrowhead those outside the
-  // border. Tiles take whole squares of rows, those of the border too.
-  SINGD_INLINE_EVERYWHERE bool skips_border() const {
-    return kind == LocalKind::kRowBorder && form == Form::kNumbers;
+  // border.
+  SINGD_INLINE_EVERYWHERE int64_t first_mixed() const {
+    return kind == LocalKind::kRowBorder ? layout.head : 0;
   }
-  SINGD_INLINE_EVERYWHERE int64_t first_mixed() const { return skips_border() ? layout.head : 0; }
   SINGD_INLINE_EVERYWHERE int64_t last_mixed() const {
-    return skips_border() ? layout.dim - layout.tail : layout.dim;
+    return kind == LocalKind::kRowBorder ? layout.dim - layout.tail : layout.dim;
   }
 };
 

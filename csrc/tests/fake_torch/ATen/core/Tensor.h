@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <memory>
 
@@ -14,7 +15,9 @@ class Tensor {
 
   void resize_(std::initializer_list<int64_t> sizes) {
     size_ = *sizes.begin();
-    memory_.reset(new Line[static_cast<std::size_t>(size_) / sizeof(Line) + 1]);
+    const std::size_t lines = static_cast<std::size_t>(size_) / sizeof(Line) + 1;
+    memory_.reset(new Line[lines]);
+    std::memset(memory_.get(), 0xff, lines * sizeof(Line));  // NaN, where nobody writes
   }
 
   template <class T>
