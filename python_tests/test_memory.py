@@ -81,6 +81,25 @@ def test_outcomes_and_workspace_are_the_same_memory_in_every_step(
     assert len(addresses) == 1
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expm_order", "matrices"),
+    [(torch.float32, 1, 2), (torch.float32, 2, 3), (torch.bfloat16, 1, 2), (torch.bfloat16, 2, 3)],
+)
+def test_a_dense_factor_update_has_few_matrices_in_its_workspace(
+    dtype: torch.dtype, expm_order: int, matrices: int
+) -> None:
+    """The momentum and Kᵀ K of each of two factors in their dtype; two more matrices for E."""
+    d = 320
+    net = nn.Linear(d, d, bias=False, dtype=dtype)
+    optimizer = SINGD(net, structures=DENSE, lr_cov=1e-3, T=1, expm_order=expm_order)
+    net(torch.randn(2, d, dtype=dtype)).square().mean().backward()
+    optimizer.step()
+    workspace = optimizer._gatherer.memory(0).tensors()[0]
+    assert workspace is not None
+    matrix = d * d * dtype.itemsize
+    assert 2 * matrices * matrix <= workspace.numel() <= (2 * matrices + 0.5) * matrix
+
+
 def stepped(
     products: Tensor | None,
     factor: float = 1.0,

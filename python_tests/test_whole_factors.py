@@ -182,6 +182,26 @@ def test_stochastic_rounding_of_dense_momenta(threads: None) -> None:
         assert len({tuple(line.tolist()) for line in lines}) == 300
 
 
+@pytest.mark.parametrize("expm_order", [1, 2])
+def test_float32_momenta_of_bfloat16_factors_are_not_rounded(expm_order: int) -> None:
+    """Products are in bfloat16 either way, and take the momentum rounded."""
+    specs, d = ("dense", "tril"), 130
+    factors = [calls.factor(spec, d, seed, torch.bfloat16) for seed, spec in enumerate(specs * 2)]
+    statistics = [torch.eye(d) + calls.numbers(d, d, seed=9, dtype=torch.float32) for _ in specs]
+    statistics = [(u + u.T) / 8 for u in statistics]
+    runs = []
+    for dtype in (torch.bfloat16, torch.float32):
+        state = [f.clone() for f in factors[:2]] + [m.to(dtype, copy=True) for m in factors[2:]]
+        assert update(state, statistics, specs, (d, d), expm_order=expm_order) == 0
+        runs.append(state)
+    for i, (rounded, wide) in enumerate(zip(*runs, strict=True)):
+        if i >= 2:
+            assert torch.equal(wide.bfloat16(), rounded)
+            assert not torch.equal(wide, rounded.float())
+        else:
+            assert (wide.float() - rounded.float()).norm() <= 2**-8 * rounded.float().norm()
+
+
 # ------------------------------------------------------------------------ refusals
 
 

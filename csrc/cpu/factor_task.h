@@ -21,12 +21,19 @@ struct FactorTask {
   // numbers of as many places there until they make the momentum.
   void *k = nullptr, *h = nullptr;
   Array gram;
+  // Where the new momentum of a factor with ATen's products goes: the place of H, or memory of its
+  // own if it is kept as it will be stored.
+  Array new_momentum;
   bool is_added_up = false;  // H and Pi(K^T K), with their scales and weights, in the place of H
   double update_scale = 1;   // of the update in `gram`: K + update_scale gram is the next K
   double mean_trace_h = 0, mean_trace_gram = 0;
   double momentum_norm = 0;             // at least the spectral norm of the new momentum
   double beta1 = 0;                     // the step of K
   bool finite = false, capped = false;  // of the candidates
+
+  SINGD_INLINE_EVERYWHERE bool rounds_momentum() const {
+    return new_momentum.data != nullptr && new_momentum.type != statistic.type;
+  }
 };
 
 struct FactorOptions {
@@ -43,6 +50,7 @@ struct MomentumSums {
   double rows = 0, squares = 0;  // the largest sum of magnitudes of a row; the sum of all squares
   double largest = 0;            // magnitude, where lr_cov is normalised by it
   double* columns = nullptr;     // sums of magnitudes of the columns, [dim]
+  void* row = nullptr;           // scratch for a row of T where the momentum is rounded, [dim]
 };
 
 // Rows of the matrix as they lie in a factor's storage, which momenta are made by. What a bordered
@@ -79,7 +87,7 @@ struct FactorKernels {
   bool (*local_candidates)(const FactorTask& task, const FactorOptions& options, bool commit,
                            void* scratch);
   // Rows [begin, end) of storage_rows of any factor: the new momentum from H and Pi(K^T K), in the
-  // place of H, and what these rows add up to; all of sums.columns is written.
+  // place of H or rounded, and what these rows add up to; all of sums.columns is written.
   void (*momentum)(const FactorTask& task, const FactorTask& partner, const FactorOptions& options,
                    int64_t begin, int64_t end, MomentumSums& sums);
   // beta1 for the momentum whose parts have these sums, and its norm.

@@ -12,6 +12,7 @@
 #include "arena.h"
 #include "local_factors.h"
 #include "math.h"
+#include "thread_scratch.h"
 
 namespace singd::cpu {
 
@@ -72,6 +73,14 @@ class WholeFactors {
     return in_bfloat16 ? Scalar::kBFloat16 : task.statistic.type;
   }
 
+  // Whether the new momentum is stored in the type of products, where this is not T: it then is
+  // kept as it will be stored, which is less to read and write, and multiplied so.
+  static bool rounds_momentum(const FactorTask& task) {
+    const Scalar type = product_type(task);
+    const bool as_stored = task.momentum.data == nullptr || task.momentum.type == type;
+    return type != task.statistic.type && as_stored;
+  }
+
   // f(family, T{}, P{}) with the types of a task's statistic and of its products.
   template <class Function>
   static void dispatch(const FactorTask& task, Function f) {
@@ -90,7 +99,9 @@ class WholeFactors {
       return arena.take<std::byte>(task.size * size_of(of));
     };
     task.k = task.factor.type == type ? task.factor.data : take(type);
-    task.h = take(task.statistic.type);
+    const Scalar momentum = rounds_momentum(task) ? type : task.statistic.type;
+    task.new_momentum = {take(momentum), momentum};
+    if (momentum == task.statistic.type) task.h = task.new_momentum.data;
     task.gram = {take(type), type};
   }
 
@@ -99,13 +110,19 @@ class WholeFactors {
     return std::clamp<int64_t>(task.size / AtenMath::kGrain, 1, most);
   }
 
-  // For column sums, then for the exponential where that is not K's update itself.
+  // Whether K's update is the product with the momentum, whose scale is left to the end.
+  bool multiplies_momentum(const FactorTask& task) const {
+    return options_.expm_order == 1 && task.new_momentum.type == task.gram.type;
+  }
+
+  // For column sums, then for the exponential.
   int64_t scratch_bytes(const FactorTask& task) const {
     if (has_local_products(task.layout)) {
       return factor_scratch(task.layout) * size_of(task.statistic.type);
     }
-    return std::max<int64_t>(parts_of(task) * task.layout.dim * int64_t{sizeof(double)},
-                             2 * task.size * size_of(task.gram.type));
+    const int64_t sums = parts_of(task) * task.layout.dim * int64_t{sizeof(double)};
+    const int64_t exponential = multiplies_momentum(task) ? 0 : 2 * size_of(task.gram.type);
+    return std::max(sums, task.size * exponential);
   }
 
   void curvature(FactorTask& task) {
@@ -169,12 +186,14 @@ class WholeFactors {
 
   // The new momentum and beta1. The parts do not depend on the threads, so sums do not either.
   void momentum(FactorTask& task, const FactorTask& partner) {
-    const int64_t parts = parts_of(task), rows = storage_rows(task.layout);
+    const int64_t parts = parts_of(task), rows = storage_rows(task.layout), d = task.layout.dim;
     std::vector<MomentumSums> sums(static_cast<size_t>(parts));
     AtenMath::parallel_for(parts, task.size / parts, [&](int64_t begin, int64_t end) {
+      void* row = task.rounds_momentum() ? thread_scratch<float>(d) : nullptr;
       for (int64_t i = begin; i < end; ++i) {
         MomentumSums& part = sums[static_cast<size_t>(i)];
-        part.columns = reinterpret_cast<double*>(scratch_) + i * task.layout.dim;
+        part.columns = reinterpret_cast<double*>(scratch_) + i * d;
+        part.row = row;
         kernels_of(task).momentum(task, partner, options_, rows * i / parts, rows * (i + 1) / parts,
                                   part);
       }
@@ -182,18 +201,18 @@ class WholeFactors {
     kernels_of(task).step_size(task, sums.data(), parts, options_);
   }
 
-  // K E for E = Expm(-beta m) - I, truncated, where Pi(K^T K) was. Of order 1 it is K m, whose
-  // scale is left to the end, if m is in the type of products.
+  // K E for E = Expm(-beta m) - I, truncated, where Pi(K^T K) was.
   template <class P, class FamilyT>
   void update(const FamilyT& family, FactorTask& task) {
     const P* k = static_cast<const P*>(task.k);
     P* product = static_cast<P*>(task.gram.data);
-    if (options_.expm_order == 1 && task.gram.type == task.statistic.type) {
+    const ConstArray m{task.new_momentum.data, task.new_momentum.type};
+    if (multiplies_momentum(task)) {
       task.update_scale = -task.beta1;
-      return family.template product<AtenMath, P>(k, static_cast<const P*>(task.h), product);
+      return family.template product<AtenMath, P>(k, static_cast<const P*>(m.data), product);
     }
     P *e = reinterpret_cast<P*>(scratch_), *square = e + task.size;
-    copy(task, {task.h, task.statistic.type}, -task.beta1, {e, task.gram.type});
+    copy(task, m, -task.beta1, {e, task.gram.type});
     if (options_.expm_order == 2) {
       family.template product<AtenMath, P>(e, e, square);
       AtenMath::add_scaled(square, task.size, 0.5, e);

@@ -13,18 +13,6 @@ SINGD_INLINE bool are_finite(const Stored* stored, int64_t count) {
   return most < kInfinityBits<T>;
 }
 
-// Numbers of T to stored ones, whose first has index `first` in its array.
-template <class Stored, class T>
-SINGD_INLINE void narrow_row(const T* values, int64_t count, const RoundingKey& key, int64_t first,
-                             Stored* to) {
-  if (key.enabled) {
-    for (int64_t i = 0; i < count; ++i) to[i] = Stochastic<Stored>::of(values[i], key, first + i);
-  } else {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) to[i] = Narrow<Stored>::of(values[i]);
-  }
-}
-
 // What becomes of candidates: they take the place of the state, or are only looked at, whether they
 // are finite as they would be stored. One function for both, since a candidate must round the same
 // way twice.
@@ -76,9 +64,8 @@ SINGD_INLINE Candidates<T> momentum_candidates(const FactorTask& task, bool comm
 template <class T>
 bool whole_candidates(const FactorTask& task, int64_t begin, int64_t end, bool commit) {
   SINGD_COUNT(elements, end - begin);
-  const T* m = static_cast<const T*>(task.h);
   const T scale = static_cast<T>(task.update_scale);
-  T old[kChunk], update[kChunk], next[kChunk];
+  T old[kChunk], update[kChunk], next[kChunk], moved[kChunk];
   auto factor = factor_candidates<T>(task, commit);
   auto momentum = momentum_candidates<T>(task, commit);
   for (int64_t first = begin; first < end; first += kChunk) {
@@ -88,7 +75,7 @@ bool whole_candidates(const FactorTask& task, int64_t begin, int64_t end, bool c
 #pragma GCC ivdep
     for (int64_t j = 0; j < count; ++j) next[j] = k[j] + scale * ke[j];
     factor.take(next, first, count);
-    momentum.take(m + first, first, count);
+    momentum.take(numbers_of(task.new_momentum, first, count, moved), first, count);
   }
   return factor.finite && momentum.finite;
 }

@@ -84,6 +84,18 @@ SINGD_INLINE const T* numbers_of(const Array& array, int64_t first, int64_t coun
   return chunk;
 }
 
+// Numbers of T to stored ones, whose first has index `first` in its array.
+template <class Stored, class T>
+SINGD_INLINE void narrow_row(const T* values, int64_t count, const RoundingKey& key, int64_t first,
+                             Stored* to) {
+  if (key.enabled) {
+    for (int64_t i = 0; i < count; ++i) to[i] = Stochastic<Stored>::of(values[i], key, first + i);
+  } else {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) to[i] = Narrow<Stored>::of(values[i]);
+  }
+}
+
 struct MomentumTerms {
   double h, gram, old, identity;
 
@@ -96,32 +108,30 @@ struct MomentumTerms {
   }
 };
 
-// Slots [begin, end) of what the new momentum is made of, from H and Pi(K^T K) where these lack
-// the weight of Pi.
+// What the new momentum is made of in slots [begin, end), from H and Pi(K^T K) where these lack the
+// weight of Pi. `m` are the numbers of these slots: H, unless that is the statistic.
 template <class T>
 void add_curvature(const FactorTask& task, const MomentumTerms& terms, double weight, int64_t begin,
-                   int64_t end) {
+                   int64_t end, T* m) {
   const bool is_dense = task.layout.family == Family::kDense;
-  T* m = static_cast<T*>(task.h);
-  const T* h = is_dense ? static_cast<const T*>(task.statistic.data) : m;
+  const T* h = is_dense ? static_cast<const T*>(task.statistic.data) + begin : m;
   const T h_scale = static_cast<T>(weight * terms.h);
   const T gram_scale = static_cast<T>(weight * terms.gram);
   T chunk[kChunk];
   const T* gram = numbers_of(task.gram, begin, end - begin, chunk);
 #pragma GCC ivdep
-  for (int64_t j = begin; j < end; ++j) m[j] = h_scale * h[j] + gram_scale * gram[j - begin];
+  for (int64_t j = 0; j < end - begin; ++j) m[j] = h_scale * h[j] + gram_scale * gram[j];
 }
 
-// Slots [begin, end) of the new momentum, of which `identity` is subtracted.
+// The new momentum, of which `identity` is subtracted, in slots [begin, end): the numbers m.
 template <class T>
 void momentum_slots(const FactorTask& task, const MomentumTerms& terms, double weight,
-                    double identity, int64_t begin, int64_t end) {
+                    double identity, int64_t begin, int64_t end, T* m) {
   const T alpha1 = static_cast<T>(terms.old), one = static_cast<T>(identity);
   T chunk[kChunk];
-  for (int64_t first = begin; first < end; first += kChunk) {
+  for (int64_t first = begin; first < end; first += kChunk, m += kChunk) {
     const int64_t count = smaller(kChunk, end - first);
-    T* m = static_cast<T*>(task.h) + first;
-    if (!task.is_added_up) add_curvature<T>(task, terms, weight, first, first + count);
+    if (!task.is_added_up) add_curvature(task, terms, weight, first, first + count, m);
     if (task.momentum.data == nullptr) {
       for (int64_t j = 0; j < count; ++j) m[j] -= one;
       continue;
@@ -157,17 +167,17 @@ SINGD_INLINE StoredRow stored_row(const Layout& layout, int64_t i) {
   }
 }
 
+// Its numbers m of the new momentum.
 template <class T>
-void momentum_row(const FactorTask& task, const MomentumTerms& terms, const StoredRow& row) {
+void momentum_row(const FactorTask& task, const MomentumTerms& terms, const StoredRow& row, T* m) {
   const auto slots = [&](double weight, double identity, int64_t begin, int64_t end) {
-    momentum_slots<T>(task, terms, weight, identity, row.slot + begin, row.slot + end);
+    momentum_slots(task, terms, weight, identity, row.slot + begin, row.slot + end, m + begin);
   };
   if (row.diagonal < 0) return slots(1, terms.identity, 0, row.count);
   const Triangle triangle = task.layout.triangle;
   const double weight = triangle == Triangle::kFull ? 1 : 2;
   const int64_t begin = triangle == Triangle::kUpper ? row.diagonal : 0;
   const int64_t end = triangle == Triangle::kLower ? row.diagonal + 1 : row.count;
-  T* m = static_cast<T*>(task.h) + row.slot;
   for (int64_t j = 0; j < begin; ++j) m[j] = T(0);
   slots(weight, 0, begin, row.diagonal);
   slots(1, terms.identity, row.diagonal, row.diagonal + 1);
@@ -175,7 +185,16 @@ void momentum_row(const FactorTask& task, const MomentumTerms& terms, const Stor
   for (int64_t j = end; j < row.count; ++j) m[j] = T(0);
 }
 
-// The same, where sum(i) makes what row i lacks of H and Pi(K^T K).
+// A row of the new momentum as it will be stored. One that is not kept is rounded to nearest.
+template <class T>
+SINGD_INLINE void round_row(const FactorTask& task, const StoredRow& row, const T* m) {
+  const bool kept = task.momentum.data != nullptr;
+  with_type(task.new_momentum, [&](auto* to) {
+    narrow_row(m, row.count, kept ? task.key.stream(1) : RoundingKey{}, row.slot, to + row.slot);
+  });
+}
+
+// Rows [begin, end) of the new momentum, where sum(i) makes what row i lacks of H and Pi(K^T K).
 template <class T, class Sum>
 SINGD_INLINE void make_momentum_rows(const FactorTask& task, const FactorTask& partner,
                                      const FactorOptions& o, int64_t begin, int64_t end,
@@ -184,12 +203,14 @@ SINGD_INLINE void make_momentum_rows(const FactorTask& task, const FactorTask& p
   for (int64_t j = 0; j < task.layout.dim; ++j) sums.columns[j] = 0;
   Norms norms;
   auto most = magnitude_bits(T(0));
+  const bool rounded = task.rounds_momentum();
   for (int64_t i = begin; i < end; ++i) {
     const StoredRow row = stored_row(task.layout, i);
     SINGD_COUNT(elements, row.count);
     sum(i);
-    momentum_row<T>(task, terms, row);
-    const T* m = static_cast<const T*>(task.h) + row.slot;
+    T* m = rounded ? static_cast<T*>(sums.row) : static_cast<T*>(task.h) + row.slot;
+    momentum_row(task, terms, row, m);
+    if (rounded) round_row(task, row, m);
     if (task.layout.family == Family::kToeplitz) {
       norms.add_toeplitz(m, row.count, sums.columns);
     } else if (row.diagonal < 0) {
