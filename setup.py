@@ -80,7 +80,7 @@ def emulation(toolkit: cuda_build.Toolkit | None) -> CppExtension:
         sys.exit("SINGD_EMULATION=1 needs the headers of the CUDA toolkit: set CUDA_HOME")
     folder = Path("build") / "emulation"
     sanitized = os.environ.get("SINGD_SANITIZE") == "1"
-    flags = ["-O1", "-g", *SANITIZERS, "-fno-omit-frame-pointer"] if sanitized else COMPILE_ARGS
+    flags = ["-O1", "-g1", *SANITIZERS, "-fno-omit-frame-pointer"] if sanitized else COMPILE_ARGS
     return CppExtension(
         "singd_ext._emulation",
         [
