@@ -59,8 +59,8 @@ struct LocalProduct {
   SINGD_INLINE_EVERYWHERE int64_t wide_stride() const {
     return form == Form::kNumbers ? spaced(layout.dim) : whole_depths(layout.dim);
   }
-  // Rows that a product on tiles may write behind those of its result.
-  SINGD_INLINE_EVERYWHERE int64_t overshoot() const { return form == Form::kNumbers ? 0 : 15; }
+  // Rows behind the last one that squares on tiles may read of P on the left, and write.
+  SINGD_INLINE_EVERYWHERE int64_t overshoot() const { return form == Form::kLeftPlanes ? 15 : 0; }
   SINGD_INLINE_EVERYWHERE bool is_pointwise() const {
     return kind == LocalKind::kIdentity || kind == LocalKind::kDiagonal;
   }

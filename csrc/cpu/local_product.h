@@ -46,7 +46,7 @@ void allocate_product(LocalProduct<T>& product, Arena& arena) {
     product.blocks = arena.take<T>(d / k * area(k) + area(d % k) + behind);
   }
   if (product.has_border()) {
-    // Squares of rows on tiles may begin anywhere, and the last one ends behind the matrix.
+    // Squares of rows on tiles begin where a border ends: the last one may end behind the matrix.
     const int64_t b = product.border(), rows = product.rows_of(d) + product.overshoot();
     product.thin = arena.take<T>(rows * product.stride_of(b) + behind);
     product.wide = arena.take<T>(product.rows_of(b) * product.wide_stride() + behind);

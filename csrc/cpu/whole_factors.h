@@ -73,12 +73,12 @@ class WholeFactors {
     return in_bfloat16 ? Scalar::kBFloat16 : task.statistic.type;
   }
 
-  // Whether the new momentum is stored in the type of products, where this is not T: it then is
-  // kept as it will be stored, which is less to read and write, and multiplied so.
-  static bool rounds_momentum(const FactorTask& task) {
+  // What the new momentum is kept in: the type of products if it is stored in that, and then as it
+  // will be stored, which is less to read and write.
+  static Scalar momentum_type(const FactorTask& task) {
     const Scalar type = product_type(task);
     const bool as_stored = task.momentum.data == nullptr || task.momentum.type == type;
-    return type != task.statistic.type && as_stored;
+    return as_stored ? type : task.statistic.type;
   }
 
   // f(family, T{}, P{}) with the types of a task's statistic and of its products.
@@ -99,7 +99,7 @@ class WholeFactors {
       return arena.take<std::byte>(task.size * size_of(of));
     };
     task.k = task.factor.type == type ? task.factor.data : take(type);
-    const Scalar momentum = rounds_momentum(task) ? type : task.statistic.type;
+    const Scalar momentum = momentum_type(task);
     task.new_momentum = {take(momentum), momentum};
     if (momentum == task.statistic.type) task.h = task.new_momentum.data;
     task.gram = {take(type), type};
