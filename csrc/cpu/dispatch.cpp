@@ -111,6 +111,14 @@ GramRows* bfloat16_gram_rows() {
   return nullptr;
 }
 
+bool pairs_are_faster() {
+#if defined(__x86_64__)
+  return has_fast_bfloat16();
+#else
+  return false;
+#endif
+}
+
 // Where it has AVX-512: MKL uses that on Intel's processors alone. With AVX2 they are as fast.
 bool onednn_is_faster() {
 #if defined(__x86_64__)

@@ -19,10 +19,15 @@ namespace singd::cpu {
 //
 // Tiles (simd/tiles.h) take matrices as planes of bfloat16 numbers: these lie in the place of the
 // float32 numbers, and dimensions are whole depths of tiles.
+//
+// Pairs (simd/pairs.h) are bfloat16 numbers of a border's F itself, which has no other: `wide` is
+// E = R[B, :] of the stored R, `thin` its transpose, both in the place of the float32 numbers. An
+// arrowhead multiplies by R and by R^T then: `diagonal` is D, `core` P[B, B] in float32, and
+// `outer` [padded(dim)] what rows of the result are multiplied with at last: D, and 1 in B.
 enum class LocalKind { kIdentity, kDiagonal, kBlocks, kRowBorder, kColumnBorder };
 
-// A matrix of numbers, or of planes: of P on the left of a product, or on the right.
-enum class Form { kNumbers, kLeftPlanes, kRightPlanes };
+// A matrix of numbers, of planes or of pairs: of P on the left of a product, or on the right.
+enum class Form { kNumbers, kLeftPlanes, kRightPlanes, kLeftPairs, kRightPairs };
 
 // Numbers that a tile has along the terms of a product, and a multiple of it.
 inline constexpr int64_t kTileDepth = 32;
@@ -40,6 +45,7 @@ struct LocalProduct {
   Form form = Form::kNumbers;
   Layout layout;
   T *diagonal = nullptr, *blocks = nullptr, *thin = nullptr, *wide = nullptr;
+  T *core = nullptr, *outer = nullptr;
   double norm = 1;  // bounds every sum of |terms| that a multiplication by P takes, over max |x|
 
   SINGD_INLINE_EVERYWHERE int64_t border() const { return layout.head + layout.tail; }
@@ -49,15 +55,21 @@ struct LocalProduct {
   }
   // Whether its products are of tiles, and not of single rows.
   SINGD_INLINE_EVERYWHERE bool has_tiles() const { return width() > 1 && !is_pointwise(); }
+  SINGD_INLINE_EVERYWHERE bool has_planes() const {
+    return form == Form::kLeftPlanes || form == Form::kRightPlanes;
+  }
+  SINGD_INLINE_EVERYWHERE bool has_pairs() const {
+    return form == Form::kLeftPairs || form == Form::kRightPairs;
+  }
   // Rows and columns in memory of a matrix of P that has n of them.
   SINGD_INLINE_EVERYWHERE int64_t rows_of(int64_t n) const {
-    return form == Form::kNumbers ? n : whole_depths(n);
+    return has_planes() ? whole_depths(n) : n;
   }
   SINGD_INLINE_EVERYWHERE int64_t stride_of(int64_t n) const {
-    return form == Form::kNumbers ? padded(n) : whole_depths(n);
+    return has_planes() ? whole_depths(n) : padded(n);
   }
   SINGD_INLINE_EVERYWHERE int64_t wide_stride() const {
-    return form == Form::kNumbers ? spaced(layout.dim) : whole_depths(layout.dim);
+    return has_planes() ? whole_depths(layout.dim) : spaced(layout.dim);
   }
   // Rows behind the last one that squares on tiles may read of P on the left, and write.
   SINGD_INLINE_EVERYWHERE int64_t overshoot() const { return form == Form::kLeftPlanes ? 15 : 0; }
@@ -116,6 +128,8 @@ struct Panel {
 // Scratch of a step: the panel, and behind it two of its pieces, or what a border on the right
 // takes.
 inline constexpr int64_t kPieceColumns = 256;
+// Columns of a panel that are brought into pairs at a time, which fit the first cache.
+inline constexpr int64_t kPairColumns = 256;
 template <class T>
 SINGD_INLINE_EVERYWHERE bool has_blocks(const StepLayer<T>& layer) {
   return layer.left.kind == LocalKind::kBlocks || layer.right.kind == LocalKind::kBlocks;
@@ -141,7 +155,8 @@ template <class T>
 SINGD_INLINE_EVERYWHERE int64_t step_scratch(const StepLayer<T>& layer, const Panel& panel) {
   int64_t more = has_blocks(layer) ? 2 * piece_scratch(layer, panel) : 0;
   if (layer.right.has_border()) {
-    const int64_t border = 2 * scratch_rows(layer, panel) * padded(layer.right.border());
+    const int64_t pairs = layer.right.has_pairs() ? kPairColumns / 2 : 0;
+    const int64_t border = scratch_rows(layer, panel) * (2 * padded(layer.right.border()) + pairs);
     more = border > more ? border : more;
   }
   return panel_scratch(layer, panel) + more;
@@ -309,6 +324,9 @@ const StepKernels<float>* tile_step();
 // Kernels that round to bfloat16 by one instruction, for layers stored in any type; null if the
 // processor has none.
 const StepKernels<float>* bfloat16_step();
+
+// Whether products of pairs of bfloat16 numbers take half as long as those of float32 numbers.
+bool pairs_are_faster();
 
 // Whether large float32 products are faster in oneDNN than as at::mm, which is MKL's.
 bool onednn_is_faster();

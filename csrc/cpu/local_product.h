@@ -36,7 +36,7 @@ struct LocalFactor {
 template <class T>
 void allocate_product(LocalProduct<T>& product, Arena& arena) {
   const int64_t d = product.layout.dim, k = product.layout.block;
-  // So that kept planes have another size than numbers, and do not pass for them.
+  // So that kept planes and pairs have another size than numbers, and do not pass for them.
   const int64_t behind = product.form == Form::kNumbers ? 0 : kTileDepth;
   if (product.kind == LocalKind::kDiagonal || product.has_border()) {
     product.diagonal = arena.take<T>(padded(d));
@@ -44,6 +44,10 @@ void allocate_product(LocalProduct<T>& product, Arena& arena) {
   if (product.kind == LocalKind::kBlocks) {
     const auto area = [&](int64_t n) { return product.rows_of(n) * product.stride_of(n); };
     product.blocks = arena.take<T>(d / k * area(k) + area(d % k) + behind);
+  }
+  if (product.has_pairs() && product.kind == LocalKind::kRowBorder) {
+    product.core = arena.take<T>(product.border() * padded(product.border()));
+    product.outer = arena.take<T>(padded(d));
   }
   if (product.has_border()) {
     // Squares of rows on tiles begin where a border ends: the last one may end behind the matrix.

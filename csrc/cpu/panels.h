@@ -18,7 +18,7 @@ class Panels {
   // Pointwise layers have no products.
   static PanelSize to_write(const StepLayer<T>& layer, bool pointwise) {
     const int64_t row_unit = unit(layer.left), column_unit = unit(layer.right);
-    const bool tiles = layer.left.form != Form::kNumbers;
+    const bool tiles = layer.left.has_planes();
     const int64_t some_rows = pointwise ? 1 : tiles ? kTilePanelRows : kPanelRows;
     const int64_t least_rows = tiles ? std::max<int64_t>(1, some_rows / row_unit) * row_unit
                                      : (some_rows + row_unit - 1) / row_unit * row_unit;

@@ -5,6 +5,8 @@
 #if defined(__x86_64__)
 #include "simd/bfloat16_target.h"
 
+#define SINGD_PAIRS 1
+
 namespace singd::cpu::avx512_bfloat16 {
 namespace {
 
@@ -14,6 +16,7 @@ namespace {
 #include "simd/transpose.h"
 #include "simd/ahead.h"
 #include "simd/product.h"
+#include "simd/pairs.h"
 #include "simd/prepare.h"
 #include "simd/rows.h"
 #include "simd/gram.h"
@@ -25,6 +28,7 @@ namespace {
 // clang-format on
 
 }  // namespace
+#undef SINGD_PAIRS
 
 void rows(const RowsView& view, int64_t dim, int64_t begin, int64_t end, float* sums,
           float* scratch) {

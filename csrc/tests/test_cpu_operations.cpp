@@ -36,6 +36,7 @@ const Kernels& kernels() { return counted::kernels; }
 const GramKernels<float>* bfloat16_gram(int64_t) { return nullptr; }
 const StepKernels<float>* tile_step() { return nullptr; }
 const StepKernels<float>* bfloat16_step() { return nullptr; }
+bool pairs_are_faster() { return false; }
 bool asking_pays() { return true; }
 bool onednn_is_faster() { return false; }
 }  // namespace singd::cpu

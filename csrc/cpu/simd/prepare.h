@@ -152,6 +152,48 @@ double border_norm(const LocalProduct<T>& product) {
   return larger(across, diagonal + along * (twice ? larger(across, 1.0) : 1.0));
 }
 
+#if SINGD_PAIRS
+// E and E^T as bfloat16 numbers in pairs.
+inline void prepare_pairs(LocalProduct<float>& product, const float* factor) {
+  const Layout& layout = product.layout;
+  const int64_t d = layout.dim, b = product.border(), tail = d - layout.tail;
+  const int64_t wide = product.wide_stride(), thin = product.stride_of(b);
+  const float* interior = factor + b * d - layout.head;  // D of index j is interior[j]
+  const bool arrow = product.kind == LocalKind::kRowBorder;
+  fill_zeros(product.diagonal, padded(d));
+  for (int64_t j = layout.head; j < tail; ++j) {
+    product.diagonal[j] = arrow ? interior[j] : interior[j] * interior[j];
+  }
+  transpose_padded(factor, b, d, d, product.thin, thin);
+  for (int64_t r = 0; r < b; ++r) {
+    copy_scaled(factor + r * d, d, 1.0f, product.wide + r * wide);
+    fill_zeros(product.wide + r * wide + d, wide - d);
+  }
+  if (arrow) {
+    multiply<float>(b, thin, d, {factor, d, 1}, product.thin, thin, product.core, thin,
+                    kOverwrite<float>);
+    for (int64_t j = 0; j < d; ++j) {
+      product.outer[j] = j < layout.head || j >= tail ? 1.0f : interior[j];
+    }
+  }
+  // Bounds F^T x, F x and F F^T x, whichever is a sum on the way.
+  const auto across = static_cast<double>(largest_row_sum(product.wide, b, d, wide));
+  const auto along = static_cast<double>(largest_column_sum(product.wide, b, d, wide));
+  double diagonal = 0;
+  for (int64_t j = layout.head; j < tail; ++j) {
+    diagonal = larger(diagonal, static_cast<double>(magnitude_of(magnitude_bits(interior[j]))));
+  }
+  product.norm = larger(1.0, larger(across, diagonal)) * larger(1.0, along + diagonal);
+  if (product.form == Form::kLeftPairs) {
+    pair_along_rows(product.thin, d, thin);
+    pair_along_rows(product.wide, b, wide);
+  } else {
+    pair_rows(product.thin, d, thin);
+    pair_rows(product.wide, b, wide);
+  }
+}
+#endif
+
 // A norm is made of rounded sums, which the factor makes up for.
 constexpr double kRounded = 1.001;
 
@@ -167,6 +209,10 @@ void prepare_product(LocalProduct<T>& product, ConstArray storage, int64_t size,
     prepare_diagonal(product, factor);
   } else if (product.kind == LocalKind::kBlocks) {
     prepare_blocks(product, factor, scratch);
+#if SINGD_PAIRS
+  } else if (product.has_pairs()) {
+    prepare_pairs(product, factor);
+#endif
   } else if (product.has_border()) {
     prepare_border(product, factor, scratch);
     product.norm = border_norm(product);

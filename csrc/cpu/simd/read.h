@@ -153,6 +153,74 @@ AskedRows ahead_of_rows(const StepLayer<T>& layer, int64_t begin, int64_t end) {
   return asked;
 }
 
+#if SINGD_PAIRS
+// f(first row, rows, number of the first in the border) for the rows of a panel in each end of an
+// arrowhead's border.
+template <class T, class Function>
+SINGD_INLINE void for_each_arrow_end(const StepLayer<T>& layer, int64_t begin, int64_t end,
+                                     Function f) {
+  const Layout& layout = layer.left.layout;
+  if (layer.left.kind != LocalKind::kRowBorder) return;
+  const int64_t tail = larger(begin, layer.rows - layout.tail), head = smaller(end, layout.head);
+  if (begin < head) f(begin, head - begin, begin);
+  if (tail < end) f(tail, end - tail, layout.head + tail - (layer.rows - layout.tail));
+}
+
+// Rows of unscale G in pairs, `stride` apart with zeros between; where given, row i is multiplied
+// by row_scale[i]. look(numbers, count) comes first, with pieces of rows as they are stored.
+template <class T, class Look>
+SINGD_INLINE void load_gradient_pairs(const StepLayer<T>& layer, const Panel& panel,
+                                      const T* row_scale, Pair* to, int64_t stride, Look look) {
+  const int64_t rows = panel.row_end - panel.row_begin;
+  const T unscale = static_cast<T>(layer.options.unscale);
+  const auto scale = [&](int64_t i) {
+    return row_scale != nullptr ? unscale * row_scale[panel.row_begin + i] : unscale;
+  };
+  for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
+    const auto* row = static_cast<const BFloat16*>(part.gradient.data) +
+                      panel.row_begin * part.gradient_stride + first;
+    for (int64_t i = 0; i < rows; i += 2, row += 2 * part.gradient_stride) {
+      const BFloat16* next = i + 1 < rows ? row + part.gradient_stride : nullptr;
+      look(row, count);
+      if (next != nullptr) look(next, count);
+      pair_scaled(row, scale(i), next, next != nullptr ? scale(i + 1) : T(0), count,
+                  to + i / 2 * stride + at);
+    }
+  });
+  const int64_t columns = panel.column_end - panel.column_begin;
+  for (int64_t p = 0; 2 * p < rows; ++p) {
+    for (int64_t j = columns; j < stride; ++j) to[p * stride + j] = 0;
+  }
+}
+
+// P[B, :] G of a square with F's own numbers: E (D G), and P[B, B] G[B, :] of an arrowhead.
+template <class T>
+SINGD_INLINE void multiply_thin_pairs(const StepLayer<T>& layer, const Panel& square,
+                                      LargestGradient<T>& largest, T* products, T* scratch,
+                                      Before<T> before, Ahead& ahead) {
+  const LocalProduct<T>& left = layer.left;
+  const int64_t b = left.border(), stride = spaced(layer.columns), column = square.column_begin;
+  const int64_t width = padded(square.column_end - column);
+  const T* row_scale = left.kind == LocalKind::kRowBorder ? left.diagonal : nullptr;
+  load_gradient_pairs(layer, square, row_scale, as<Pair>(scratch), square.stride(),
+                      [&](const auto* row, int64_t count) { largest.look(row, count); });
+  multiply<T, Pair>(b, width, (square.row_end - square.row_begin + 1) / 2,
+                    {as<Pair>(left.wide) + square.row_begin / 2, left.wide_stride(), 1},
+                    as<Pair>(scratch), square.stride(), products + column, stride, before, &ahead);
+  for_each_arrow_end(
+      layer, square.row_begin, square.row_end, [&](int64_t row, int64_t count, int64_t r) {
+        const Panel end{row, row + count, column, square.column_end};
+        load_gradient<T>(layer, end, nullptr, nullptr, scratch, end.stride());
+        multiply<T>(b, width, count, {left.core + r, padded(b), 1}, scratch, end.stride(),
+                    products + column, stride, kAdd<T>);
+        for (int64_t i = 0; i < count; ++i) {
+          __builtin_memcpy(layer.border_rows + (r + i) * stride + column,
+                           scratch + i * end.stride(), static_cast<std::size_t>(width) * sizeof(T));
+        }
+      });
+}
+#endif
+
 // P[B, :] G of the panel's rows, in squares that stay in the first cache.
 template <class T>
 double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* products,
@@ -171,12 +239,18 @@ double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* p
     }
     for (int64_t column = 0; column < layer.columns; column += kThinColumns) {
       const Panel square{begin, end, column, smaller(column + kThinColumns, layer.columns)};
+      const Before<T> before = begin > panel.row_begin ? kAdd<T> : kOverwrite<T>;
+#if SINGD_PAIRS
+      if (left.has_pairs()) {
+        multiply_thin_pairs(layer, square, largest, products, scratch, before, ahead);
+        continue;
+      }
+#endif
       load_gradient<T>(layer, square, nullptr, nullptr, scratch, square.stride(),
                        [&](const auto* row, int64_t count) { largest.look(row, count); });
       multiply_from_left(left.border(), padded(square.column_end - column), end - begin, left.wide,
                          wide, begin, scratch, square.stride(), layer.options.unscale == 1,
-                         products + column, stride,
-                         begin > panel.row_begin ? kAdd<T> : kOverwrite<T>, ahead);
+                         products + column, stride, before, ahead);
       for_each_arrow_row(layer, begin, end, [&](int64_t i, int64_t r) {
         __builtin_memcpy(layer.border_rows + r * stride + column,
                          scratch + (i - begin) * square.stride(),
@@ -255,13 +329,18 @@ T* border_coefficients(const StepLayer<T>& layer) {
   return layer.left.kind == LocalKind::kRowBorder ? layer.border_rows : layer.border_products;
 }
 
-// These rows as tiles take them: once a layer, since all panels have a share of them.
+// These rows as tiles or pairs take them: once a layer, since all panels have a share of them.
 template <class T>
 void finish_border([[maybe_unused]] const StepLayer<T>& layer) {
 #if SINGD_TILES
   const int64_t b = layer.left.border(), stride = spaced(layer.columns);
-  if (layer.left.form == Form::kNumbers) return;
+  if (!layer.left.has_planes()) return;
   zero_behind(layer.left, border_coefficients(layer), b, stride);
   split_right(border_coefficients(layer), layer.left.rows_of(b), stride);
+#endif
+#if SINGD_PAIRS
+  if (layer.left.has_pairs()) {
+    pair_rows(border_coefficients(layer), layer.left.border(), spaced(layer.columns));
+  }
 #endif
 }

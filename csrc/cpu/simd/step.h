@@ -14,6 +14,13 @@ void add_border_rows(const StepLayer<T>& layer, const Panel& panel, T* x,
   const T *by = left.thin + begin * thin, *spread = border_coefficients(layer);
   if (rows <= 0) return;
   x += (begin - panel.row_begin) * stride;
+#if SINGD_PAIRS
+  if (left.has_pairs()) {
+    return multiply<float, Pair>(rows, width, (b + 1) / 2, {as<Pair>(by), thin, 1},
+                                 as<Pair>(spread) + panel.column_begin, all, x, stride, kAdd<T>,
+                                 &ahead);
+  }
+#endif
 #if SINGD_TILES
   SINGD_COUNT(multiply_adds, rows * width * b);
   Planes right = right_planes(spread, all).from(panel.column_begin);
@@ -108,16 +115,77 @@ void multiply_right_one(const StepLayer<T>& layer, const Panel& panel, T* x) {
   }
 }
 
+// Numbers of an arrowhead's border, its head and then its tail: from rows of x, and back.
+template <class T>
+void take_border(const LocalProduct<T>& p, int64_t rows, const T* x, int64_t stride, T* border,
+                 int64_t width) {
+  const int64_t head = p.layout.head, tail = p.layout.dim - p.layout.tail;
+  for (int64_t i = 0; i < rows; ++i, x += stride, border += width) {
+    for (int64_t r = 0; r < head; ++r) border[r] = x[r];
+    for (int64_t r = head; r < p.border(); ++r) border[r] = x[tail + r - head];
+  }
+}
+template <class T>
+void put_border(const LocalProduct<T>& p, int64_t rows, const T* border, int64_t width, T* x,
+                int64_t stride) {
+  const int64_t head = p.layout.head, tail = p.layout.dim - p.layout.tail;
+  for (int64_t i = 0; i < rows; ++i, x += stride, border += width) {
+    for (int64_t r = 0; r < head; ++r) x[r] = border[r];
+    for (int64_t r = head; r < p.border(); ++r) x[tail + r - head] = border[r];
+  }
+}
+
+#if SINGD_PAIRS
+// The same with F's own numbers: x <- ((x D) E^T + x[:, B] P[B, B]) in B, and (x D + x[:, B] E) D
+// outside, whose last D comes as the panel is written; with a column border x <- x D^2 + (x E^T) E.
+template <class T>
+void multiply_right_pairs(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch,
+                          Ahead& ahead) {
+  const LocalProduct<T>& right = layer.right;
+  const int64_t d = layer.columns, b = right.border(), width = padded(b);
+  const int64_t stride = panel.stride(), rows = panel.row_end - panel.row_begin;
+  const bool arrow = right.kind == LocalKind::kRowBorder;
+  T *products = scratch, *coefficients = products + rows * width;
+  Pair* pairs = as<Pair>(coefficients + rows * width);
+  for (int64_t j = 0; j < d; j += kPairColumns) {
+    const int64_t count = smaller(kPairColumns, d - j);
+    for (int64_t i = 0; i < rows; ++i) {
+      pair_row(x + i * stride + j, arrow ? right.diagonal + j : nullptr, padded(count),
+               pairs + i * (kPairColumns / 2));
+    }
+    multiply<T, Pair>(rows, width, (count + 1) / 2, {pairs, kPairColumns / 2, 1},
+                      as<Pair>(right.thin) + j / 2 * width, width, products, width,
+                      j > 0 ? kAdd<T> : kOverwrite<T>, &ahead);
+  }
+  if (arrow) {
+    fill_zeros(coefficients, rows * width);
+    take_border(right, rows, x, stride, coefficients, width);
+    multiply<T>(rows, width, b, {coefficients, width, 1}, right.core, width, products, width,
+                kAdd<T>);
+  }
+  T* spread = arrow ? coefficients : products;
+  for (int64_t i = 0; i < rows; ++i) {
+    pair_row(spread + i * width, nullptr, width, as<Pair>(spread + i * width));
+  }
+  multiply<T, Pair>(rows, padded(right.last_mixed()), (b + 1) / 2, {as<Pair>(spread), width, 1},
+                    as<Pair>(right.wide), right.wide_stride(), x, stride, {true, right.diagonal},
+                    &ahead);
+  if (arrow) put_border(right, rows, products, width, x, stride);
+}
+#endif
+
 template <class T>
 void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch,
                            Ahead& ahead) {
   const LocalProduct<T>& right = layer.right;
   if (right.border() == 1) return multiply_right_one(layer, panel, x);
+#if SINGD_PAIRS
+  if (right.has_pairs()) return multiply_right_pairs(layer, panel, x, scratch, ahead);
+#endif
   const int64_t d = layer.columns, b = right.border(), thin = right.stride_of(b);
   // Numbers in an arrowhead's border are the products that come first.
   const int64_t width = padded(b), wide = right.wide_stride(), mixed = padded(right.last_mixed());
   const int64_t stride = panel.stride(), rows = panel.row_end - panel.row_begin;
-  const int64_t head = right.layout.head, tail = d - right.layout.tail;
   const bool arrow = right.kind == LocalKind::kRowBorder;
   T *products = scratch, *coefficients = scratch + scratch_rows(layer, panel) * width;
   if (b <= kFewColumns) {
@@ -126,31 +194,23 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
     multiply_from_right(rows, width, d, x, stride, right.thin, thin, products, width, kOverwrite<T>,
                         ahead);
   }
-  // Numbers of the border: its head, then its tail.
-  const auto copy_border = [&](const T* from, int64_t from_tail, T* to, int64_t to_tail) {
-    for (int64_t r = 0; r < head; ++r) to[r] = from[r];
-    for (int64_t r = 0; r < right.layout.tail; ++r) to[to_tail + r] = from[from_tail + r];
-  };
-  for (int64_t i = 0; arrow && i < rows; ++i) {
-    copy_border(x + i * stride, tail, coefficients + i * width, head);
-  }
+  if (arrow) take_border(right, rows, x, stride, coefficients, width);
   multiply_from_right(rows, mixed, b, arrow ? coefficients : products, width, right.wide, wide, x,
                       stride, {true, right.diagonal}, ahead);
-  for (int64_t i = 0; arrow && i < rows; ++i) {
-    copy_border(products + i * width, head, x + i * stride, tail);
-  }
+  if (arrow) put_border(right, rows, products, width, x, stride);
 }
 
-// Whether x times the column scale is finite over the panel.
+// Whether x times these scales is finite over the panel.
 template <class T>
-bool panel_is_finite(const Panel& panel, const T* x, const T* column_scale) {
+bool panel_is_finite(const Panel& panel, const T* x, const T* row_scale, const T* column_scale) {
   const int64_t columns = panel.column_end - panel.column_begin;
   auto most = magnitude_bits(T(0));
   for (int64_t i = 0; i < panel.row_end - panel.row_begin; ++i) {
     const T* row = x + i * panel.stride();
+    const T of_row = row_scale != nullptr ? row_scale[panel.row_begin + i] : T(1);
     for (int64_t j = 0; j < columns; ++j) {
       const T scale = column_scale != nullptr ? column_scale[panel.column_begin + j] : T(1);
-      most = larger(most, magnitude_bits(row[j] * scale));
+      most = larger(most, magnitude_bits(row[j] * (of_row * scale)));
     }
   }
   return most < kInfinityBits<T>;
@@ -223,8 +283,8 @@ bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, 
     if (layer.left.has_border()) multiply_left_border(layer, panel, x, ahead);
   }
   if (layer.right.has_border()) multiply_right_border(layer, panel, x, more, ahead);
-  const T* column_scale = layer.right.has_border() ? nullptr : layer.right.diagonal;
-  if (check_only) return panel_is_finite(panel, x, column_scale);
+  const T* column_scale = layer.right.has_border() ? layer.right.outer : layer.right.diagonal;
+  if (check_only) return panel_is_finite(panel, x, layer.left.outer, column_scale);
   write_panel(layer, panel, x, column_scale);
   if (layer.options.stream) end_streams();
   return true;

@@ -1,5 +1,5 @@
-// Whole steps of layers in bfloat16 on AMX tiles, with tiles that are emulated: LocalStep's plan
-// and all of its kernels, with blocks and borders on either side, against float64.
+// Whole steps of layers in bfloat16, on emulated AMX tiles and with pairs of bfloat16 numbers:
+// LocalStep's plan and all of its kernels, with blocks and borders on either side, against float64.
 #define SINGD_EMULATED_TILES 1
 #include <algorithm>
 #include <cmath>
@@ -7,10 +7,11 @@
 #include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../cpu/simd_bfloat16.cpp"
-// Behind the kernels without tiles.
+// Behind the kernels for pairs.
 #include "../cpu/local_step.h"
 #include "../cpu/simd_amx.cpp"
 #include "../structures/registry.h"
@@ -20,9 +21,11 @@
 #if defined(__x86_64__)
 namespace singd::cpu {
 const Kernels& kernels() { throw std::logic_error("a step in bfloat16 took other kernels"); }
-const StepKernels<float>* tile_step() { return &amx::step_kernels; }
+bool on_tiles;
+const StepKernels<float>* tile_step() { return on_tiles ? &amx::step_kernels : nullptr; }
 const StepKernels<float>* bfloat16_step() { return &avx512_bfloat16::step_kernels; }
 bool asking_pays() { return true; }
+bool pairs_are_faster() { return true; }
 }  // namespace singd::cpu
 
 namespace {
@@ -31,8 +34,10 @@ using namespace singd;
 using namespace singd::cpu;
 using namespace singd::tests;
 
-constexpr double kPlanes = 1.0 / (1 << 13);  // of the sum of |terms|: the planes of both products
-constexpr double kStored = 1.0 / (1 << 8);   // of a number in bfloat16
+// Errors as parts of the sum of |terms|: of the planes of both products, and of four roundings to
+// bfloat16, which hardly ever add up.
+constexpr double kPlanes = 1.0 / (1 << 13), kPairs = 1.0 / (1 << 9);
+constexpr double kStored = 1.0 / (1 << 8);  // of a number in bfloat16
 
 uint32_t state = 1;
 float random_number() {
@@ -75,26 +80,36 @@ struct Stored {
   Array array() { return {bits.data(), Scalar::kBFloat16}; }
 };
 
-// A factor: random numbers where it is not zero, and P = F F^T.
+// A factor: random numbers where it is not zero, P = F F^T, and |F| |F|^T.
 struct Factor {
   Layout layout;
   std::vector<float> storage;
-  Matrix P;
+  Stored bits;  // the same numbers, in bfloat16
+  Matrix P, size;
 
   Factor(const std::string& spec, int64_t dim)
       : layout(make_layout(spec, dim)),
         storage(static_cast<size_t>(storage_size(layout))),
-        P(dim, dim) {
+        bits(0),
+        P(dim, dim),
+        size(dim, dim) {
+    const Stored random(storage_size(layout));
     Matrix f(dim, dim), transposed(dim, dim);
     visit(layout, [&](const auto& family) {
       family.for_each_entry([&](int64_t slot, int64_t i, int64_t j, int) {
-        f.at(i, j) = transposed.at(j, i) = storage[static_cast<size_t>(slot)] = random_number();
+        f.at(i, j) = transposed.at(j, i) = random.at(slot);
+        storage[static_cast<size_t>(slot)] = static_cast<float>(random.at(slot));
       });
     });
+    for (const float x : storage) bits.bits.push_back(amx::Narrow<amx::BFloat16>::of(x).bits);
     P = times(f, transposed);
+    size = times(magnitudes(f), magnitudes(transposed));
   }
+  // Planes are made of any numbers, pairs of bfloat16 numbers alone.
   LocalFactor local() const {
-    return {layout, {storage.data(), Scalar::kFloat32}, static_cast<int64_t>(storage.size())};
+    const ConstArray numbers = on_tiles ? ConstArray{storage.data(), Scalar::kFloat32}
+                                        : ConstArray{bits.bits.data(), Scalar::kBFloat16};
+    return {layout, numbers, static_cast<int64_t>(storage.size())};
   }
 };
 
@@ -146,15 +161,14 @@ void compare(const Layer& before, const Layer& after, const StepOptions& o,
              const std::string& what) {
   const Matrix G = before.gradient();
   const Matrix update = times(times(before.left.P, G), before.right.P);
-  const Matrix size =
-      times(times(magnitudes(before.left.P), magnitudes(G)), magnitudes(before.right.P));
+  const Matrix size = times(times(before.left.size, magnitudes(G)), before.right.size);
   for (int64_t i = 0; i < before.rows; ++i) {
     for (int64_t j = 0; j < before.columns; ++j) {
       const std::string where = what + " at " + std::to_string(i) + ", " + std::to_string(j);
       const double w = before.of(before.weights, i, j);
       const double m = o.momentum * before.of(before.momenta, i, j) + o.unscale * update.at(i, j) +
                        o.weight_decay * w;
-      const double error = kPlanes * o.unscale * size.at(i, j);
+      const double error = (on_tiles ? kPlanes : kPairs) * o.unscale * size.at(i, j);
       check_close(after.of(after.momenta, i, j), m, error + kStored * std::abs(m), where);
       const double next = w - o.lr * m;
       check_close(after.of(after.weights, i, j), next, o.lr * error + kStored * std::abs(next),
@@ -181,8 +195,8 @@ void step(const std::string& left, const std::string& right, const std::vector<S
   local.run([&](size_t, bool updated) { check(updated, "the step was refused"); });
   for (size_t i = 0; i < layers.size(); ++i) {
     compare(before[i], layers[i], options,
-            left + " and " + right + ", " + std::to_string(layers[i].rows) + " x " +
-                std::to_string(layers[i].columns));
+            std::string(on_tiles ? "tiles, " : "pairs, ") + left + " and " + right + ", " +
+                std::to_string(layers[i].rows) + " x " + std::to_string(layers[i].columns));
   }
 }
 
@@ -193,18 +207,22 @@ int main() {
     std::printf("skipped: this processor has no AVX-512 with bfloat16 products\n");
     return 0;
   }
-  // Sides that fill tiles, or are diagonal.
-  const std::vector<std::string> specs{
+  // Sides that fill tiles, or are diagonal; pairs also have borders of an odd width.
+  std::vector<std::string> specs{
       "diagonal",     "block_diagonal:30", "hierarchical:15,15",  "hierarchical:3,27",
       "rank_triu:30", "rank_tril:30",      "rank_triu_topleft:24"};
-  for (const double unscale : {1.0, 0.5}) {
-    for (const std::string& left : specs) {
-      for (const std::string& right : specs) {
-        step(left, right, {{35, 33}, {47, 40}, {64, 97}, {100, 47}}, unscale);
+  for (const bool tiles : {true, false}) {
+    on_tiles = tiles;
+    if (!tiles) specs.insert(specs.end(), {"hierarchical:5,4", "rank_tril:7"});
+    for (const double unscale : {1.0, 0.5}) {
+      for (const std::string& left : specs) {
+        for (const std::string& right : specs) {
+          step(left, right, {{35, 33}, {47, 40}, {64, 97}, {100, 47}}, unscale);
+        }
       }
+      step("hierarchical:15,15", "hierarchical:15,15", {{257, 300}}, unscale);
+      step("rank_triu:64", "rank_tril:64", {{70, 131}}, unscale);
     }
-    step("hierarchical:15,15", "hierarchical:15,15", {{257, 300}}, unscale);
-    step("rank_triu:64", "rank_tril:64", {{70, 131}}, unscale);
   }
   return failures;
 }
