@@ -205,7 +205,7 @@ struct GramKernels {
                  T* scratch);
   // E^T X for the border columns E of X, or for E [count, padded(border)] where given, and column
   // squares: border + 1 rows of padded(dim) numbers; scratch: kChunkDepth rows of kChunkColumns +
-  // padded(border) + 2 kPadding.
+  // padded(border) + 2 kPadding, or with a border of one row 2 dim.
   void (*border)(const RowsView& rows, const Layout& layout, const T* e, const Panel& part, T* sums,
                  T* scratch);
 };

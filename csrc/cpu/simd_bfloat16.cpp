@@ -19,6 +19,7 @@ namespace {
 #include "simd/pairs.h"
 #include "simd/prepare.h"
 #include "simd/rows.h"
+#include "simd/one_border.h"
 #include "simd/gram.h"
 #include "simd/write.h"
 #include "simd/side_product.h"

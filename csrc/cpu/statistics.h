@@ -135,7 +135,9 @@ class LocalStatistic {
     const GramKernels<T>& gram = e == nullptr ? gram_ : kernels_.gram;
     const int64_t size = (border() + 1) * padded(layout_.dim);
     return sum_in_parts(kPadding, size, border() + 1, [&](const Panel& part, T* to) {
-      gram.border(rows_, layout_, e, part, to, chunk_scratch(padded(border())));
+      // A border of one row takes two rows of sums.
+      const int64_t more = std::max(padded(border()), 2 * layout_.dim / kChunkDepth);
+      gram.border(rows_, layout_, e, part, to, chunk_scratch(more));
     });
   }
 

@@ -4,13 +4,6 @@
 // of its lines.) Sums are taken over a chunk, then over chunks, which rounds less than one long
 // sum. Scratch holds elements In: T, or pairs of bfloat16 numbers.
 
-// f(first row, rows) for chunks of the rows [begin, end): kChunkDepth rows of scratch.
-template <class In, class Function>
-SINGD_INLINE void for_each_chunk(int64_t begin, int64_t end, Function f) {
-  constexpr int64_t kChunk = kChunkDepth * kRowsTogether<In>;
-  for (int64_t first = begin; first < end; first += kChunk) f(first, smaller(kChunk, end - first));
-}
-
 // Rows of scratch that so many rows of X take.
 template <class In>
 constexpr int64_t depth_of(int64_t rows) {
@@ -327,6 +320,9 @@ template <class T, class In>
 void border_statistic(const RowsView& rows, const Layout& layout, const T* given, const Panel& part,
                       T* sums, T* scratch) {
   const int64_t b = layout.head + layout.tail, thin = padded(b), wide = padded(layout.dim);
+  if (given == nullptr && b == 1 && rows.feature_stride == 1 && !rows.reduce) {
+    return one_border_statistic(rows, layout, part, sums, scratch);
+  }
   In *e = as<In>(scratch), *x = as<In>(scratch + kChunkDepth * thin);
   for_each_chunk<In>(part.row_begin, part.row_end, [&](int64_t first, int64_t count) {
     const int64_t depth = depth_of<In>(count);

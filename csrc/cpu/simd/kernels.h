@@ -10,6 +10,7 @@ namespace {
 #include "product.h"
 #include "prepare.h"
 #include "rows.h"
+#include "one_border.h"
 #include "gram.h"
 #include "statistics.h"
 #include "write.h"

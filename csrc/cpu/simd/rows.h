@@ -134,3 +134,10 @@ SINGD_INLINE void bring_rows(const RowsView& rows, int64_t first, int64_t count,
   }
 }
 #endif
+
+// f(first row, rows) for chunks of the rows [begin, end): kChunkDepth rows of scratch.
+template <class In, class Function>
+SINGD_INLINE void for_each_chunk(int64_t begin, int64_t end, Function f) {
+  constexpr int64_t kChunk = kChunkDepth * kRowsTogether<In>;
+  for (int64_t first = begin; first < end; first += kChunk) f(first, smaller(kChunk, end - first));
+}
