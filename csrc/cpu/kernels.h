@@ -215,9 +215,9 @@ struct GramKernels {
 using GramRows = void(const RowsView& rows, int64_t dim, int64_t begin, int64_t end, float* sums,
                       float* scratch);
 
-// Rows and columns that are brought to scratch at a time, which fits the first cache. A block that
-// is wider comes whole.
-inline constexpr int64_t kChunkDepth = 64, kChunkColumns = 96;
+// Rows and columns that are brought to scratch at a time, which fits the second cache: in long
+// pieces of rows, as memory is fastest. A block that is wider comes whole.
+inline constexpr int64_t kChunkDepth = 64, kChunkColumns = 384;
 
 template <class T>
 struct StatisticKernels {

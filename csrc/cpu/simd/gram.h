@@ -1,8 +1,8 @@
 // Parts of X^T X: rows X are brought into scratch, converted and padded with zeros to whole
-// vectors, and multiplied there: a chunk of rows, which fits the second cache, in panels of
-// columns, which fit the first. (Where they are, rows of a power of two of numbers would share few
-// of its lines.) Sums are taken over a chunk, then over chunks, which rounds less than one long
-// sum. Scratch holds elements In: T, or pairs of bfloat16 numbers.
+// vectors, and multiplied there: a chunk of rows in panels of columns. (Where they are, rows of a
+// power of two of numbers would share few lines of a cache.) Sums are taken over a chunk, then over
+// chunks, which rounds less than one long sum. Scratch holds elements In: T, or pairs of bfloat16
+// numbers.
 
 // Rows of scratch that so many rows of X take.
 template <class In>
