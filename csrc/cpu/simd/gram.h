@@ -320,8 +320,8 @@ template <class T, class In>
 void border_statistic(const RowsView& rows, const Layout& layout, const T* given, const Panel& part,
                       T* sums, T* scratch) {
   const int64_t b = layout.head + layout.tail, thin = padded(b), wide = padded(layout.dim);
-  if (given == nullptr && b == 1 && rows.feature_stride == 1 && !rows.reduce) {
-    return one_border_statistic(rows, layout, part, sums, scratch);
+  if (b == 1 && rows.feature_stride == 1 && !rows.reduce) {
+    return one_border_statistic(rows, layout, given, part, sums, scratch);
   }
   In *e = as<In>(scratch), *x = as<In>(scratch + kChunkDepth * thin);
   for_each_chunk<In>(part.row_begin, part.row_end, [&](int64_t first, int64_t count) {

@@ -1,5 +1,6 @@
-// The statistic of a border of one row: column squares of X and its product with one column. Rows
-// whose features lie side by side are read where they are, as those of diagonal statistics.
+// The statistic of a border of one row or column: column squares of X and its product with one
+// column, its own or a `given` one. Rows whose features lie side by side are read where they are,
+// as those of diagonal statistics.
 
 // Of a chunk of rows, of which row_at(r) is the r-th and factor(r) its number in that column;
 // partial: 2 * columns.
@@ -37,8 +38,8 @@ SINGD_INLINE void add_chunk_beside_one(RowAt row_at, Factor factor, int64_t coun
 }
 
 template <class T>
-void one_border_statistic(const RowsView& rows, const Layout& layout, const Panel& part, T* sums,
-                          T* scratch) {
+void one_border_statistic(const RowsView& rows, const Layout& layout, const T* given,
+                          const Panel& part, T* sums, T* scratch) {
   const int64_t begin = part.column_begin, border = layout.head == 1 ? 0 : layout.dim - 1;
   const int64_t columns = larger<int64_t>(0, smaller(part.column_end, rows.features) - begin);
   const T one = static_cast<T>(rows.one);
@@ -47,6 +48,7 @@ void one_border_statistic(const RowsView& rows, const Layout& layout, const Pane
     for_each_chunk<T>(part.row_begin, part.row_end, [&](int64_t first, int64_t count) {
       const auto row_at = [&](int64_t r) { return row_start(rows, data, first + r) + begin; };
       const auto factor = [&](int64_t r) {
+        if (given != nullptr) return given[(first + r) * padded(1)];
         return border < rows.features ? static_cast<T>(widen(row_at(r)[border - begin])) : one;
       };
       add_chunk_beside_one(row_at, factor, count, columns, scratch, products + begin,
