@@ -43,7 +43,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("spec"), py::arg("dim"));
   m.def("build_info", &singd::build_info);
   m.def("cpu_instructions", [] { return singd::cpu::kernels().name; });
-  m.def("cpu_bfloat16_products", [] { return singd::cpu::bfloat16_gram(1) != nullptr; });
+  m.def("cpu_bfloat16_instructions", [] { return singd::cpu::bfloat16_step() != nullptr; });
   m.def("cpu_bfloat16_gram", [] { return singd::cpu::bfloat16_gram_rows() != nullptr; });
   m.def("cpu_tiles", [] { return singd::cpu::tile_step() != nullptr; });
   m.def("cpu_onednn_products",

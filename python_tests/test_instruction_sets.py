@@ -45,7 +45,7 @@ def test_the_instruction_set_is_torchs(capability: str) -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_bfloat16_products_are_those_of_avx512(capability: str) -> None:
     skip_unless_available(capability)
-    code = "from singd_ext import _C; print(_C.cpu_bfloat16_products())"
+    code = "from singd_ext import _C; print(_C.cpu_bfloat16_instructions())"
     flags = Path("/proc/cpuinfo")
     if not flags.exists():
         pytest.skip("only Linux lists what a processor has")
@@ -61,7 +61,7 @@ def test_instructions_for_bfloat16_are_used_if_onednn_may() -> None:
     own = torch.backends.cpu.get_cpu_capability() == "AVX512"
     products = own and "avx512_bf16" in names
     tiles = products and {"amx_tile", "amx_bf16"} <= names
-    code = "from singd_ext import _C; print(_C.cpu_bfloat16_products(), _C.cpu_tiles())"
+    code = "from singd_ext import _C; print(_C.cpu_bfloat16_instructions(), _C.cpu_tiles())"
     for most, wanted in {
         "DEFAULT": (products, tiles),
         "AVX512_CORE_AMX": (products, tiles),
@@ -91,7 +91,7 @@ def test_onednn_multiplies_where_mkl_uses_no_avx512() -> None:
 @pytest.mark.parametrize("most", ["AVX512_CORE_BF16", "AVX512_CORE"])
 def test_operators_without_instructions_for_bfloat16(most: str) -> None:
     """Without tiles, and without any."""
-    if not (_C.cpu_tiles() if most.endswith("BF16") else _C.cpu_bfloat16_products()):
+    if not (_C.cpu_tiles() if most.endswith("BF16") else _C.cpu_bfloat16_instructions()):
         pytest.skip("all other tests use none")
     names = ["step_sizes", "bfloat16", "stores", "large_products"]
     if most.endswith("BF16"):  # without any, rows are converted as under all instruction sets

@@ -10,7 +10,14 @@ from singd_ext import StructuredMatrix, ops
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-SPECS = ("block_diagonal:7", "block_diagonal:30", "rank_triu:1", "hierarchical:2,3", "rank_tril:2")
+BORDERS_OF_ONE = ("rank_triu:1", "rank_triu_topleft:1", "rank_tril:1", "rank_tril_topleft:1")
+SPECS = (
+    *BORDERS_OF_ONE,
+    "block_diagonal:7",
+    "block_diagonal:30",
+    "hierarchical:2,3",
+    "rank_tril:2",
+)
 ALL = (*masks.SPECS, "block_diagonal:30", "hierarchical:16,16", "rank_tril:17")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -84,15 +84,29 @@ def test_factors_of_layers_that_one_thread_takes_from_another(spec: str, threads
 @pytest.mark.parametrize("spec", masks.SPECS)
 def test_statistics_of_parts_of_the_rows(spec: str, dtype: torch.dtype, threads: None) -> None:
     """Numbers of threads that divide neither rows nor columns."""
-    shape = calls.Shape(1, 333, bias=True)
-    truth = calls.accumulate(spec, shape, 700, torch.float64)
+    compare_statistics(spec, calls.Shape(1, 333, bias=True), 700, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "spec",
+    ["diagonal", "block_diagonal:30", "rank_triu:1", "rank_triu_topleft:1", "rank_tril:1",
+     "hierarchical:2,3"],
+)  # fmt: skip
+def test_statistics_of_parts_of_the_columns(spec: str, dtype: torch.dtype, threads: None) -> None:
+    """Of few rows, whose sums are no smaller than they are."""
+    compare_statistics(spec, calls.Shape(1, 9001, bias=True), 7, dtype)
+
+
+def compare_statistics(spec: str, shape: calls.Shape, rows: int, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
-    one = calls.accumulate(spec, shape, 700, dtype)
+    truth = calls.accumulate(spec, shape, rows, torch.float64)
+    one = calls.accumulate(spec, shape, rows, dtype)
     for count in (2, 3, 5, 16):
         torch.set_num_threads(count)
-        many = calls.accumulate(spec, shape, 700, dtype)
+        many = calls.accumulate(spec, shape, rows, dtype)
         assert_close_to_truth(many, one, truth, factor=4.0)
-        assert torch.equal(calls.accumulate(spec, shape, 700, dtype), many), count
+        assert torch.equal(calls.accumulate(spec, shape, rows, dtype), many), count
 
 
 @pytest.mark.parametrize("spec", masks.SPECS)

@@ -26,7 +26,7 @@ def collect() -> dict[str, str]:
     """Return the facts, one line of text each."""
     build = _C.build_info()
     cuda = torch.version.cuda or "not in this torch"
-    bfloat16 = "with" if _C.cpu_bfloat16_products() else "without"
+    bfloat16 = "with" if _C.cpu_bfloat16_instructions() else "without"
     tiles = "with" if _C.cpu_tiles() else "without"
     facts = {
         "singd_ext": __version__,
@@ -34,7 +34,7 @@ def collect() -> dict[str, str]:
         "torch": f"{torch.__version__} (built with {build['torch']})",
         "compiler": f"{build['compiler']}, C++ {build['c++']}",
         "processor": f"{platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}, "
-        f"singd_ext {_C.cpu_instructions()} {bfloat16} bfloat16 products, {tiles} AMX tiles",
+        f"singd_ext {_C.cpu_instructions()} {bfloat16} bfloat16 instructions, {tiles} AMX tiles",
         "float32 products": "oneDNN's" if _C.cpu_onednn_products() else "those of torch.mm",
         "threads": f"torch has {torch.get_num_threads()}, singd_ext uses {_C.cpu_threads()}",
         "CUDA of torch": cuda,

@@ -97,8 +97,7 @@ const StepKernels<float>* bfloat16_step() {
 const GramKernels<float>* bfloat16_gram(int64_t width) {
 #if defined(__x86_64__)
   if (has_tiles() && fills_tiles(width)) return &amx::gram_kernels;
-  // What is left on a processor of Intel's is that one column at a time need not be converted.
-  if (has_bfloat16() && (has_fast_bfloat16() || width == 1)) return &avx512_bfloat16::gram_kernels;
+  if (has_fast_bfloat16()) return &avx512_bfloat16::gram_kernels;
 #endif
   return nullptr;
 }
