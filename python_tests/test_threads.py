@@ -90,12 +90,11 @@ def test_statistics_of_parts_of_the_rows(spec: str, dtype: torch.dtype, threads:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "spec",
-    ["diagonal", "block_diagonal:30", "rank_triu:1", "rank_triu_topleft:1", "rank_tril:1",
-     "hierarchical:2,3"],
-)  # fmt: skip
+    ["block_diagonal:30", "rank_triu:1", "rank_triu_topleft:1", "rank_tril:1", "hierarchical:2,3"],
+)
 def test_statistics_of_parts_of_the_columns(spec: str, dtype: torch.dtype, threads: None) -> None:
     """Of few rows, whose sums are no smaller than they are."""
-    compare_statistics(spec, calls.Shape(1, 9001, bias=True), 7, dtype)
+    compare_statistics(spec, calls.Shape(1, 2301, bias=True), 15, dtype)
 
 
 def compare_statistics(spec: str, shape: calls.Shape, rows: int, dtype: torch.dtype) -> None:
