@@ -241,6 +241,28 @@ def test_finite_gradient_that_overflows_when_preconditioned_keeps_the_layer(
         assert after["a.weight"].abs().max() > 1e25
 
 
+@pytest.mark.parametrize("size", [2e6, 1e8])
+@pytest.mark.parametrize("structure", ["hierarchical:4,4", "rank_triu:9", "rank_tril:9"])
+def test_bfloat16_gradient_near_overflow(structure: str, size: float) -> None:
+    """Wide borders of bfloat16 layers, which some processors multiply by F and Fᵀ, not by P."""
+    torch.manual_seed(0)
+    model = nn.Linear(41, 30, bias=False, dtype=torch.bfloat16)
+    optimizer = SINGD(model, structures=(structure, structure), **{**OPTIONS, "T": 10})
+    model(inputs(4, 41).bfloat16()).square().mean().backward()
+    optimizer.step()
+    for factor in optimizer.factors()[""]:
+        factor.data.mul_(1e8)  # P_C and P_K are about 1e16: 2e38 is finite, above half of the most
+    before = model.weight.detach().clone()
+    model.weight.grad = torch.full_like(model.weight, size)
+    if size > 1e7:
+        with pytest.warns(UserWarning, match="not finite"):
+            optimizer.step()
+        assert torch.equal(model.weight, before)
+    else:
+        optimizer.step()
+        assert model.weight.isfinite().all() and model.weight.abs().min() > 1e35
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_layers_of_width_one_equal_a_dense_structure(structure: str, bias: bool) -> None:
