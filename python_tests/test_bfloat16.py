@@ -74,8 +74,8 @@ def test_pure_bfloat16_is_stable(structure: str, kfac_like: bool, kfac_approx: s
     assert sum(losses[-10:]) / 10 < 0.5 * losses[0]
 
 
-def final_loss(seed: int, factors: torch.dtype, steps: int = 400) -> float:
-    """Of a bfloat16 network with dense factors and T = 10, whose inputs have a large mean."""
+def final_loss(structure: str, seed: int, factors: torch.dtype, steps: int = 400) -> float:
+    """Of a bfloat16 network with T = 10, whose inputs have a large mean."""
     images, labels = digits()
     inputs = adaptive_avg_pool2d(images.float(), 8).flatten(1).bfloat16() + 16
     torch.manual_seed(seed)
@@ -85,8 +85,8 @@ def final_loss(seed: int, factors: torch.dtype, steps: int = 400) -> float:
         torch.nn.Linear(256, 10),
     ).to(torch.bfloat16)  # fmt: skip
     optimizer = SINGD(
-        network, lr=1e-3, damping=0.01, alpha1=0.0, T=10, lr_cov=0.1, structures=("dense", "dense"),
-        kfac_like=True, preconditioner_dtype=(factors, factors),
+        network, lr=1e-3, damping=0.01, alpha1=0.0, T=10, lr_cov=0.1, kfac_like=True,
+        structures=(structure, structure), preconditioner_dtype=(factors, factors),
     )  # fmt: skip
     losses = []
     for _ in range(steps):

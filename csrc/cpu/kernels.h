@@ -20,10 +20,10 @@ namespace singd::cpu {
 // Tiles (simd/tiles.h) take matrices as planes of bfloat16 numbers: these lie in the place of the
 // float32 numbers, and dimensions are whole depths of tiles.
 //
-// Pairs (simd/pairs.h) are bfloat16 numbers of a border's F itself, which has no other: `wide` is
-// E = R[B, :] of the stored R, `thin` its transpose, both in the place of the float32 numbers. An
-// arrowhead multiplies by R and by R^T then: `diagonal` is D, `core` P[B, B] in float32, and
-// `outer` [padded(dim)] what rows of the result are multiplied with at last: D, and 1 in B.
+// Pairs (simd/pairs.h) are of the factor itself, where it has bfloat16 numbers, so that none is
+// rounded: of the stored R = [E; D], `wide` is E and `thin` its transpose, in the place of the
+// float32 numbers. With an arrowhead, which has pairs on the right alone, `diagonal` is D then, and
+// `outer` [padded(dim)] what columns are multiplied with at last: D, and 1 in B.
 enum class LocalKind { kIdentity, kDiagonal, kBlocks, kRowBorder, kColumnBorder };
 
 // A matrix of numbers, of planes or of pairs: of P on the left of a product, or on the right.
@@ -45,7 +45,7 @@ struct LocalProduct {
   Form form = Form::kNumbers;
   Layout layout;
   T *diagonal = nullptr, *blocks = nullptr, *thin = nullptr, *wide = nullptr;
-  T *core = nullptr, *outer = nullptr;
+  T* outer = nullptr;
   double norm = 1;  // bounds every sum of |terms| that a multiplication by P takes, over max |x|
 
   SINGD_INLINE_EVERYWHERE int64_t border() const { return layout.head + layout.tail; }

@@ -46,7 +46,6 @@ void allocate_product(LocalProduct<T>& product, Arena& arena) {
     product.blocks = arena.take<T>(d / k * area(k) + area(d % k) + behind);
   }
   if (product.has_pairs() && product.kind == LocalKind::kRowBorder) {
-    product.core = arena.take<T>(product.border() * padded(product.border()));
     product.outer = arena.take<T>(padded(d));
   }
   if (product.has_border()) {

@@ -25,6 +25,7 @@
 #include "layer_groups.h"
 #include "local_product.h"
 #include "panels.h"
+#include "product_forms.h"
 #include "rounds.h"
 #include "shares.h"
 
@@ -52,13 +53,7 @@ class LocalStep {
       product->layout = factor->layout;
       factors_.push_back(*factor);
     }
-    if (is_for_tiles(layer)) {
-      layer.left.form = Form::kLeftPlanes;
-      layer.right.form = Form::kRightPlanes;
-    } else if (pairs_ && is_bfloat16(layer)) {
-      if (fills_pairs(left, layer.left)) layer.left.form = Form::kLeftPairs;
-      if (fills_pairs(right, layer.right)) layer.right.form = Form::kRightPairs;
-    }
+    choose_forms(layer, left, right, tiles_ != nullptr, pairs_);
     layers_.push_back(layer);
   }
 
@@ -97,8 +92,6 @@ class LocalStep {
   // them: more than a cache of one thread holds, since smaller ones stay there, and less than the
   // last cache, since of larger ones no cache has copies that must be told.
   static constexpr int64_t kLeastStreamed = int64_t{1} << 20, kMostStreamed = int64_t{1} << 25;
-  // Numbers of a border from which products of pairs are faster.
-  static constexpr int64_t kLeastPairs = 6;
   // Elements below which a further thread costs more than it saves.
   static constexpr int64_t kGrain = 16384;
 
@@ -116,32 +109,6 @@ class LocalStep {
 
   static bool is_pointwise(const StepLayer<T>& layer) {
     return layer.left.is_pointwise() && layer.right.is_pointwise();
-  }
-
-  static bool is_bfloat16(const StepLayer<T>& layer) {
-    for (int i = 0; i < layer.num_parts; ++i) {
-      const StepPart& part = layer.parts[i];
-      const Scalar momentum = part.momentum.data != nullptr ? part.momentum.type : part.weight.type;
-      for (const Scalar type : {part.weight.type, momentum, part.gradient.type}) {
-        if (type != Scalar::kBFloat16) return false;
-      }
-    }
-    return true;
-  }
-
-  // Products whose sides are diagonal or fill tiles: their planes have more places.
-  bool is_for_tiles(const StepLayer<T>& layer) const {
-    if (tiles_ == nullptr || is_pointwise(layer) || !is_bfloat16(layer)) return false;
-    const auto fills = [](const LocalProduct<T>& p) {
-      return p.is_pointwise() || fills_tiles(p.width());
-    };
-    return fills(layer.left) && fills(layer.right);
-  }
-
-  // A border of bfloat16 numbers, which is no faster than one of float32 numbers if it is narrow.
-  static bool fills_pairs(const LocalFactor& factor, const LocalProduct<T>& product) {
-    return product.has_border() && product.border() >= kLeastPairs &&
-           factor.storage.type == Scalar::kBFloat16;
   }
 
   const StepKernels<T>& kernels_of(const StepLayer<T>& layer) const {
@@ -388,7 +355,7 @@ class LocalStep {
   at::Tensor* products_;
   const StepKernels<T>& kernels_ = step_kernels();
   const StepKernels<T>* tiles_ = tile_kernels();
-  const bool pairs_ = std::is_same_v<T, float> && bfloat16_step() != nullptr && pairs_are_faster();
+  const bool pairs_ = std::is_same_v<T, float> && pairs_are_faster();
   std::vector<StepLayer<T>> layers_;
   std::vector<LocalFactor> factors_;
   std::vector<Read> read_tasks_;

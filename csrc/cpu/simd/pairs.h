@@ -10,17 +10,12 @@ SINGD_INLINE Words turned(const Words& halves) {
   return (Words)_mm512_permutexvar_epi16(order, (__m512i)halves);
 }
 
-// Pairs along a row of `count` numbers, a multiple of 16, times the scale, which may be null. They
-// may lie where the row does.
-SINGD_INLINE void pair_row(const float* row, const float* scale, int64_t count, Pair* to) {
-  const auto sixteen = [&](int64_t j) {
-    const Floats x = load(row + j);
-    return scale != nullptr ? x * load(scale + j) : x;
-  };
+// Pairs along a row of `count` numbers, a multiple of 16. They may lie where the row does.
+SINGD_INLINE void pair_row(const float* row, int64_t count, Pair* to) {
   int64_t j = 0;
-  for (; j + 32 <= count; j += 32) store(to + j / 2, rounded(sixteen(j), sixteen(j + 16)));
+  for (; j + 32 <= count; j += 32) store(to + j / 2, rounded(load(row + j), load(row + j + 16)));
   if (j < count) {
-    const Words last = rounded(sixteen(j), Floats{});
+    const Words last = rounded(load(row + j), Floats{});
     __builtin_memcpy(to + j / 2, &last, 16 * sizeof(BFloat16));
   }
 }
@@ -44,19 +39,19 @@ SINGD_INLINE void pair_rows(float* matrix, int64_t rows, int64_t stride) {
 }
 SINGD_INLINE void pair_along_rows(float* matrix, int64_t rows, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r, matrix += stride) {
-    pair_row(matrix, nullptr, stride, as<Pair>(matrix));
+    pair_row(matrix, stride, as<Pair>(matrix));
   }
 }
 
-// Two rows of bfloat16 numbers, each times its scale, as one of pairs.
-SINGD_INLINE void pair_scaled(const BFloat16* upper, float upper_scale, const BFloat16* lower,
-                              float lower_scale, int64_t count, Pair* to) {
+// Two rows of bfloat16 numbers, times a scale, as one of pairs.
+SINGD_INLINE void pair_scaled(const BFloat16* upper, const BFloat16* lower, float scale,
+                              int64_t count, Pair* to) {
   for (int64_t j = 0; j < count; j += 32) {
     const uint32_t lanes = first_lanes(count - j);
     const auto a = (Words)_mm512_maskz_loadu_epi16(lanes, upper + j);
     const auto b = (Words)_mm512_maskz_loadu_epi16(lower != nullptr ? lanes : 0, lower + j);
-    const Words low = turned(rounded(half_of<0>(a) * upper_scale, half_of<0>(b) * lower_scale));
-    const Words high = turned(rounded(half_of<1>(a) * upper_scale, half_of<1>(b) * lower_scale));
+    const Words low = turned(rounded(half_of<0>(a) * scale, half_of<0>(b) * scale));
+    const Words high = turned(rounded(half_of<1>(a) * scale, half_of<1>(b) * scale));
     _mm512_mask_storeu_epi32(to + j, static_cast<__mmask16>(lanes), (__m512i)low);
     _mm512_mask_storeu_epi32(to + j + 16, static_cast<__mmask16>(lanes >> 16), (__m512i)high);
   }

@@ -170,8 +170,6 @@ inline void prepare_pairs(LocalProduct<float>& product, const float* factor) {
     fill_zeros(product.wide + r * wide + d, wide - d);
   }
   if (arrow) {
-    multiply<float>(b, thin, d, {factor, d, 1}, product.thin, thin, product.core, thin,
-                    kOverwrite<float>);
     for (int64_t j = 0; j < d; ++j) {
       product.outer[j] = j < layout.head || j >= tail ? 1.0f : interior[j];
     }

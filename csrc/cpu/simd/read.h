@@ -154,28 +154,13 @@ AskedRows ahead_of_rows(const StepLayer<T>& layer, int64_t begin, int64_t end) {
 }
 
 #if SINGD_PAIRS
-// f(first row, rows, number of the first in the border) for the rows of a panel in each end of an
-// arrowhead's border.
-template <class T, class Function>
-SINGD_INLINE void for_each_arrow_end(const StepLayer<T>& layer, int64_t begin, int64_t end,
-                                     Function f) {
-  const Layout& layout = layer.left.layout;
-  if (layer.left.kind != LocalKind::kRowBorder) return;
-  const int64_t tail = larger(begin, layer.rows - layout.tail), head = smaller(end, layout.head);
-  if (begin < head) f(begin, head - begin, begin);
-  if (tail < end) f(tail, end - tail, layout.head + tail - (layer.rows - layout.tail));
-}
-
-// Rows of unscale G in pairs, `stride` apart with zeros between; where given, row i is multiplied
-// by row_scale[i]. look(numbers, count) comes first, with pieces of rows as they are stored.
+// Rows of unscale G in pairs, `stride` apart with zeros between. look(numbers, count) comes first,
+// with pieces of rows as they are stored.
 template <class T, class Look>
-SINGD_INLINE void load_gradient_pairs(const StepLayer<T>& layer, const Panel& panel,
-                                      const T* row_scale, Pair* to, int64_t stride, Look look) {
+SINGD_INLINE void load_gradient_pairs(const StepLayer<T>& layer, const Panel& panel, Pair* to,
+                                      int64_t stride, Look look) {
   const int64_t rows = panel.row_end - panel.row_begin;
-  const T unscale = static_cast<T>(layer.options.unscale);
-  const auto scale = [&](int64_t i) {
-    return row_scale != nullptr ? unscale * row_scale[panel.row_begin + i] : unscale;
-  };
+  const auto unscale = static_cast<float>(layer.options.unscale);
   for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
     const auto* row = static_cast<const BFloat16*>(part.gradient.data) +
                       panel.row_begin * part.gradient_stride + first;
@@ -183,8 +168,7 @@ SINGD_INLINE void load_gradient_pairs(const StepLayer<T>& layer, const Panel& pa
       const BFloat16* next = i + 1 < rows ? row + part.gradient_stride : nullptr;
       look(row, count);
       if (next != nullptr) look(next, count);
-      pair_scaled(row, scale(i), next, next != nullptr ? scale(i + 1) : T(0), count,
-                  to + i / 2 * stride + at);
+      pair_scaled(row, next, unscale, count, to + i / 2 * stride + at);
     }
   });
   const int64_t columns = panel.column_end - panel.column_begin;
@@ -193,31 +177,19 @@ SINGD_INLINE void load_gradient_pairs(const StepLayer<T>& layer, const Panel& pa
   }
 }
 
-// P[B, :] G of a square with F's own numbers: E (D G), and P[B, B] G[B, :] of an arrowhead.
+// E G of a square with F's own numbers.
 template <class T>
 SINGD_INLINE void multiply_thin_pairs(const StepLayer<T>& layer, const Panel& square,
                                       LargestGradient<T>& largest, T* products, T* scratch,
                                       Before<T> before, Ahead& ahead) {
   const LocalProduct<T>& left = layer.left;
-  const int64_t b = left.border(), stride = spaced(layer.columns), column = square.column_begin;
-  const int64_t width = padded(square.column_end - column);
-  const T* row_scale = left.kind == LocalKind::kRowBorder ? left.diagonal : nullptr;
-  load_gradient_pairs(layer, square, row_scale, as<Pair>(scratch), square.stride(),
+  load_gradient_pairs(layer, square, as<Pair>(scratch), square.stride(),
                       [&](const auto* row, int64_t count) { largest.look(row, count); });
-  multiply<T, Pair>(b, width, (square.row_end - square.row_begin + 1) / 2,
+  multiply<T, Pair>(left.border(), padded(square.column_end - square.column_begin),
+                    (square.row_end - square.row_begin + 1) / 2,
                     {as<Pair>(left.wide) + square.row_begin / 2, left.wide_stride(), 1},
-                    as<Pair>(scratch), square.stride(), products + column, stride, before, &ahead);
-  for_each_arrow_end(
-      layer, square.row_begin, square.row_end, [&](int64_t row, int64_t count, int64_t r) {
-        const Panel end{row, row + count, column, square.column_end};
-        load_gradient<T>(layer, end, nullptr, nullptr, scratch, end.stride());
-        multiply<T>(b, width, count, {left.core + r, padded(b), 1}, scratch, end.stride(),
-                    products + column, stride, kAdd<T>);
-        for (int64_t i = 0; i < count; ++i) {
-          __builtin_memcpy(layer.border_rows + (r + i) * stride + column,
-                           scratch + i * end.stride(), static_cast<std::size_t>(width) * sizeof(T));
-        }
-      });
+                    as<Pair>(scratch), square.stride(), products + square.column_begin,
+                    spaced(layer.columns), before, &ahead);
 }
 #endif
 

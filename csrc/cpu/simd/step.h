@@ -115,62 +115,70 @@ void multiply_right_one(const StepLayer<T>& layer, const Panel& panel, T* x) {
   }
 }
 
-// Numbers of an arrowhead's border, its head and then its tail: from rows of x, and back.
+// f(number in the border, column) for the columns of an arrowhead's border: its head, then its
+// tail.
+template <class T, class Function>
+SINGD_INLINE void for_each_border_column(const LocalProduct<T>& p, Function f) {
+  for (int64_t r = 0; r < p.layout.head; ++r) f(r, r);
+  for (int64_t r = p.layout.head; r < p.border(); ++r) f(r, p.layout.dim - p.border() + r);
+}
+
+// These numbers of rows of x, and back.
 template <class T>
 void take_border(const LocalProduct<T>& p, int64_t rows, const T* x, int64_t stride, T* border,
                  int64_t width) {
-  const int64_t head = p.layout.head, tail = p.layout.dim - p.layout.tail;
   for (int64_t i = 0; i < rows; ++i, x += stride, border += width) {
-    for (int64_t r = 0; r < head; ++r) border[r] = x[r];
-    for (int64_t r = head; r < p.border(); ++r) border[r] = x[tail + r - head];
+    for_each_border_column(p, [&](int64_t r, int64_t j) { border[r] = x[j]; });
   }
 }
 template <class T>
 void put_border(const LocalProduct<T>& p, int64_t rows, const T* border, int64_t width, T* x,
                 int64_t stride) {
-  const int64_t head = p.layout.head, tail = p.layout.dim - p.layout.tail;
   for (int64_t i = 0; i < rows; ++i, x += stride, border += width) {
-    for (int64_t r = 0; r < head; ++r) x[r] = border[r];
-    for (int64_t r = head; r < p.border(); ++r) x[tail + r - head] = border[r];
+    for_each_border_column(p, [&](int64_t r, int64_t j) { x[j] = border[r]; });
   }
 }
 
 #if SINGD_PAIRS
-// The same with F's own numbers: x <- ((x D) E^T + x[:, B] P[B, B]) in B, and (x D + x[:, B] E) D
-// outside, whose last D comes as the panel is written; with a column border x <- x D^2 + (x E^T) E.
+// The same with F's own numbers, by F first and then by F^T: numbers are rounded behind what an
+// arrowhead takes from its border, where most of a large number may be gone. Its last D comes as
+// the panel is written.
 template <class T>
 void multiply_right_pairs(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch,
                           Ahead& ahead) {
   const LocalProduct<T>& right = layer.right;
   const int64_t d = layer.columns, b = right.border(), width = padded(b);
   const int64_t stride = panel.stride(), rows = panel.row_end - panel.row_begin;
-  const bool arrow = right.kind == LocalKind::kRowBorder;
   T *products = scratch, *coefficients = products + rows * width;
   Pair* pairs = as<Pair>(coefficients + rows * width);
-  for (int64_t j = 0; j < d; j += kPairColumns) {
-    const int64_t count = smaller(kPairColumns, d - j);
-    for (int64_t i = 0; i < rows; ++i) {
-      pair_row(x + i * stride + j, arrow ? right.diagonal + j : nullptr, padded(count),
-               pairs + i * (kPairColumns / 2));
+  const auto multiply_thin = [&] {  // products <- x E^T
+    for (int64_t j = 0; j < d; j += kPairColumns) {
+      const int64_t count = smaller(kPairColumns, d - j);
+      for (int64_t i = 0; i < rows; ++i) {
+        pair_row(x + i * stride + j, padded(count), pairs + i * (kPairColumns / 2));
+      }
+      multiply<T, Pair>(rows, width, (count + 1) / 2, {pairs, kPairColumns / 2, 1},
+                        as<Pair>(right.thin) + j / 2 * width, width, products, width,
+                        j > 0 ? kAdd<T> : kOverwrite<T>, &ahead);
     }
-    multiply<T, Pair>(rows, width, (count + 1) / 2, {pairs, kPairColumns / 2, 1},
-                      as<Pair>(right.thin) + j / 2 * width, width, products, width,
-                      j > 0 ? kAdd<T> : kOverwrite<T>, &ahead);
+  };
+  const auto spread = [&](T* border) {  // x <- x diag(diagonal) + border E
+    for (int64_t i = 0; i < rows; ++i) {
+      pair_row(border + i * width, width, as<Pair>(border + i * width));
+    }
+    multiply<T, Pair>(rows, padded(d), (b + 1) / 2, {as<Pair>(border), width, 1},
+                      as<Pair>(right.wide), right.wide_stride(), x, stride, {true, right.diagonal},
+                      &ahead);
+  };
+  if (right.kind == LocalKind::kColumnBorder) {
+    multiply_thin();
+    return spread(products);
   }
-  if (arrow) {
-    fill_zeros(coefficients, rows * width);
-    take_border(right, rows, x, stride, coefficients, width);
-    multiply<T>(rows, width, b, {coefficients, width, 1}, right.core, width, products, width,
-                kAdd<T>);
-  }
-  T* spread = arrow ? coefficients : products;
-  for (int64_t i = 0; i < rows; ++i) {
-    pair_row(spread + i * width, nullptr, width, as<Pair>(spread + i * width));
-  }
-  multiply<T, Pair>(rows, padded(right.last_mixed()), (b + 1) / 2, {as<Pair>(spread), width, 1},
-                    as<Pair>(right.wide), right.wide_stride(), x, stride, {true, right.diagonal},
-                    &ahead);
-  if (arrow) put_border(right, rows, products, width, x, stride);
+  fill_zeros(coefficients, rows * width);
+  take_border(right, rows, x, stride, coefficients, width);
+  spread(coefficients);
+  multiply_thin();
+  put_border(right, rows, products, width, x, stride);
 }
 #endif
 
@@ -200,17 +208,16 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
   if (arrow) put_border(right, rows, products, width, x, stride);
 }
 
-// Whether x times these scales is finite over the panel.
+// Whether x times the column scale is finite over the panel.
 template <class T>
-bool panel_is_finite(const Panel& panel, const T* x, const T* row_scale, const T* column_scale) {
+bool panel_is_finite(const Panel& panel, const T* x, const T* column_scale) {
   const int64_t columns = panel.column_end - panel.column_begin;
   auto most = magnitude_bits(T(0));
   for (int64_t i = 0; i < panel.row_end - panel.row_begin; ++i) {
     const T* row = x + i * panel.stride();
-    const T of_row = row_scale != nullptr ? row_scale[panel.row_begin + i] : T(1);
     for (int64_t j = 0; j < columns; ++j) {
       const T scale = column_scale != nullptr ? column_scale[panel.column_begin + j] : T(1);
-      most = larger(most, magnitude_bits(row[j] * (of_row * scale)));
+      most = larger(most, magnitude_bits(row[j] * scale));
     }
   }
   return most < kInfinityBits<T>;
@@ -284,7 +291,7 @@ bool step_panel(const StepLayer<T>& layer, const Panel& panel, bool check_only, 
   }
   if (layer.right.has_border()) multiply_right_border(layer, panel, x, more, ahead);
   const T* column_scale = layer.right.has_border() ? layer.right.outer : layer.right.diagonal;
-  if (check_only) return panel_is_finite(panel, x, layer.left.outer, column_scale);
+  if (check_only) return panel_is_finite(panel, x, column_scale);
   write_panel(layer, panel, x, column_scale);
   if (layer.options.stream) end_streams();
   return true;

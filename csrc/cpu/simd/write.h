@@ -193,22 +193,20 @@ const T* part_of(const T* column_scale, int64_t begin) {
 // The same for a part of one column, such as a bias: its numbers are consecutive.
 template <class T, class Weight, class Momentum>
 SINGD_INLINE void write_column(const StepLayer<T>& layer, const Panel& panel, const StepPart& part,
-                               const T* column, int64_t stride, const T* row_scale, T scale,
-                               Weight* weight, Momentum* momentum) {
+                               const T* column, int64_t stride, T scale, Weight* weight,
+                               Momentum* momentum) {
   constexpr int64_t kChunk = 64;
   T chunk[kChunk];
   for (int64_t row = panel.row_begin; row < panel.row_end; row += kChunk) {
     const int64_t n = smaller(kChunk, panel.row_end - row);
     for (int64_t i = 0; i < n; ++i) chunk[i] = column[(row - panel.row_begin + i) * stride];
-    write_numbers<T, T>(layer.options, part.key, row, n, chunk, scale, part_of(row_scale, row),
-                        weight, momentum);
+    write_numbers<T, T>(layer.options, part.key, row, n, chunk, scale, nullptr, weight, momentum);
   }
 }
 
 template <class T>
 void write_panel(const StepLayer<T>& layer, const Panel& panel, const T* x, const T* column_scale) {
-  const T* outer = layer.left.outer;
-  const auto row_scale = [&](int64_t i) { return outer != nullptr ? outer[i] : T(1); };
+  const auto one = [](int64_t) { return T(1); };
   for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
     const T* scale = part_of(column_scale, panel.column_begin + at);
     Array momentum = part.momentum;
@@ -216,11 +214,11 @@ void write_panel(const StepLayer<T>& layer, const Panel& panel, const T* x, cons
     with_type(part.weight, [&](auto* weight) {
       with_type(momentum, [&](auto* buffer) {
         if (part.width == 1) {
-          return write_column<T>(layer, panel, part, x + at, panel.stride(), outer,
+          return write_column<T>(layer, panel, part, x + at, panel.stride(),
                                  scale != nullptr ? *scale : T(1), weight, buffer);
         }
-        write_rows<T>(layer, panel, part, first, count, x + at, panel.stride(), row_scale, scale,
-                      weight, buffer);
+        write_rows<T>(layer, panel, part, first, count, x + at, panel.stride(), one, scale, weight,
+                      buffer);
       });
     });
   });
