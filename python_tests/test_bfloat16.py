@@ -100,11 +100,14 @@ def final_loss(structure: str, seed: int, factors: torch.dtype, steps: int = 400
 
 
 @pytest.mark.filterwarnings("ignore:.*shortened to step_cap")  # as above
-def test_dense_factors_in_bfloat16_train_ill_conditioned_layers_as_those_in_float32() -> None:
+@pytest.mark.parametrize("structure", ["dense", "hierarchical:16,16", "rank_triu:16"])
+def test_factors_in_bfloat16_train_ill_conditioned_layers_as_those_in_float32(
+    structure: str,
+) -> None:
     """The curvature of the inputs' mean is 1e6 times damping: a K Kᵀ in bfloat16 is indefinite."""
     for seed in range(4):
-        rival = final_loss(seed, torch.float32)
-        assert final_loss(seed, torch.bfloat16) < 1.1 * rival
+        rival = final_loss(structure, seed, torch.float32)
+        assert final_loss(structure, seed, torch.bfloat16) < 1.1 * rival
 
 
 def small_run(**options: Any) -> Tensor:

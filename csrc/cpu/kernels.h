@@ -20,14 +20,14 @@ namespace singd::cpu {
 // Tiles (simd/tiles.h) take matrices as planes of bfloat16 numbers: these lie in the place of the
 // float32 numbers, and dimensions are whole depths of tiles.
 //
-// Pairs (simd/pairs.h) are of the factor itself, where it has bfloat16 numbers, so that none is
-// rounded: of the stored R = [E; D], `wide` is E and `thin` its transpose, in the place of the
-// float32 numbers. With an arrowhead, which has pairs on the right alone, `diagonal` is D then, and
-// `outer` [padded(dim)] what columns are multiplied with at last: D, and 1 in B.
+// Pairs (simd/pairs.h) are an arrowhead's on the right, of the factor F = R = [E; D] itself, where
+// that has bfloat16 numbers, so that none is rounded: `wide` is E and `thin` its transpose, in the
+// place of the float32 numbers, `diagonal` D, and `outer` [padded(dim)] what columns are multiplied
+// with at last: D, and 1 in B.
 enum class LocalKind { kIdentity, kDiagonal, kBlocks, kRowBorder, kColumnBorder };
 
-// A matrix of numbers, of planes or of pairs: of P on the left of a product, or on the right.
-enum class Form { kNumbers, kLeftPlanes, kRightPlanes, kLeftPairs, kRightPairs };
+// A matrix of numbers, or of planes or pairs: of P on the left of a product, or on the right.
+enum class Form { kNumbers, kLeftPlanes, kRightPlanes, kRightPairs };
 
 // Numbers that a tile has along the terms of a product, and a multiple of it.
 inline constexpr int64_t kTileDepth = 32;
@@ -58,9 +58,7 @@ struct LocalProduct {
   SINGD_INLINE_EVERYWHERE bool has_planes() const {
     return form == Form::kLeftPlanes || form == Form::kRightPlanes;
   }
-  SINGD_INLINE_EVERYWHERE bool has_pairs() const {
-    return form == Form::kLeftPairs || form == Form::kRightPairs;
-  }
+  SINGD_INLINE_EVERYWHERE bool has_pairs() const { return form == Form::kRightPairs; }
   // Rows and columns in memory of a matrix of P that has n of them.
   SINGD_INLINE_EVERYWHERE int64_t rows_of(int64_t n) const {
     return has_planes() ? whole_depths(n) : n;

@@ -45,9 +45,7 @@ void allocate_product(LocalProduct<T>& product, Arena& arena) {
     const auto area = [&](int64_t n) { return product.rows_of(n) * product.stride_of(n); };
     product.blocks = arena.take<T>(d / k * area(k) + area(d % k) + behind);
   }
-  if (product.has_pairs() && product.kind == LocalKind::kRowBorder) {
-    product.outer = arena.take<T>(padded(d));
-  }
+  if (product.has_pairs()) product.outer = arena.take<T>(padded(d));
   if (product.has_border()) {
     // Squares of rows on tiles begin where a border ends: the last one may end behind the matrix.
     const int64_t b = product.border(), rows = product.rows_of(d) + product.overshoot();

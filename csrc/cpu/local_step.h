@@ -53,7 +53,7 @@ class LocalStep {
       product->layout = factor->layout;
       factors_.push_back(*factor);
     }
-    choose_forms(layer, left, right, tiles_ != nullptr, pairs_);
+    choose_forms(layer, right, tiles_ != nullptr, pairs_);
     layers_.push_back(layer);
   }
 

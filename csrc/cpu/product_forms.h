@@ -33,26 +33,23 @@ bool fills_tiles(const StepLayer<T>& layer) {
   return !pointwise && fills(layer.left) && fills(layer.right);
 }
 
+// On the left an arrowhead's rows would have to be multiplied twice, since they are rounded behind
+// what they take from the border.
 template <class T>
-bool fills_pairs(const LocalProduct<T>& product, const LocalFactor& factor) {
-  return product.has_border() && product.border() >= kLeastPairs &&
+bool fills_pairs(const LocalProduct<T>& right, const LocalFactor& factor) {
+  return right.kind == LocalKind::kRowBorder && right.border() >= kLeastPairs &&
          factor.storage.type == Scalar::kBFloat16;
 }
 
-// For factors C and K of a layer, where the processor has tiles or fast products of pairs.
+// For the factor K of a layer, where the processor has tiles or fast products of pairs.
 template <class T>
-void choose_forms(StepLayer<T>& layer, const LocalFactor& left, const LocalFactor& right,
-                  bool tiles, bool pairs) {
+void choose_forms(StepLayer<T>& layer, const LocalFactor& right, bool tiles, bool pairs) {
   if (!is_bfloat16(layer)) return;
   if (tiles && fills_tiles(layer)) {
     layer.left.form = Form::kLeftPlanes;
     layer.right.form = Form::kRightPlanes;
-  } else if (pairs) {
-    // On the left an arrowhead's border would be rounded before it is taken from the others' rows,
-    // or these multiplied twice.
-    const bool arrow = layer.left.kind == LocalKind::kRowBorder;
-    if (!arrow && fills_pairs(layer.left, left)) layer.left.form = Form::kLeftPairs;
-    if (fills_pairs(layer.right, right)) layer.right.form = Form::kRightPairs;
+  } else if (pairs && fills_pairs(layer.right, right)) {
+    layer.right.form = Form::kRightPairs;
   }
 }
 

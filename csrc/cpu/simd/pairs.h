@@ -37,22 +37,3 @@ SINGD_INLINE void pair_rows(float* matrix, int64_t rows, int64_t stride) {
                   as<Pair>(matrix + r / 2 * stride));
   }
 }
-SINGD_INLINE void pair_along_rows(float* matrix, int64_t rows, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r, matrix += stride) {
-    pair_row(matrix, stride, as<Pair>(matrix));
-  }
-}
-
-// Two rows of bfloat16 numbers, times a scale, as one of pairs.
-SINGD_INLINE void pair_scaled(const BFloat16* upper, const BFloat16* lower, float scale,
-                              int64_t count, Pair* to) {
-  for (int64_t j = 0; j < count; j += 32) {
-    const uint32_t lanes = first_lanes(count - j);
-    const auto a = (Words)_mm512_maskz_loadu_epi16(lanes, upper + j);
-    const auto b = (Words)_mm512_maskz_loadu_epi16(lower != nullptr ? lanes : 0, lower + j);
-    const Words low = turned(rounded(half_of<0>(a) * scale, half_of<0>(b) * scale));
-    const Words high = turned(rounded(half_of<1>(a) * scale, half_of<1>(b) * scale));
-    _mm512_mask_storeu_epi32(to + j, static_cast<__mmask16>(lanes), (__m512i)low);
-    _mm512_mask_storeu_epi32(to + j + 16, static_cast<__mmask16>(lanes >> 16), (__m512i)high);
-  }
-}

@@ -153,42 +153,30 @@ double border_norm(const LocalProduct<T>& product) {
 }
 
 #if SINGD_PAIRS
-// E and E^T as bfloat16 numbers in pairs.
+// E and E^T of an arrowhead in pairs.
 inline void prepare_pairs(LocalProduct<float>& product, const float* factor) {
   const Layout& layout = product.layout;
   const int64_t d = layout.dim, b = product.border(), tail = d - layout.tail;
   const int64_t wide = product.wide_stride(), thin = product.stride_of(b);
   const float* interior = factor + b * d - layout.head;  // D of index j is interior[j]
-  const bool arrow = product.kind == LocalKind::kRowBorder;
   fill_zeros(product.diagonal, padded(d));
-  for (int64_t j = layout.head; j < tail; ++j) {
-    product.diagonal[j] = arrow ? interior[j] : interior[j] * interior[j];
+  for (int64_t j = 0; j < d; ++j) {
+    const bool inside = j >= layout.head && j < tail;
+    if (inside) product.diagonal[j] = interior[j];
+    product.outer[j] = inside ? interior[j] : 1.0f;
   }
   transpose_padded(factor, b, d, d, product.thin, thin);
   for (int64_t r = 0; r < b; ++r) {
     copy_scaled(factor + r * d, d, 1.0f, product.wide + r * wide);
     fill_zeros(product.wide + r * wide + d, wide - d);
   }
-  if (arrow) {
-    for (int64_t j = 0; j < d; ++j) {
-      product.outer[j] = j < layout.head || j >= tail ? 1.0f : interior[j];
-    }
-  }
-  // Bounds F^T x, F x and F F^T x, whichever is a sum on the way.
+  // Bounds x F, x F^T and x F F^T.
   const auto across = static_cast<double>(largest_row_sum(product.wide, b, d, wide));
   const auto along = static_cast<double>(largest_column_sum(product.wide, b, d, wide));
-  double diagonal = 0;
-  for (int64_t j = layout.head; j < tail; ++j) {
-    diagonal = larger(diagonal, static_cast<double>(magnitude_of(magnitude_bits(interior[j]))));
-  }
+  const auto diagonal = static_cast<double>(magnitude_of(largest_bits(product.diagonal, d)));
   product.norm = larger(1.0, larger(across, diagonal)) * larger(1.0, along + diagonal);
-  if (product.form == Form::kLeftPairs) {
-    pair_along_rows(product.thin, d, thin);
-    pair_along_rows(product.wide, b, wide);
-  } else {
-    pair_rows(product.thin, d, thin);
-    pair_rows(product.wide, b, wide);
-  }
+  pair_rows(product.thin, d, thin);
+  pair_rows(product.wide, b, wide);
 }
 #endif
 

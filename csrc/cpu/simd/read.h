@@ -153,46 +153,6 @@ AskedRows ahead_of_rows(const StepLayer<T>& layer, int64_t begin, int64_t end) {
   return asked;
 }
 
-#if SINGD_PAIRS
-// Rows of unscale G in pairs, `stride` apart with zeros between. look(numbers, count) comes first,
-// with pieces of rows as they are stored.
-template <class T, class Look>
-SINGD_INLINE void load_gradient_pairs(const StepLayer<T>& layer, const Panel& panel, Pair* to,
-                                      int64_t stride, Look look) {
-  const int64_t rows = panel.row_end - panel.row_begin;
-  const auto unscale = static_cast<float>(layer.options.unscale);
-  for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
-    const auto* row = static_cast<const BFloat16*>(part.gradient.data) +
-                      panel.row_begin * part.gradient_stride + first;
-    for (int64_t i = 0; i < rows; i += 2, row += 2 * part.gradient_stride) {
-      const BFloat16* next = i + 1 < rows ? row + part.gradient_stride : nullptr;
-      look(row, count);
-      if (next != nullptr) look(next, count);
-      pair_scaled(row, next, unscale, count, to + i / 2 * stride + at);
-    }
-  });
-  const int64_t columns = panel.column_end - panel.column_begin;
-  for (int64_t p = 0; 2 * p < rows; ++p) {
-    for (int64_t j = columns; j < stride; ++j) to[p * stride + j] = 0;
-  }
-}
-
-// E G of a square with F's own numbers.
-template <class T>
-SINGD_INLINE void multiply_thin_pairs(const StepLayer<T>& layer, const Panel& square,
-                                      LargestGradient<T>& largest, T* products, T* scratch,
-                                      Before<T> before, Ahead& ahead) {
-  const LocalProduct<T>& left = layer.left;
-  load_gradient_pairs(layer, square, as<Pair>(scratch), square.stride(),
-                      [&](const auto* row, int64_t count) { largest.look(row, count); });
-  multiply<T, Pair>(left.border(), padded(square.column_end - square.column_begin),
-                    (square.row_end - square.row_begin + 1) / 2,
-                    {as<Pair>(left.wide) + square.row_begin / 2, left.wide_stride(), 1},
-                    as<Pair>(scratch), square.stride(), products + square.column_begin,
-                    spaced(layer.columns), before, &ahead);
-}
-#endif
-
 // P[B, :] G of the panel's rows, in squares that stay in the first cache.
 template <class T>
 double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* products,
@@ -211,18 +171,12 @@ double thin_products_of_many(const StepLayer<T>& layer, const Panel& panel, T* p
     }
     for (int64_t column = 0; column < layer.columns; column += kThinColumns) {
       const Panel square{begin, end, column, smaller(column + kThinColumns, layer.columns)};
-      const Before<T> before = begin > panel.row_begin ? kAdd<T> : kOverwrite<T>;
-#if SINGD_PAIRS
-      if (left.has_pairs()) {
-        multiply_thin_pairs(layer, square, largest, products, scratch, before, ahead);
-        continue;
-      }
-#endif
       load_gradient<T>(layer, square, nullptr, nullptr, scratch, square.stride(),
                        [&](const auto* row, int64_t count) { largest.look(row, count); });
       multiply_from_left(left.border(), padded(square.column_end - column), end - begin, left.wide,
                          wide, begin, scratch, square.stride(), layer.options.unscale == 1,
-                         products + column, stride, before, ahead);
+                         products + column, stride,
+                         begin > panel.row_begin ? kAdd<T> : kOverwrite<T>, ahead);
       for_each_arrow_row(layer, begin, end, [&](int64_t i, int64_t r) {
         __builtin_memcpy(layer.border_rows + r * stride + column,
                          scratch + (i - begin) * square.stride(),
@@ -301,18 +255,13 @@ T* border_coefficients(const StepLayer<T>& layer) {
   return layer.left.kind == LocalKind::kRowBorder ? layer.border_rows : layer.border_products;
 }
 
-// These rows as tiles or pairs take them: once a layer, since all panels have a share of them.
+// These rows as tiles take them: once a layer, since all panels have a share of them.
 template <class T>
 void finish_border([[maybe_unused]] const StepLayer<T>& layer) {
 #if SINGD_TILES
   const int64_t b = layer.left.border(), stride = spaced(layer.columns);
-  if (!layer.left.has_planes()) return;
+  if (layer.left.form == Form::kNumbers) return;
   zero_behind(layer.left, border_coefficients(layer), b, stride);
   split_right(border_coefficients(layer), layer.left.rows_of(b), stride);
-#endif
-#if SINGD_PAIRS
-  if (layer.left.has_pairs()) {
-    pair_rows(border_coefficients(layer), layer.left.border(), spaced(layer.columns));
-  }
 #endif
 }

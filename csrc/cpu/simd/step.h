@@ -14,13 +14,6 @@ void add_border_rows(const StepLayer<T>& layer, const Panel& panel, T* x,
   const T *by = left.thin + begin * thin, *spread = border_coefficients(layer);
   if (rows <= 0) return;
   x += (begin - panel.row_begin) * stride;
-#if SINGD_PAIRS
-  if (left.has_pairs()) {
-    return multiply<float, Pair>(rows, width, (b + 1) / 2, {as<Pair>(by), thin, 1},
-                                 as<Pair>(spread) + panel.column_begin, all, x, stride, kAdd<T>,
-                                 &ahead);
-  }
-#endif
 #if SINGD_TILES
   SINGD_COUNT(multiply_adds, rows * width * b);
   Planes right = right_planes(spread, all).from(panel.column_begin);
@@ -140,44 +133,34 @@ void put_border(const LocalProduct<T>& p, int64_t rows, const T* border, int64_t
 }
 
 #if SINGD_PAIRS
-// The same with F's own numbers, by F first and then by F^T: numbers are rounded behind what an
-// arrowhead takes from its border, where most of a large number may be gone. Its last D comes as
-// the panel is written.
+// The same for an arrowhead with F's own numbers: y = x F, of which the border is y E^T, and the
+// rest y D, which comes as the panel is written. y is rounded, and not x, of which most may be gone
+// in y.
 template <class T>
 void multiply_right_pairs(const StepLayer<T>& layer, const Panel& panel, T* x, T* scratch,
                           Ahead& ahead) {
   const LocalProduct<T>& right = layer.right;
   const int64_t d = layer.columns, b = right.border(), width = padded(b);
   const int64_t stride = panel.stride(), rows = panel.row_end - panel.row_begin;
-  T *products = scratch, *coefficients = products + rows * width;
-  Pair* pairs = as<Pair>(coefficients + rows * width);
-  const auto multiply_thin = [&] {  // products <- x E^T
-    for (int64_t j = 0; j < d; j += kPairColumns) {
-      const int64_t count = smaller(kPairColumns, d - j);
-      for (int64_t i = 0; i < rows; ++i) {
-        pair_row(x + i * stride + j, padded(count), pairs + i * (kPairColumns / 2));
-      }
-      multiply<T, Pair>(rows, width, (count + 1) / 2, {pairs, kPairColumns / 2, 1},
-                        as<Pair>(right.thin) + j / 2 * width, width, products, width,
-                        j > 0 ? kAdd<T> : kOverwrite<T>, &ahead);
-    }
-  };
-  const auto spread = [&](T* border) {  // x <- x diag(diagonal) + border E
-    for (int64_t i = 0; i < rows; ++i) {
-      pair_row(border + i * width, width, as<Pair>(border + i * width));
-    }
-    multiply<T, Pair>(rows, padded(d), (b + 1) / 2, {as<Pair>(border), width, 1},
-                      as<Pair>(right.wide), right.wide_stride(), x, stride, {true, right.diagonal},
-                      &ahead);
-  };
-  if (right.kind == LocalKind::kColumnBorder) {
-    multiply_thin();
-    return spread(products);
+  T *products = scratch, *border = products + rows * width;
+  Pair* pairs = as<Pair>(border + rows * width);
+  fill_zeros(border, rows * width);
+  take_border(right, rows, x, stride, border, width);
+  for (int64_t i = 0; i < rows; ++i) {
+    pair_row(border + i * width, width, as<Pair>(border + i * width));
   }
-  fill_zeros(coefficients, rows * width);
-  take_border(right, rows, x, stride, coefficients, width);
-  spread(coefficients);
-  multiply_thin();
+  multiply<T, Pair>(rows, padded(d), (b + 1) / 2, {as<Pair>(border), width, 1},
+                    as<Pair>(right.wide), right.wide_stride(), x, stride, {true, right.diagonal},
+                    &ahead);
+  for (int64_t j = 0; j < d; j += kPairColumns) {
+    const int64_t count = smaller(kPairColumns, d - j);
+    for (int64_t i = 0; i < rows; ++i) {
+      pair_row(x + i * stride + j, padded(count), pairs + i * (kPairColumns / 2));
+    }
+    multiply<T, Pair>(rows, width, (count + 1) / 2, {pairs, kPairColumns / 2, 1},
+                      as<Pair>(right.thin) + j / 2 * width, width, products, width,
+                      j > 0 ? kAdd<T> : kOverwrite<T>, &ahead);
+  }
   put_border(right, rows, products, width, x, stride);
 }
 #endif
