@@ -34,8 +34,8 @@ using namespace singd;
 using namespace singd::cpu;
 using namespace singd::tests;
 
-// Errors as parts of the sum of |terms|: of the planes of both products, and of four roundings to
-// bfloat16, which hardly ever add up.
+// Errors as parts of the sum of |terms|: of the planes of both products, and of the roundings
+// of pairs to bfloat16.
 constexpr double kPlanes = 1.0 / (1 << 13), kPairs = 1.0 / (1 << 9);
 constexpr double kStored = 1.0 / (1 << 8);  // of a number in bfloat16
 
