@@ -43,7 +43,7 @@ def test_the_instruction_set_is_torchs(capability: str) -> None:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_bfloat16_products_are_those_of_avx512(capability: str) -> None:
+def test_bfloat16_instructions_are_those_of_avx512(capability: str) -> None:
     skip_unless_available(capability)
     code = "from singd_ext import _C; print(_C.cpu_bfloat16_instructions())"
     flags = Path("/proc/cpuinfo")
