@@ -225,9 +225,10 @@ struct StatisticKernels {
   // Column squares, added to sums [padded(dim)]; scratch: as of a border, or the part's columns.
   void (*diagonal)(const RowsView& rows, const Panel& part, T* sums, T* scratch);
   GramKernels<T> gram;
-  // Rows of S = X V, V [dim, padded(border)]; scratch: kProductRows * padded(dim).
-  void (*border_rows)(const RowsView& rows, const Layout& layout, const T* v, int64_t first,
-                      int64_t count, T* s, T* scratch);
+  // Rows of S = X E^T, E [border, dim], with its transpose V [dim, padded(border)]; scratch:
+  // 2 * kProductRows * padded(dim).
+  void (*border_rows)(const RowsView& rows, const Layout& layout, const T* e, const T* v,
+                      int64_t first, int64_t count, T* s, T* scratch);
   // The transpose of `from` [rows, columns].
   void (*turn)(const T* from, int64_t rows, int64_t columns, int64_t from_stride, T* to,
                int64_t to_stride);

@@ -158,8 +158,8 @@ class LocalStatistic {
     kernels_.transpose(factor_, b, d, d, v, thin);
     const int64_t least = std::max<int64_t>(kProductRows, kLeastWork / (d * b));
     at::parallel_for(0, rows_.count, least, [&](int64_t begin, int64_t end) {
-      kernels_.border_rows(rows_, layout_, v, begin, end - begin, s,
-                           thread_scratch<T>(kProductRows * padded(d)));
+      kernels_.border_rows(rows_, layout_, factor_, v, begin, end - begin, s,
+                           thread_scratch<T>(2 * kProductRows * padded(d)));
     });
     const Parts parts = border_sums(s);
     add_up(parts, b + 1, padded(d), [](int64_t, int64_t, const T*) {});

@@ -173,6 +173,10 @@ SINGD_INLINE T dot_product(const T* a, const T* b, int64_t count) {
   return lane_sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// Rows of B up to which the dot products of multiply_few are faster than whole vectors of padded
+// columns.
+constexpr int64_t kFewColumns = 8;
+
 // C = A B^T for few rows of B: dot products of rows, which need no padded transpose. The rows of A
 // and B are zero from the depth to the next whole vector.
 template <class T>

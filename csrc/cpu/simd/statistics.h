@@ -75,16 +75,27 @@ void finish_blocks(const Layout& layout, const T* sums, int64_t begin, int64_t e
   }
 }
 
-// Rows [first, first + count) of S = X V with V [padded(dim), padded(border)].
+// Rows [first, first + count) of S = X E^T, with E also as its transpose V [dim, padded(border)].
 template <class T>
-void border_rows(const RowsView& rows, const Layout& layout, const T* v, int64_t first,
+void border_rows(const RowsView& rows, const Layout& layout, const T* e, const T* v, int64_t first,
                  int64_t count, T* s, T* scratch) {
-  const int64_t stride = padded(layout.dim), thin = padded(layout.head + layout.tail);
+  const int64_t d = layout.dim, stride = padded(d);
+  const int64_t b = layout.head + layout.tail, thin = padded(b);
+  const bool few = b <= kFewColumns;
+  T* few_rows = scratch + kProductRows * stride;  // of E, padded
+  for (int64_t r = 0; few && r < b; ++r) {
+    load_row(e + r * d, d, T(1), few_rows + r * stride);
+    for (int64_t j = d; j < stride; ++j) few_rows[r * stride + j] = T(0);
+  }
   for (int64_t at = 0; at < count; at += kProductRows) {
     const int64_t size = smaller(kProductRows, count - at);
-    load_rows(rows, first + at, size, 0, layout.dim, scratch, stride);
-    multiply<T>(size, thin, layout.dim, {scratch, stride, 1}, v, thin, s + (first + at) * thin,
-                thin, kOverwrite<T>);
+    T* to = s + (first + at) * thin;
+    load_rows(rows, first + at, size, 0, d, scratch, stride);
+    if (few) {
+      multiply_few<T>(size, b, d, scratch, stride, few_rows, stride, to, thin);
+    } else {
+      multiply<T>(size, thin, d, {scratch, stride, 1}, v, thin, to, thin, kOverwrite<T>);
+    }
   }
 }
 

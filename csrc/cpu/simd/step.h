@@ -88,9 +88,6 @@ void multiply_right_blocks(const StepLayer<T>& layer, const Panel& panel, const 
   });
 }
 
-// Columns of a border up to which dot products are faster than whole vectors of padded columns.
-constexpr int64_t kFewColumns = 8;
-
 // A border of one row or column: a dot product of every row, and a multiple of one row added.
 template <class T>
 void multiply_right_one(const StepLayer<T>& layer, const Panel& panel, T* x) {
