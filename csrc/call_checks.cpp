@@ -92,6 +92,8 @@ LayerStep checked_step(const char* op, const StepLists& l, size_t n, bool has_mo
   if (l.bias[n].numel() > 0) {  // a layer without bias holds its place with an empty tensor
     step.parts.push_back({l.bias[n], momentum(l.momentum_bias), l.grad_bias[n], width, 1});
     check_part(op, "bias", step.parts.back(), rows, device);
+    TORCH_CHECK_VALUE(l.bias[n].numel() == rows, "singd_ext::", op, ": bias has shape ",
+                      l.bias[n].sizes(), " but the weight has ", rows, " rows");
   }
   const int64_t columns = step.parts.back().begin + step.parts.back().width;
   step.K = checked_factor(op, "K", l.K[n], l.P_K.empty() ? nullptr : &l.P_K[n], columns,

@@ -9,9 +9,12 @@
 
 #include <algorithm>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
 #include <utility>
 #include <variant>
+
+#include "structures/rounding.h"
 
 namespace py = pybind11;
 
@@ -51,6 +54,19 @@ std::pair<at::Tensor, at::Tensor> parts(const KnownLayer& layer, Pair tensors) {
     }
   }
   return {tensors[0], tensors.size() > 1 ? tensors[1] : *none};
+}
+
+// Checks that W still has the size that the factors are of.
+void check_size(const KnownLayer& layer, const at::Tensor& weight, const at::Tensor& bias) {
+  const int64_t rows = layer.dim_C, columns = layer.dim_K;
+  const int64_t biases = bias.numel(), weights = rows * columns - biases;
+  const bool fits = weight.numel() == weights && (biases == 0 || biases == rows);
+  if (fits && (weight.dim() != 2 || weight.size(0) == rows)) return;
+  std::ostringstream message;
+  message << "a parameter of layer '" << layer.name << "' has another shape than when SINGD was "
+          << "constructed, when weight and bias made a matrix of " << rows << " x " << columns
+          << ": construct SINGD again";
+  throw py::value_error(message.str());
 }
 
 // As an operation of torch's would note it: autograd refuses to use what was saved before, and
@@ -95,7 +111,7 @@ GroupStep::FactorReport GroupStep::update_factors(const Scale& grad_scale, const
   FactorArguments& a = factors;
   const KnownOptions& o = *options;
   const auto device = a.device();
-  const auto key = rounding_key();
+  const auto key = rounding_key(kFactorBits);
   at::Tensor& outcomes = memory->factor_outcomes.of(a.count(), device);
   if (!a.layers.empty()) {
     const KnownLayer& any = *a.layers.front();  // all have the group's structures
@@ -121,7 +137,7 @@ std::optional<at::Tensor> GroupStep::update_parameters(const std::vector<at::Ten
   const KnownLayer& any = *layers.front();  // all have the group's structures
   const KnownOptions& o = *options;
   const auto here = device();
-  const auto key = rounding_key();
+  const auto key = rounding_key(parameter_bits_);
   at::Tensor& outcomes = memory->parameter_outcomes.of(count(), here);
   std::optional<at::Tensor> products;
   // With T = 1 none is of use in the next step, and a backward pass has other uses for memory.
@@ -142,9 +158,11 @@ std::optional<at::Tensor> GroupStep::update_parameters(const std::vector<at::Ten
   return outcomes;
 }
 
-std::optional<std::vector<int64_t>> GroupStep::rounding_key() const {
+// Groups have the same seed, if none was chosen, and calls count their layers from 0.
+std::optional<std::vector<int64_t>> GroupStep::rounding_key(uint64_t stream) const {
   if (!options->seed) return std::nullopt;
-  return std::vector<int64_t>{*options->seed, number};
+  const RoundingKey key = RoundingKey::make(*options->seed, group).stream(stream);
+  return std::vector<int64_t>{static_cast<int64_t>(key.bits), number};
 }
 
 void FactorArguments::add(const std::shared_ptr<KnownLayer>& layer, bool has_momenta) {
@@ -185,11 +203,12 @@ void FactorArguments::release() {
   for (const auto& layer : all) layer->forget_statistics();
 }
 
-bool is_unused(const KnownLayer& layer) {
+size_t count_gradients(const KnownLayer& layer) {
+  size_t count = 0;
   for (const WeakTensor& parameter : layer.parameters) {
-    if (parameter.get().grad().defined()) return false;
+    if (parameter.get().grad().defined()) ++count;
   }
-  return true;
+  return count;
 }
 
 void GroupStep::reserve(size_t count) {
@@ -229,6 +248,7 @@ void GroupStep::add(const std::shared_ptr<KnownLayer>& layer) {
     second.push_back(std::move(b));
   };
   add(parameters, weight, bias);
+  check_size(*layer, weight.back(), bias.back());
   add(gradients, grad_weight, grad_bias);
   if (has_momenta) add(momenta, momentum_weight, momentum_bias);
   K.push_back(tensor_in(*layer, layer->entries(), layer->keys.K));
@@ -241,6 +261,7 @@ void GroupStep::add(const std::shared_ptr<KnownLayer>& layer) {
 GroupStep GroupStep::of_layer(size_t index) const {
   GroupStep one(operators, group, {options, memory}, number);
   one.has_dense_factors = has_dense_factors;
+  one.parameter_bits_ = kLayerBits + index;
   one.layers = {layers.at(index)};
   one.K = {K[index]};
   one.C = {C[index]};

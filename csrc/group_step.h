@@ -52,7 +52,8 @@ struct FactorArguments : LayerLists {
 struct KnownGroup {
   std::shared_ptr<const KnownOptions> options;
   std::shared_ptr<CallMemory> memory = std::make_shared<CallMemory>();
-  std::optional<bool> marked_due;  // whether compiled models are observed
+  std::optional<bool> marked_due;           // whether compiled models are observed
+  std::vector<const PyObject*> parameters;  // by which the group is told from others
 };
 
 // The step of the layers that have a gradient, checked before anything is changed. Its lists are
@@ -97,11 +98,15 @@ struct GroupStep : LayerLists {
                                               const Scale& found_inf) const;
 
  private:
-  std::optional<std::vector<int64_t>> rounding_key() const;
+  std::optional<std::vector<int64_t>> rounding_key(uint64_t stream) const;
+
+  // Of random bits: those of factors, of all layers' parameters, and of those of single layers.
+  static constexpr uint64_t kFactorBits = 0, kParameterBits = 1, kLayerBits = 2;
+  uint64_t parameter_bits_ = kParameterBits;
 };
 
-// Whether no parameter of the layer has a gradient.
-bool is_unused(const KnownLayer& layer);
+// How many of a layer's parameters have a gradient.
+size_t count_gradients(const KnownLayer& layer);
 
 // Adds these classes and KnownFactors to the module.
 void define_group_step(pybind11::module_& m);

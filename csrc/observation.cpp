@@ -49,7 +49,7 @@ struct Delivery {
   int outer_pass;  // that runs a segment of a reentrant checkpoint again, or -1
 
   void deliver(const at::Tensor& gradient) {
-    {
+    if (gradient.defined()) {  // a function of the user's may have none for this output
       const py::gil_scoped_acquire gil;
       const at::NoGradGuard no_grad;
       const int pass = torch::autograd::get_current_graph_task_id();

@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "../kept_memory.h"
+
 namespace singd::cpu {
 
 class Arena {
@@ -33,7 +35,7 @@ class Arena {
   static bool fit(at::Tensor& memory, Plan plan) {
     const int64_t size = Arena::size(plan);
     const bool fits = memory.numel() == size;
-    if (!fits) memory.resize_({size});
+    if (!fits) resize_memory(memory, size);
     hand_out(memory, plan);
     return fits;
   }
@@ -42,7 +44,7 @@ class Arena {
   template <class Plan>
   static void run(at::Tensor& workspace, Plan plan) {
     const int64_t size = Arena::size(plan);
-    if (workspace.numel() < size) workspace.resize_({size});
+    if (workspace.numel() < size) resize_memory(workspace, size);
     hand_out(workspace, plan);
   }
 

@@ -177,7 +177,7 @@ struct StepKernels {
   // When all are there: brings the rows that a border on the left spreads over the others into the
   // form in which `step` takes them.
   void (*finish_border)(const StepLayer<T>& layer);
-  // The step of a panel; with `check_only`, only whether its preconditioned gradient is finite.
+  // The step of a panel; with `check_only`, only whether all that it would store is finite.
   // scratch: step_scratch.
   bool (*step)(const StepLayer<T>& layer, const Panel& panel, bool check_only, T* scratch);
 };

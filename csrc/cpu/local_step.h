@@ -71,9 +71,14 @@ class LocalStep {
     first_read_.push_back(read_tasks_.size());
     first_write_.push_back(write_tasks_.size());
     groups_.plan(layers_.size(), [&](size_t begin, size_t end) { return elements(begin, end); });
-    const bool kept = fit_products();
-    Arena::run(workspace_, [&](Arena& arena) { allocate(arena); });
-    if (products_ != nullptr) prepare_all(kept);
+    try {
+      const bool kept = fit_products();
+      Arena::run(workspace_, [&](Arena& arena) { allocate(arena); });
+      if (products_ != nullptr) prepare_all(kept);
+    } catch (...) {
+      if (products_ != nullptr) products_->resize_({0});  // they do not hold what their size says
+      throw;
+    }
     writes_.assign(layers_.size(), 1);
     unread_ = std::vector<std::atomic<size_t>>(layers_.size());
     for (size_t i = 0; i < layers_.size(); ++i) unread_[i] = first_read_[i + 1] - first_read_[i];
@@ -332,7 +337,17 @@ class LocalStep {
     return is_finite(index, thread);
   }
 
-  // A bound tells, but near overflow, where the products themselves are looked at.
+  static bool has_float16(const StepLayer<T>& layer) {
+    for (int i = 0; i < layer.num_parts; ++i) {
+      const StepPart& part = layer.parts[i];
+      if (part.weight.type == Scalar::kFloat16 || part.momentum.type == Scalar::kFloat16)
+        return true;
+    }
+    return false;
+  }
+
+  // A bound tells, but near overflow, where what would be stored is looked at. Float16 is always
+  // near it.
   bool is_finite(size_t index, size_t thread) const {
     const StepLayer<T>& layer = layers_[index];
     double largest = 0;
@@ -340,7 +355,7 @@ class LocalStep {
       largest = std::max(largest, read_tasks_[i].largest);
     }
     const double limit = static_cast<double>(std::numeric_limits<T>::max()) / 2;
-    if (largest <= limit && largest * layer.left.norm <= limit &&
+    if (!has_float16(layer) && largest <= limit && largest * layer.left.norm <= limit &&
         largest * layer.left.norm * layer.right.norm <= limit) {
       return true;
     }

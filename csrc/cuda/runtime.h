@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 
+#include "../kept_memory.h"
 #include "../op_checks.h"
 #include "arguments.h"
 #include "dtype.h"
@@ -85,7 +86,7 @@ inline Scalar scalar_argument(const char* op, const char* name,
 
 // `bytes` of memory for the call, kept by the caller from step to step: it grows when too small.
 inline void* workspace_of(at::Tensor& workspace, int64_t bytes) {
-  if (workspace.numel() < bytes) workspace.resize_({bytes});
+  if (workspace.numel() < bytes) resize_memory(workspace, bytes);
   return workspace.mutable_data_ptr();
 }
 

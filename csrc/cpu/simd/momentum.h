@@ -67,7 +67,7 @@ struct Norms {
 
   double bound() const {
     const double frobenius = __builtin_sqrt(all_squares());
-    return smaller(frobenius, __builtin_sqrt(rows * columns));
+    return smaller(frobenius, __builtin_sqrt(rows * columns));  // NaN, if the former is
   }
 };
 

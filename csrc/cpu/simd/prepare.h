@@ -1,5 +1,11 @@
 // P = F F^T of a diagonal, block-diagonal or bordered factor, laid out for products with it.
 
+// The larger one, or the one that is NaN: a norm must not hide it.
+template <class T>
+SINGD_INLINE T larger_or_nan(T a, T b) {
+  return b <= a || a != a ? a : b;
+}
+
 // The largest sum of |entries| of a row, or of a column; rows end in zeros up to a whole vector.
 template <class T>
 T largest_row_sum(const T* matrix, int64_t rows, int64_t columns, int64_t stride) {
@@ -9,7 +15,7 @@ T largest_row_sum(const T* matrix, int64_t rows, int64_t columns, int64_t stride
     for (int64_t j = 0; j < columns; j += kLanes<T>) {
       sums += magnitudes<T>(load<T>(matrix + i * stride + j));
     }
-    most = larger(most, lane_sum<T>(sums));
+    most = larger_or_nan(most, lane_sum<T>(sums));
   }
   return most;
 }
@@ -22,10 +28,10 @@ T largest_column_sum(const T* matrix, int64_t rows, int64_t columns, int64_t str
     for (int64_t i = 0; i < rows; ++i) {
       sums += magnitudes<T>(load<T>(matrix + i * stride + j));
     }
-    most = most < sums ? sums : most;
+    most = ((sums <= most) | (most != most)) ? most : sums;
   }
   T all = 0;
-  for (int lane = 0; lane < kLanes<T>; ++lane) all = larger(all, most[lane]);
+  for (int lane = 0; lane < kLanes<T>; ++lane) all = larger_or_nan(all, most[lane]);
   return all;
 }
 
@@ -93,7 +99,7 @@ void prepare_blocks(LocalProduct<T>& product, const T* factor, T* scratch) {
     multiply<T>(size, stride, size, {factor + from, size, 1}, scratch, stride, square, stride,
                 kOverwrite<T>);
     zero_behind(product, square, size, stride);
-    most = larger(most, largest_column_sum(square, size, size, stride));  // symmetric
+    most = larger_or_nan(most, largest_column_sum(square, size, size, stride));  // symmetric
     bring_into_form(product, square, size, stride, scratch);
   });
   product.norm = static_cast<double>(most);
@@ -149,7 +155,7 @@ double border_norm(const LocalProduct<T>& product) {
   const auto diagonal = static_cast<double>(magnitude_of(largest_bits(product.diagonal, d)));
   const double along = static_cast<double>(largest_column_sum(product.wide, b, d, stride));
   const bool twice = product.kind == LocalKind::kColumnBorder;
-  return larger(across, diagonal + along * (twice ? larger(across, 1.0) : 1.0));
+  return larger_or_nan(across, diagonal + along * (twice ? larger_or_nan(across, 1.0) : 1.0));
 }
 
 #if SINGD_PAIRS
@@ -174,7 +180,8 @@ inline void prepare_pairs(LocalProduct<float>& product, const float* factor) {
   const auto across = static_cast<double>(largest_row_sum(product.wide, b, d, wide));
   const auto along = static_cast<double>(largest_column_sum(product.wide, b, d, wide));
   const auto diagonal = static_cast<double>(magnitude_of(largest_bits(product.diagonal, d)));
-  product.norm = larger(1.0, larger(across, diagonal)) * larger(1.0, along + diagonal);
+  product.norm =
+      larger_or_nan(1.0, larger_or_nan(across, diagonal)) * larger_or_nan(1.0, along + diagonal);
   pair_rows(product.thin, d, thin);
   pair_rows(product.wide, b, wide);
 }

@@ -79,10 +79,11 @@ class LargestGradient {
   SINGD_INLINE void look(const Stored* x, int64_t count) {
     most_ = larger(most_, magnitude_bits(static_cast<T>(widen(largest_stored(x, count)))));
   }
-  // Infinite if not all was finite.
+  // Infinite if not all was finite, unscale included.
   double value(double unscale) const {
-    if (most_ >= kInfinityBits<T>) return __builtin_inf();
-    return static_cast<double>(magnitude_of(most_)) * (unscale < 0 ? -unscale : unscale);
+    const double value =
+        static_cast<double>(magnitude_of(most_)) * (unscale < 0 ? -unscale : unscale);
+    return most_ < kInfinityBits<T> && value < __builtin_inf() ? value : __builtin_inf();
   }
 
  private:
