@@ -165,10 +165,10 @@ void Gatherer::collect(GroupStep& step) {
   if (factors_are_due) step.factors.reserve(layers_.size());
   for (const auto& layer : layers_) {
     if (layer->group != step.group) continue;
-    const bool unused = is_unused(*layer);
-    const bool matters = unused || factors_are_due;
+    const size_t gradients = count_gradients(*layer);
+    const bool matters = gradients < layer->parameters.size() || factors_are_due;
     if (matters && !layer->is_owned()) check_owned_(layer->python.get());
-    if (unused) continue;
+    if (gradients == 0) continue;
     step.add(layer);
     if (factors_are_due) step.factors.add(layer, step.options->has_factor_momenta());
   }
@@ -261,7 +261,11 @@ void Gatherer::receive(KnownLayer& layer, const at::Tensor& x, const at::Tensor&
   if (pass != layer.last_pass) begin(layer, pass);
   if (!layer.pass_counts) return;
   layer.has_statistics = true;
-  count(layer, layer.is_linear ? add_linear(layer, x, g) : add_others(layer, x, g, hook));
+  try {
+    count(layer, layer.is_linear ? add_linear(layer, x, g) : add_others(layer, x, g, hook));
+  } catch (const c10::ValueError& error) {
+    TORCH_CHECK_VALUE(false, "layer '", layer.name, "': ", error.what_without_backtrace());
+  }
 }
 
 // What the hook of one module of a layer hands its calls to.
@@ -321,7 +325,7 @@ void define_gatherer(py::module_& m) {
       .def(
           "set_options",
           [](Gatherer& self, int index, const py::dict& group, const py::dict& options) {
-            self.groups.set_options(index, KnownOptions(group, options));
+            self.groups.set_options(index, group, KnownOptions(group, options));
           },
           py::arg("index"), py::arg("group"), py::arg("options"))
       .def(

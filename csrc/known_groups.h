@@ -16,22 +16,22 @@
 namespace singd {
 
 // Whether the next step of a group updates the factors. Reads the group's own dictionary, which
-// users may change at any time.
+// users may change at any time. Throws ValueError if its `T` or `steps` is no number of steps.
 bool factors_are_due(const pybind11::dict& group);
 
 class KnownGroups {
  public:
   explicit KnownGroups(const pybind11::object& optimizer) : optimizer_(optimizer) {}
 
-  void set_options(int index, KnownOptions options) {
-    groups_[index].options = std::make_shared<const KnownOptions>(std::move(options));
-  }
+  // Of a group that is in its place.
+  void set_options(int index, const pybind11::dict& group, KnownOptions options);
   const KnownOptions& options(int index) const { return *groups_.at(index).options; }
   // Whether a group still has the options that were set.
   bool are_options_known(int index) const;
   std::shared_ptr<CallMemory> memory(int index) const { return groups_.at(index).memory; }
 
-  // Python's code checks the options that were changed, and sets them. Throws if one is bad.
+  // Python's code checks the options that were changed, and sets them. Throws if one is bad, or if
+  // a group is not in its place or has other parameters.
   void check() const;
   // The next step of every group, without layers; after `check`.
   std::vector<GroupStep> steps(const std::shared_ptr<const Operators>& operators) const;

@@ -132,6 +132,15 @@ def test_optimizer_is_freed_when_dropped_and_the_model_goes_on() -> None:
     y.sum().backward()
     loss_of(model, inputs()).backward()
     assert model[0].weight.grad is not None
+    assert not model[0]._forward_hooks and not model[2]._forward_hooks
+
+
+def test_optimizer_that_could_not_be_constructed_leaves_no_hooks() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    with pytest.raises(TypeError):
+        SINGD(model, fallback=lambda params: "no optimizer")
+    gc.collect()
+    assert not model[0]._forward_hooks
 
 
 def test_state_that_was_replaced_by_a_checkpoint_is_freed() -> None:

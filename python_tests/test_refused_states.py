@@ -59,9 +59,33 @@ def _other_shape(entry: str) -> Callable[[dict[str, Any]], None]:
     return damage
 
 
+def _without_states(saved: dict[str, Any]) -> None:
+    saved.clear()
+
+
+def _steps(saved: dict[str, Any]) -> None:
+    saved["param_groups"][0]["steps"] = "x"
+
+
+def _replaced(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def damage(saved: dict[str, Any]) -> None:
+        entries = next(e for e in reversed(saved["state"].values()) if key in e)
+        entries[key] = value(entries[key])
+
+    return damage
+
+
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "other_structure": (_other_structure, r"structures=\('dense', 'tril'\)"),
     "other_factor_dtype": (_other_factor_dtype, "preconditioner_dtype"),
+    "no_states": (_without_states, "lacks 'state' or 'param_groups'"),
+    "steps": (_steps, "steps='x'"),
+    "number_for_K": (
+        _replaced("K", lambda K: 3.0),
+        r"'2\.weight'.*'K' is float, expected a tensor",
+    ),
+    "integer_K": (_replaced("K", torch.Tensor.long), r"'2\.weight'.*'K' has dtype torch.int64"),
+    "complex_K": (_replaced("K", lambda K: K + 1j), r"'2\.weight'.*'K' has dtype torch.complex"),
     "bad_option": (_bad_option, "damping is -1.0"),
     "fewer_parameters": (_fewer_parameters, "3 parameters in the saved state, 4"),
     "no_groups": (_no_groups, "0 parameter groups.* 1"),

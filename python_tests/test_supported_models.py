@@ -177,7 +177,7 @@ def test_empty_parameters_are_refused(d_in: int, d_out: int) -> None:
 
 
 def test_model_without_trainable_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="empty parameter list"):
+    with pytest.raises(ValueError, match="no trainable parameter of a supported layer"):
         SINGD(nn.Tanh())
 
 

@@ -35,6 +35,9 @@ def checked_state(optimizer: SINGD, state_dict: dict[str, Any]) -> dict[str, Any
     Raises:
         ValueError: If groups, options, or shapes of tensors differ, naming what and where.
     """
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("the saved state lacks 'state' or 'param_groups': it is no state_dict() "
+                         "of an optimizer")  # fmt: skip
     saved_groups = [dict(group) for group in state_dict["param_groups"]]
     if len(saved_groups) != len(optimizer.param_groups):
         raise ValueError(
@@ -106,6 +109,11 @@ def _check_group(index: int, saved: dict[str, Any], own: dict[str, Any]) -> None
         if name not in saved:
             raise ValueError(f"parameter group {index} of the saved state has no '{name}': it is "
                              "not a state of singd_ext.SINGD")  # fmt: skip
+    if not isinstance(saved["steps"], int) or not 0 <= saved["steps"] < 2**62:
+        raise ValueError(
+            f"parameter group {index} of the saved state has steps={saved['steps']!r}; it must be "
+            "a number of steps"
+        )
     for name in FIXED_OPTIONS:
         if tuple(saved[name]) != tuple(own[name]):
             raise ValueError(
@@ -129,10 +137,22 @@ def _check_entries(
                 f"parameter '{name}': the saved state has a '{key}', the optimizer none"
             )
     for key, value in saved.items():
-        if key in own and isinstance(value, Tensor) and value.shape != own[key].shape:
+        expected = own.get(key)
+        if not isinstance(expected, Tensor):
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"parameter '{name}': saved '{key}' is {type(value).__name__}, expected a tensor"
+            )
+        if value.shape != expected.shape:
             raise ValueError(
                 f"parameter '{name}': saved '{key}' has shape {tuple(value.shape)}, expected "
-                f"{tuple(own[key].shape)}"
+                f"{tuple(expected.shape)}"
+            )
+        if value.is_floating_point() != expected.is_floating_point() or value.is_complex():
+            raise ValueError(
+                f"parameter '{name}': saved '{key}' has dtype {value.dtype}, expected one like "
+                f"{expected.dtype}"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,21 @@ def supported_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(unique.values())
 
 
-def default_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable parameters of the layers that can be preconditioned."""
-    return [p for p in supported_parameters(model) if p.requires_grad]
+def default_parameters(model: nn.Module, with_others: bool) -> list[nn.Parameter]:
+    """Return the trainable parameters of the layers that can be preconditioned, or of all.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    candidates = model.parameters() if with_others else supported_parameters(model)
+    parameters = [p for p in candidates if p.requires_grad]
+    if not parameters:
+        what = "" if with_others else " of a supported layer (docs/layers.md)"
+        raise ValueError(
+            f"the model has no trainable parameter{what}: unfreeze some with requires_grad_()"
+            + ("" if with_others else ', or train all others with fallback="adamw"')
+        )
+    return parameters
 
 
 def untrained_names(model: nn.Module, trained: Iterable[Tensor]) -> list[str]:
@@ -76,13 +89,33 @@ def warn_untrained(names: Sequence[str]) -> None:
         )
 
 
-def refuse_data_parallel(model: nn.Module) -> None:
-    """Refuse what would train silently with different factors on every process.
+def check_model(model: nn.Module, params: Any) -> None:
+    """Check the first two arguments, which other optimizers have in another order.
 
     Raises:
-        TypeError: For a DataParallel or DistributedDataParallel wrapper.
+        TypeError: For a model that is no module, or params that cannot be parameters.
         RuntimeError: In a process group of several processes.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is {_described(model)}; SINGD takes the network itself, whose layers it "
+            "observes: SINGD(model, ...), with `params` for some of its parameters"
+        )
+    if params is not None and (isinstance(params, str) or not isinstance(params, Iterable)):
+        raise TypeError(
+            f"params is {_described(params)}; it must hold parameters of the model or parameter "
+            "groups: give other arguments by name, as in SINGD(model, lr=1e-3)"
+        )
+    _refuse_data_parallel(model)
+
+
+def _described(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"a {type(value).__name__}"
+
+
+def _refuse_data_parallel(model: nn.Module) -> None:
+    """Refuse what would train silently with different factors on every process."""
     for module in model.modules():
         if isinstance(module, (DataParallel, DistributedDataParallel)):
             raise TypeError(

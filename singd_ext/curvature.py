@@ -139,7 +139,7 @@ def tell_options(optimizer: SINGD, group: int) -> None:
 
 
 def install_hooks(optimizer: SINGD, layers: Iterable[Layer]) -> list[RemovableHandle]:
-    """Observe layers; the handles' `remove` ends it."""
+    """Observe layers, until the handles are removed."""
     handles = []
     attention: dict[nn.MultiheadAttention, dict[str, OutputHook]] = {}
     for layer, module in [(la, module) for la in layers for module in la.modules]:
@@ -152,3 +152,10 @@ def install_hooks(optimizer: SINGD, layers: Iterable[Layer]) -> list[RemovableHa
     for module, hooks in attention.items():
         handles += AttentionHook(hooks).install(module)
     return handles
+
+
+def remove(handles: list[RemovableHandle]) -> None:
+    """Remove hooks, and the handles from their list."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()

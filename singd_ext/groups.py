@@ -140,12 +140,19 @@ def listed(group: Group) -> Group:
     """Return a copy of a group with its "params" in a list.
 
     Raises:
-        TypeError: If they are a set.
+        TypeError: If they are a set, or others than parameters.
     """
     params = group["params"]
     if isinstance(params, set):
         raise TypeError("params is a set, whose order is not defined; use a list")
-    return {**group, "params": [params] if isinstance(params, torch.Tensor) else list(params)}
+    entries = [params] if isinstance(params, torch.Tensor) else list(params)
+    for entry in entries:
+        if not isinstance(tensor_of(entry), torch.Tensor):
+            raise TypeError(
+                f"params contains {entry!r}; it must hold parameters, or pairs of a name and a "
+                "parameter, as model.parameters() and model.named_parameters() give them"
+            )
+    return {**group, "params": entries}
 
 
 def _selected(model: nn.Module, option: str, selectors: Iterable[Selector]) -> set[int]:

@@ -80,6 +80,12 @@ class Hyperparameters:
             ValueError: For a bad option, or one that is fixed.
         """
         known = vars(self)
+        missing = [name for name in OPTIONS if name not in group]
+        if missing:
+            raise ValueError(
+                f"parameter group {index} lacks the options {missing}: groups of SINGD stay where "
+                "they were added, with all of their options"
+            )
         changed = {name: group[name] for name in OPTIONS if group[name] is not known[name]}
         for name, value in changed.items():
             _CHECKS[name](name, value)
@@ -215,7 +221,7 @@ _CHECKS: dict[str, Callable[[str, Any], None]] = {
     "damping": check_number,
     "alpha1": partial(check_number, below=1),
     "weight_decay": check_number,
-    "T": partial(_check_integer, at_least=1),
+    "T": partial(_check_integer, at_least=1, at_most=2**63 - 1),
     "loss_average": partial(_check_choice, allowed=LOSS_AVERAGES),
     "lr_cov": _check_lr_cov,
     "structures": _check_structures,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,19 +16,19 @@ from .checkpoint import checked_state, restore_state, saved_group
 from .clipping import divisors
 from .construction import (
     check_layers,
+    check_model,
     default_parameters,
-    refuse_data_parallel,
     untrained_names,
     warn_untrained,
 )
-from .curvature import gather, gatherer_of, install_hooks, tell_options
+from .curvature import gather, gatherer_of, install_hooks, remove, tell_options
 from .fallback import OWN, Factory, Fallback, Group, check_new_parameters, is_own, tensor_of
 from .groups import listed, split_group
 from .hyperparameters import OPTIONS, Hyperparameters, check_flag, check_number
 from .incidents import GroupIncidents
 from .layers import Layer, find_layers
 from .scaling import VoidSteps, is_on_host, is_set_on_host, scales_of_step
-from .state import complete_state
+from .state import complete_state, new_states
 from .step_hooks import noticed
 from .structured import StructuredMatrix
 from .summary import Summary
@@ -117,11 +118,11 @@ class SINGD(torch.optim.Optimizer):
                 share only some of their parameters or whose parameters are spread over groups; for
                 a device without kernels in this build; for a parameter given twice; for a fallback
                 that does not hold exactly its parameters or needs a closure.
-            TypeError: For a DataParallel or DistributedDataParallel wrapper; for a fallback that is
-                no optimizer.
+            TypeError: For a model that is no module, or a DataParallel or DistributedDataParallel
+                wrapper; for params that are no parameters; for a fallback that is no optimizer.
             RuntimeError: In a process group of several processes.
         """
-        refuse_data_parallel(model)
+        check_model(model, params)
         check_flag("warn_unsupported", warn_unsupported)
         check_number("init_grad_scale", init_grad_scale, positive=True)
         given = locals()
@@ -130,11 +131,9 @@ class SINGD(torch.optim.Optimizer):
         self._forget_layers()
         self._fallback = Fallback(fallback, fallback_options)
         self._waiting: list[Group] | None = []  # the fallback's groups, until all are known
-        if params is None and self._fallback:
-            params = [p for p in model.parameters() if p.requires_grad]
-        elif params is None:
-            params = default_parameters(model)
-            if warn_unsupported:
+        if params is None:
+            params = default_parameters(model, with_others=bool(self._fallback))
+            if warn_unsupported and not self._fallback:
                 warn_untrained(untrained_names(model, params))
         super().__init__(params, defaults)
         waiting, self._waiting = self._waiting, None
@@ -173,13 +172,15 @@ class SINGD(torch.optim.Optimizer):
         check_layers(self._model, layers, self._layers, tensors)
         for layer in layers:
             layer.kind.check(layer.name, layer.module, options.structures)
+        states = new_states(layers, options)  # for which there may be no memory
         super().add_param_group({**group, "steps": 0, "optimizer": OWN})
         self._incidents[index] = GroupIncidents(self._warned)
         self._know(index, options)
         for layer in layers:
             self._layers.append(layer)
             gather(self, layer)
-            complete_state(self.state, layer, options)
+        for parameter, state in states.items():
+            self.state[parameter].update(state)
         self._handles += install_hooks(self, layers)
         self._mark_due()
 
@@ -204,6 +205,7 @@ class SINGD(torch.optim.Optimizer):
         """Set everything to what it is before the first parameter group."""
         self._layers: list[Layer] = []
         self._handles: list[Any] = []
+        weakref.finalize(self, remove, self._handles).atexit = False
         self._checked: dict[int, Hyperparameters] = {}  # of the groups that SINGD trains itself
         self._incidents: dict[int, GroupIncidents] = {}
         self._gatherer = gatherer_of(self)
@@ -242,9 +244,7 @@ class SINGD(torch.optim.Optimizer):
 
     def remove_hooks(self) -> None:
         """Stop observing the model: factors stay as they are, `step` goes on using them."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        remove(self._handles)
         self._drop_statistics()
 
     def set_current_grad_scale(self, grad_scale: float) -> None:
@@ -281,7 +281,7 @@ class SINGD(torch.optim.Optimizer):
     def factors_due(self, group: int) -> bool:
         """Whether the next step of this group updates the factors."""
         current = self.param_groups[group]
-        if current["T"] is not self._checked[group].T:
+        if current.get("T") is not self._checked[group].T:
             self.options(group)
         return _C.is_due(current)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +14,27 @@ from .layers import Layer
 from .structured import StructuredMatrix
 
 
+def new_states(layers: Iterable[Layer], options: Hyperparameters) -> dict[Tensor, dict[str, Any]]:
+    """Return the states of the parameters of new layers.
+
+    Raises:
+        RuntimeError: Naming the layer, if there is no memory for its state.
+    """
+    states: dict[Tensor, dict[str, Any]] = defaultdict(dict)
+    for layer in layers:
+        try:
+            complete_state(states, layer, options)
+        except RuntimeError as error:
+            raise type(error)(
+                f"layer '{layer.name}' has no memory for its factors: K is {layer.dim_K} x "
+                f"{layer.dim_K} of structure '{options.structures[0]}', C {layer.dim_C} x "
+                f"{layer.dim_C} of '{options.structures[1]}'; a sparse structure such as "
+                f"'block_diagonal:32' takes less, or exclude the layer with `params` ({error})"
+            ) from error
+    return states
+
+
+@torch.inference_mode(False)
 def complete_state(
     states: dict[Tensor, dict[str, Any]], layer: Layer, options: Hyperparameters
 ) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..construction import default_parameters
+from ..construction import supported_parameters
 from .models import GPT, ManyLayers, ResNet, ViT
 
 Batch = tuple[Tensor, Tensor]
@@ -48,7 +48,7 @@ class Task:
             ValueError: If there are none.
         """
         if self.trained is None:
-            ids = {id(p) for p in default_parameters(self.model)}
+            ids = {id(p) for p in supported_parameters(self.model) if p.requires_grad}
         else:
             ids = {id(p) for m in self.trained for p in m.parameters() if p.requires_grad}
         names = [name for name, p in self.model.named_parameters() if id(p) in ids]
