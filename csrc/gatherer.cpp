@@ -159,6 +159,19 @@ void Gatherer::look_around() {
   }
 }
 
+// Three updates in a row that a layer misses, though steps between them use it, are no chance.
+void note_use(KnownLayer& layer, bool is_used, GroupStep& step) {
+  constexpr int kReported = 3;
+  if (!step.lr_cov.has_value()) {
+    layer.was_used |= is_used;
+    return;
+  }
+  layer.missed_updates = is_used ? 0 : layer.missed_updates + static_cast<int>(layer.was_used);
+  if (layer.missed_updates == kReported && layer.was_used)
+    step.factors.missed.push_back(layer.name);
+  layer.was_used = false;
+}
+
 void Gatherer::collect(GroupStep& step) {
   const bool factors_are_due = step.lr_cov.has_value();
   step.reserve(layers_.size());
@@ -168,6 +181,7 @@ void Gatherer::collect(GroupStep& step) {
     const size_t gradients = count_gradients(*layer);
     const bool matters = gradients < layer->parameters.size() || factors_are_due;
     if (matters && !layer->is_owned()) check_owned_(layer->python.get());
+    note_use(*layer, gradients > 0, step);
     if (gradients == 0) continue;
     step.add(layer);
     if (factors_are_due) step.factors.add(layer, step.options->has_factor_momenta());

@@ -125,8 +125,8 @@ GroupStep::FactorReport GroupStep::update_factors(const Scale& grad_scale, const
   }
   note_changes({&a.K, &a.C, &a.m_K, &a.m_C});
   a.release();
-  if (a.unseen.empty() && are_uneventful(outcomes)) return std::nullopt;
-  return FactorReport({outcomes, a.unseen});
+  if (a.unseen.empty() && a.missed.empty() && are_uneventful(outcomes)) return std::nullopt;
+  return FactorReport({outcomes, a.unseen, a.missed});
 }
 
 std::optional<at::Tensor> GroupStep::update_parameters(const std::vector<at::Tensor>& P_K,

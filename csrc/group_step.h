@@ -35,6 +35,7 @@ struct LayerLists {
 // The lists of `update_factors_`, of layers that have statistics.
 struct FactorArguments : LayerLists {
   std::vector<std::string> unseen;  // names of the layers that have none
+  std::vector<std::string> missed;  // and of those that only steps between updates use
   std::vector<at::Tensor> m_K, m_C, rejected, statistic_K, statistic_C;
   std::vector<double> scale_K, scale_C;
   std::vector<int64_t> dim_K, dim_C;
@@ -85,8 +86,9 @@ struct GroupStep : LayerLists {
   // That of one layer.
   GroupStep of_layer(size_t index) const;
 
-  // Outcomes and the names of layers without statistics, if there is anything to report.
-  using FactorReport = std::optional<std::pair<at::Tensor, std::vector<std::string>>>;
+  // Outcomes and the names of layers unseen and missed, if there is anything to report.
+  using Names = std::vector<std::string>;
+  using FactorReport = std::optional<std::tuple<at::Tensor, Names, Names>>;
   using Scale = std::optional<at::Tensor>;
 
   // Updates K, C, m_K and m_C from the layers' statistics, which are forgotten.

@@ -67,6 +67,8 @@ struct KnownLayer {
   int64_t counted_terms = 0;   // loss terms counted in it
   bool pass_counts = false;    // whether it adds to the layer's gradients
   bool has_statistics = true;  // unless they were forgotten and none were added since
+  bool was_used = false;       // in a step since the last one that updated factors
+  int missed_updates = 0;      // in a row, by a layer that was used between them
 
   // layer: the Layer.
   KnownLayer(const pybind11::object& layer, std::string structure_K, std::string structure_C,

@@ -1,6 +1,6 @@
 """Parameters in float16, whose largest number is 65504: what would be stored is looked at first.
 
-On CUDA results are looked at in float32 alone (docs/amp-and-state.md).
+On CUDA results are looked at in float32 alone (README.md, Limits).
 """
 
 import pytest

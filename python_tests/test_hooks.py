@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -217,3 +218,28 @@ def test_layer_that_returns_no_tensor_is_named() -> None:
         model(torch.ones(1, 3))
     optimizer.remove_hooks()
     model(torch.ones(1, 3))
+
+
+class _TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.heads = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3)])
+
+    def forward(self, x: Tensor, task: int) -> Tensor:
+        return self.heads[task](torch.relu(self.body(x)))
+
+
+@pytest.mark.parametrize(("T", "warned"), [(2, True), (3, False), (1, False)])
+def test_layer_that_every_update_misses_is_named(T: int, warned: bool) -> None:
+    model = _TwoHeads()
+    optimizer = SINGD(model, T=T, lr_cov=1e-3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(12):
+            optimizer.zero_grad()
+            model(inputs(4, 6, seed=step, dtype=torch.float32), step % 2).square().mean().backward()
+            optimizer.step()
+    texts = [str(w.message) for w in caught if "step_cap" not in str(w.message)]
+    assert len(texts) == warned
+    assert all(text.startswith("layers ['heads.1'] are used by steps between") for text in texts)

@@ -65,7 +65,8 @@ def check_layers(
             raise ValueError(
                 f"the parameters of layer '{layer.name}' are in different parameter groups; K and "
                 "C belong to the whole layer: put its weight and bias in one group, as "
-                "singd_ext.param_groups does"
+                "singd_ext.param_groups does; where one was frozen at construction, construct "
+                "SINGD again, or give it to the fallback"
             )
         for p in layer.parameters:
             if not p.is_floating_point():

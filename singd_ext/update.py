@@ -31,11 +31,16 @@ def update_factors(optimizer: SINGD, step: _C.GroupStep, scales: Scales) -> None
     report = step.update_factors(scales.statistic, scales.found_inf)
     if report is None:
         return
-    outcomes, unseen = report
+    outcomes, unseen, missed = report
     if unseen and optimizer._handles:
         optimizer._warn_once(
             f"layers {unseen} have gradients, but their modules were not called: their factors "
             "stay as they are"
+        )
+    if missed:
+        optimizer._warn_once(
+            f"layers {missed} are used by steps between the updates of the factors, but not by the "
+            "steps that update: their factors stay as they are; choose another T"
         )
     optimizer._incidents[step.group].factors.read(outcomes, step.factors)
 
