@@ -177,8 +177,10 @@ std::string canonical_spec(const std::string& spec) {
 
 Layout make_layout(const std::string& spec, int64_t dim) {
   const Parsed& parsed = parse(spec);
-  if (dim < 1) {
-    throw std::invalid_argument("structure '" + spec + "' needs a dimension of at least 1, not " +
+  constexpr int64_t kBeyond = int64_t{1} << 31;  // whose square fits 64 bits
+  if (dim < 1 || dim >= kBeyond) {
+    throw std::invalid_argument("structure '" + spec +
+                                "' needs a dimension of at least 1 and below 2**31, not " +
                                 std::to_string(dim));
   }
   return parsed.structure->layout(dim, parsed.sizes);

@@ -34,6 +34,8 @@ void test_bad_specs() {
                                         "bad spec '" + std::string(spec) + "'");
   }
   check_throws<std::invalid_argument>([] { make_layout("diagonal", 0); }, "at least 1", "dim 0");
+  check_throws<std::invalid_argument>([] { make_layout("dense", int64_t{1} << 32); }, "2**31",
+                                      "dim 2**32");
 }
 
 void test_sizes() {
