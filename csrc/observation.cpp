@@ -12,6 +12,7 @@
 #include <memory>
 #include <optional>
 #include <utility>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -46,19 +47,33 @@ class Kept {
 struct Delivery {
   std::shared_ptr<Receiver> receiver;
   Kept input;
-  int outer_pass;  // that runs a segment of a reentrant checkpoint again, or -1
+  std::vector<int64_t> shape;  // of the output
+  int outer_pass;              // that runs a segment of a reentrant checkpoint again, or -1
 
   void deliver(const at::Tensor& gradient) {
     if (gradient.defined()) {  // a function of the user's may have none for this output
       const py::gil_scoped_acquire gil;
       const at::NoGradGuard no_grad;
       const int pass = torch::autograd::get_current_graph_task_id();
-      receiver->receive(input.tensor(), gradient, outer_pass == -1 ? pass : outer_pass);
+      receiver->receive(input.tensor(), gradient.reshape(shape),
+                        outer_pass == -1 ? pass : outer_pass);
     }
     // As autograd does, even if the user goes on holding the loss.
     if (!torch::autograd::get_current_graph_task_keep_graph()) input.release();
   }
 };
+
+// Where the gradient of an output comes by, whatever becomes of the output in place. A view that is
+// changed is made anew from the tensor that it is a view of, and its own hooks are passed by: such
+// as the output of a Linear with more than two dimensions. The other tensor has the same numbers,
+// unless the layer made a view of what it was given.
+at::Tensor observed(const at::Tensor& output, const at::Tensor& x) {
+  if (!output.is_view()) return output;
+  const at::Tensor base(output._base());
+  const bool same = base.numel() == output.numel() && base.is_contiguous() &&
+                    output.is_contiguous() && base.requires_grad() && !base.is_alias_of(x);
+  return same ? base : output;
+}
 
 // A receiver that is a Python object.
 class PythonReceiver : public Receiver {
@@ -80,9 +95,10 @@ void observe(const at::Tensor& output, const at::Tensor& x, std::shared_ptr<Rece
   Kept input(x.variable_data());  // detached, past the dispatcher
   if (!active) return;
   const auto delivery = std::make_shared<Delivery>(
-      Delivery{std::move(receiver), std::move(input),
+      Delivery{std::move(receiver), std::move(input), output.sizes().vec(),
                static_cast<int>(torch::autograd::get_current_graph_task_id())});
-  output.register_hook([delivery](const at::Tensor& gradient) { delivery->deliver(gradient); });
+  observed(output, x).register_hook(
+      [delivery](const at::Tensor& gradient) { delivery->deliver(gradient); });
 }
 
 bool accumulates(const std::vector<WeakTensor>& parameters) {

@@ -16,6 +16,7 @@ from nets import (
     snapshot,
     statistics_names,
     train,
+    trained,
 )
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -303,3 +304,22 @@ def test_state_of_one_device_resumes_on_another(map_location: str | None) -> Non
         o.step()
     for p, q in zip(resumed.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(p.cpu(), q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("option", ["momentum", "alpha1"])
+def test_option_that_was_zero_in_the_state_may_be_set_back(option: str) -> None:
+    saved = trained(**{option: 0.0})[1].state_dict()
+    model, optimizer = trained([])
+    value = optimizer.param_groups[0][option]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0][option] == 0
+    optimizer.param_groups[0][option] = value
+    train(model, optimizer, range(2))
+    assert optimizer.rejections() == {"0": (0, 0), "2": (0, 0)}
+
+
+def test_momentum_of_another_kernel_is_refused_though_the_optimizer_has_none() -> None:
+    saved = SINGD(nn.Conv2d(4, 6, (1, 4)), momentum=0.9).state_dict()
+    optimizer = SINGD(nn.Conv2d(4, 6, (2, 2)), momentum=0.0)
+    with pytest.raises(ValueError, match=r"saved 'momentum_buffer' has shape \(6, 4, 1, 4\)"):
+        optimizer.load_state_dict(saved)

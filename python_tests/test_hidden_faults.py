@@ -9,6 +9,7 @@ import pytest
 import torch
 from nets import inputs, mlp, snapshot
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from singd_ext import _C, SINGD, ops
 
@@ -159,3 +160,139 @@ def test_bias_of_more_columns_than_one_is_refused() -> None:
             [W], [b], [], [], [torch.zeros((), dtype=torch.int64)], [W], [b], [factor], [factor],
             "diagonal", "diagonal", lr=torch.tensor(0.1), momentum=0.0, weight_decay=0.0,
         )  # fmt: skip
+
+
+# -------------------------------------------------------------------- outputs changed in place
+
+
+class _InPlace(nn.Module):
+    """A layer whose output is changed in place."""
+
+    def __init__(self, layer: nn.Module, change: str) -> None:
+        super().__init__()
+        self.layer, self.change = layer, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if self.change == "relu":
+            return torch.relu_(y)
+        if self.change == "residual":
+            y += 1.5
+        elif self.change == "index":
+            y[..., 0] = 0
+        return y * y
+
+
+LAYERS = {
+    "linear 1d": (lambda: nn.Linear(6, 6), (6,)),
+    "linear 2d": (lambda: nn.Linear(6, 6), (4, 6)),
+    "linear 3d": (lambda: nn.Linear(6, 6), (4, 3, 6)),
+    "linear 4d": (lambda: nn.Linear(6, 6), (2, 2, 3, 6)),
+    "linear without bias": (lambda: nn.Linear(6, 6, bias=False), (4, 3, 6)),
+    "conv": (lambda: nn.Conv1d(6, 6, 3), (4, 6, 6)),
+    "unbatched conv": (lambda: nn.Conv1d(6, 6, 3), (6, 6)),
+    "unbatched transposed conv": (lambda: nn.ConvTranspose1d(6, 6, 3), (6, 6)),
+}
+
+
+@pytest.mark.parametrize("change", ["relu", "residual", "index"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_output_changed_in_place_is_observed(name: str, change: str) -> None:
+    make, shape = LAYERS[name]
+    snapshots = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        layer = make().double()
+        model = _InPlace(layer, change)
+        optimizer = SINGD(model, T=1, lr_cov=0.01)
+        x = inputs(*shape)
+        if in_place:
+            y = model(x)
+        elif change == "relu":
+            y = torch.relu(layer(x))
+        elif change == "residual":
+            y = (layer(x) + 1.5).square()
+        else:
+            output = layer(x)
+            kept = torch.ones_like(output)
+            kept[..., 0] = 0
+            y = (output * kept).square()
+        y.square().sum().backward()
+        assert optimizer.state[layer.weight]["rows"] > 0
+        optimizer.step()
+        snapshots.append(snapshot(model, optimizer))
+    assert_close(snapshots[0], snapshots[1], rtol=1e-12, atol=1e-14)
+
+
+def test_out_projection_changed_in_place_is_observed() -> None:
+    snapshots = []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        attention = nn.MultiheadAttention(6, 2, batch_first=True).double()
+        optimizer = SINGD(attention, T=1, lr_cov=0.01)
+        x = inputs(3, 4, 6)
+        y = attention(x, x, x, need_weights=False)[0]
+        y = y.add_(x) if in_place else y + x
+        y.square().sum().backward()
+        optimizer.step()
+        snapshots.append(snapshot(attention, optimizer))
+    assert_close(snapshots[0], snapshots[1], rtol=1e-12, atol=1e-14)
+
+
+def test_layer_that_is_used_twice_and_changed_once_counts_all_rows() -> None:
+    layer = nn.Linear(4, 4)
+    optimizer = SINGD(layer, T=1)
+    x = inputs(3, 2, 4, dtype=torch.float32)
+    layer(torch.relu_(layer(x))).square().mean().backward()
+    assert optimizer.state[layer.weight]["rows"] == 12
+
+
+# -------------------------------------------------------------------- large numbers, other types
+
+
+@pytest.mark.parametrize("scale", [1e17, 1e19, 1e30])
+@pytest.mark.parametrize(
+    ("bound", "largest"), [({"max_update_norm": 0.01}, 0.01), ({"kl_clip": 1e-3}, 1e-3**0.5)]
+)
+def test_bounds_bind_where_squares_overflow_float32(
+    bound: dict[str, float], largest: float, scale: float
+) -> None:
+    layer = nn.Linear(4, 4, bias=False)
+    before = layer.weight.detach().clone()
+    structures = ("diagonal", "diagonal")
+    optimizer = SINGD(layer, momentum=0.0, lr_cov=0.0, structures=structures, T=1000, **bound)
+    layer.weight.grad = torch.full((4, 4), scale)
+    with pytest.warns(UserWarning, match="modules were not called"):
+        optimizer.step()
+    assert (layer.weight - before).norm().item() == pytest.approx(largest, rel=1e-3)
+    assert optimizer.rejections() == {"": (0, 0)}
+
+
+def test_step_cap_of_blocks_where_squares_overflow_float32() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 4, bias=False)
+    options = {"alpha1": 0.0, "kfac_like": True, "structures": ("block_diagonal:4",) * 2}
+    optimizer = SINGD(layer, T=1, **options)
+    layer(torch.randn(1, 8) * 1e11).backward(torch.zeros(1, 4))
+    with pytest.warns(UserWarning, match="step_cap"):
+        optimizer.step()
+    change = optimizer.factors()[""][0].to_dense() - torch.eye(8)
+    assert change.norm().item() == pytest.approx(0.5, rel=1e-5)
+
+
+class _Mixed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.float(), self.bias)
+
+
+def test_momentum_of_a_bias_follows_its_own_dtype() -> None:
+    layer = _Mixed(4, 3)
+    layer.weight.data = layer.weight.data.bfloat16()
+    optimizer = SINGD(layer, T=1000)
+    for dtype in (torch.bfloat16, torch.float16):
+        layer.weight.data = layer.weight.data.to(dtype)
+        optimizer.zero_grad()
+        layer(inputs(5, 4, dtype=torch.float32)).square().mean().backward()
+        optimizer.step()
+        assert optimizer.state[layer.weight]["momentum_buffer"].dtype == dtype
+        assert optimizer.state[layer.bias]["momentum_buffer"].dtype == torch.float32

@@ -57,7 +57,7 @@ def checked_state(optimizer: SINGD, state_dict: dict[str, Any]) -> dict[str, Any
     for name, parameter, saved_id, group in _parameters(optimizer, saved_groups):
         entries = optimizer.state.get(parameter, {}), state.get(saved_id, {})
         if is_own(group):
-            _check_entries(name, *entries, group)
+            _check_entries(name, parameter, *entries, group)
         else:
             check_saved(name, parameter, *entries)
     return {**state_dict, "param_groups": saved_groups, "state": state}
@@ -123,7 +123,11 @@ def _check_group(index: int, saved: dict[str, Any], own: dict[str, Any]) -> None
 
 
 def _check_entries(
-    name: str, own: dict[str, Any], saved: dict[str, Any], group: dict[str, Any]
+    name: str,
+    parameter: Tensor,
+    own: dict[str, Any],
+    saved: dict[str, Any],
+    group: dict[str, Any],
 ) -> None:
     keys = ["K", "C", "rejected", "skipped"]
     keys += ["m_K", "m_C"] if group["alpha1"] != 0 else []
@@ -137,7 +141,7 @@ def _check_entries(
                 f"parameter '{name}': the saved state has a '{key}', the optimizer none"
             )
     for key, value in saved.items():
-        expected = own.get(key)
+        expected = parameter if key == "momentum_buffer" else own.get(key)
         if not isinstance(expected, Tensor):
             continue
         if not isinstance(value, Tensor):

@@ -79,9 +79,14 @@ def _measure(
             own["K"], layer.dim_K, structure_K, half, side="right", transpose=not transpose
         )
         if transpose:
-            change = half.square().sum()
+            change = _norm(half).square()
     lr = options.lr.to(half.device) if isinstance(options.lr, Tensor) else options.lr
-    return (lr * half.norm()).reshape(()), (lr * lr * change).reshape(())
+    return (lr * _norm(half)).reshape(()), (lr * lr * change).reshape(())
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """Return the Frobenius norm in float64: squares of large float32 numbers overflow there."""
+    return torch.linalg.vector_norm(matrix, dtype=torch.float64)
 
 
 def _shrinking(bound: float | None, value: Tensor) -> Tensor:

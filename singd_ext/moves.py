@@ -28,7 +28,9 @@ def follow(optimizer: SINGD, layer: Layer) -> None:
             entry = key.rpartition(".")[2]  # without the prefix of one of several layers
             own = dtypes[entry in ("C", "m_C")]
             is_factor = entry in ("K", "C", "m_K", "m_C")
-            if key == "momentum_buffer" or (is_factor and own is None and dtype == before):
+            if entry == "momentum_buffer":
+                dtype = p.dtype
+            elif is_factor and own is None and dtype == before:
                 dtype = parameter.dtype
             state[key] = value.to(parameter.device, dtype)
     layer.home = (parameter.dtype, parameter.device)

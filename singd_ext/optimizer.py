@@ -268,10 +268,13 @@ class SINGD(torch.optim.Optimizer):
         options = before.updated(self.param_groups[group], group)
         self._know(group, options)
         if (options.momentum, options.alpha1) != (before.momentum, before.alpha1):
-            for layer in self._layers:
-                if layer.group == group:
-                    complete_state(self.state, layer, options)
+            self._complete_states(group)
         return options
+
+    def _complete_states(self, group: int) -> None:
+        for layer in self._layers:
+            if layer.group == group:
+                complete_state(self.state, layer, self._checked[group])
 
     def _know(self, group: int, options: Hyperparameters) -> None:
         """Take options that were checked for a group's."""
@@ -421,4 +424,7 @@ class SINGD(torch.optim.Optimizer):
         super().load_state_dict(checked)
         self._gatherer.unbind()
         restore_state(self, checked, lr_cov, *loaded)
+        for group in self._checked:
+            self.options(group)
+            self._complete_states(group)  # a state may lack what its options did not need
         self._mark_due()

@@ -3,6 +3,15 @@
 
 // ---- A bound of the spectral norm: min(Frobenius, sqrt(1-norm infinity-norm)) ----
 
+// Squares of numbers whose sum in their own type may have overflowed.
+template <class T>
+double sum_of_squares(const T* x, int64_t count) {
+  double sum = 0;
+  for (int64_t j = 0; j < count; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+  return sum;
+}
+constexpr double kSurelyFinite = 1e38;
+
 // Sums of float64: the largest of rows and of columns, and that of all squares.
 struct Norms {
   double rows = 0, columns = 0, squares = 0;
@@ -34,7 +43,8 @@ struct Norms {
   void add_block(const T* x, int64_t size, int64_t stride) {
     rows = larger(rows, static_cast<double>(largest_row_sum(x, size, stride, stride)));
     columns = larger(columns, static_cast<double>(largest_column_sum(x, size, stride, stride)));
-    squares += static_cast<double>(dot_product(x, x, size * stride));
+    const auto sum = static_cast<double>(dot_product(x, x, size * stride));
+    squares += sum < kSurelyFinite ? sum : sum_of_squares(x, size * stride);
   }
 
   // Entries that are alone in their row.
