@@ -120,7 +120,8 @@ class SINGD(torch.optim.Optimizer):
                 that does not hold exactly its parameters or needs a closure.
             TypeError: For a model that is no module, or a DataParallel or DistributedDataParallel
                 wrapper; for params that are no parameters; for a fallback that is no optimizer.
-            RuntimeError: In a process group of several processes.
+            RuntimeError: In a process group of several processes; naming the layer, if there is no
+                memory for its factors.
         """
         check_model(model, params)
         check_flag("warn_unsupported", warn_unsupported)
@@ -334,8 +335,10 @@ class SINGD(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: For an option that was changed to a bad value; nothing is changed.
-            RuntimeError: If only one of a layer's weight and bias has a gradient.
+            ValueError: For an option that was changed to a bad value, a group that was removed or
+                has other parameters, or a parameter of another shape; nothing is changed.
+            RuntimeError: If only one of a layer's weight and bias has a gradient, or a parameter
+                was replaced.
         """
         loss = None
         if closure is not None:
