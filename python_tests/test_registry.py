@@ -61,7 +61,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("key", ["class", "name"])
 def test_registered_layer_is_trained_like_the_linear_layer_that_it_is(key: str) -> None:
-    with pytest.raises(ValueError, match="empty parameter list"):
+    with pytest.raises(ValueError, match="no trainable parameter of a supported layer"):
         SINGD(Net(), warn_unsupported=False)
     name = f"{Scaled.__module__}.{Scaled.__qualname__}"
     singd_ext.register_layer(Scaled if key == "class" else name, ScaledKind())
