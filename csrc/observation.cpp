@@ -2,6 +2,7 @@
 // leave nothing of Python's in the caches: in Python, each of these lines took microseconds.
 #include "observation.h"
 
+#include <ATen/TensorUtils.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/grad_mode.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -63,15 +64,25 @@ struct Delivery {
   }
 };
 
+// Whether a view is its base in another shape, so that its gradient is the base's in that shape.
+bool is_reshaped(const at::Tensor& view, const at::Tensor& base) {
+  if (view.numel() != base.numel() || view.storage_offset() != base.storage_offset()) return false;
+  const auto strides = at::detail::computeStride(base.sizes(), base.strides(), view.sizes());
+  if (!strides.has_value()) return false;
+  for (int64_t i = 0; i < view.dim(); ++i) {
+    if (view.size(i) > 1 && view.stride(i) != (*strides)[static_cast<size_t>(i)]) return false;
+  }
+  return true;
+}
+
 // Where the gradient of an output comes by, whatever becomes of the output in place. A view that is
 // changed is made anew from the tensor that it is a view of, and its own hooks are passed by: such
-// as the output of a Linear with more than two dimensions. The other tensor has the same numbers,
-// unless the layer made a view of what it was given.
+// as the output of a Linear with more than two dimensions. The other tensor has the same numbers in
+// the same order, unless the layer made another view, or one of what it was given.
 at::Tensor observed(const at::Tensor& output, const at::Tensor& x) {
   if (!output.is_view()) return output;
   const at::Tensor base(output._base());
-  const bool same = base.numel() == output.numel() && base.is_contiguous() &&
-                    output.is_contiguous() && base.requires_grad() && !base.is_alias_of(x);
+  const bool same = is_reshaped(output, base) && base.requires_grad() && !base.is_alias_of(x);
   return same ? base : output;
 }
 

@@ -191,6 +191,10 @@ LAYERS = {
     "linear without bias": (lambda: nn.Linear(6, 6, bias=False), (4, 3, 6)),
     "conv": (lambda: nn.Conv1d(6, 6, 3), (4, 6, 6)),
     "unbatched conv": (lambda: nn.Conv1d(6, 6, 3), (6, 6)),
+    "unbatched conv, channels last": (
+        lambda: nn.Conv2d(6, 6, 3).to(memory_format=torch.channels_last),
+        (6, 6, 5),
+    ),
     "unbatched transposed conv": (lambda: nn.ConvTranspose1d(6, 6, 3), (6, 6)),
 }
 

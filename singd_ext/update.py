@@ -34,8 +34,8 @@ def update_factors(optimizer: SINGD, step: _C.GroupStep, scales: Scales) -> None
     outcomes, unseen, missed = report
     if unseen and optimizer._handles:
         optimizer._warn_once(
-            f"layers {unseen} have gradients, but their modules were not called: their factors "
-            "stay as they are"
+            f"layers {unseen} have gradients, but their modules were not called, or a transposed "
+            "view that they returned was changed in place: their factors stay as they are"
         )
     if missed:
         optimizer._warn_once(

@@ -3,16 +3,6 @@
 
 // ---- Stores ----
 
-// Whether numbers are finite as they are stored: one that is can round to infinity.
-template <class T, class Stored>
-SINGD_INLINE bool are_finite(const Stored* stored, int64_t count) {
-  auto most = magnitude_bits(T(0));
-  for (int64_t i = 0; i < count; ++i) {
-    most = larger(most, magnitude_bits(static_cast<T>(widen(stored[i]))));
-  }
-  return most < kInfinityBits<T>;
-}
-
 // What becomes of candidates: they take the place of the state, or are only looked at, whether they
 // are finite as they would be stored. One function for both, since a candidate must round the same
 // way twice.

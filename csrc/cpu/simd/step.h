@@ -188,48 +188,6 @@ void multiply_right_border(const StepLayer<T>& layer, const Panel& panel, T* x, 
   if (arrow) put_border(right, rows, products, width, x, stride);
 }
 
-// Whether momentum and weight of the panel would be finite as they are stored, with the gradient x
-// times the column scale.
-template <class T>
-bool panel_is_finite(const StepLayer<T>& layer, const Panel& panel, const T* x,
-                     const T* column_scale) {
-  const StepOptions& o = layer.options;
-  auto most = magnitude_bits(T(0));
-  const auto look = [&](auto stored) {
-    most = larger(most, magnitude_bits(static_cast<T>(widen(stored))));
-  };
-  const auto look_at_row = [&](const T* gradient, const T* scale, int64_t count, auto* weight,
-                               auto* momentum) {
-    using Weight = typename Pointee<decltype(weight)>::type;
-    using Momentum = typename Pointee<decltype(momentum)>::type;
-    for (int64_t j = 0; j < count; ++j) {
-      const T w = static_cast<T>(widen(weight[j]));
-      T step = gradient[j] * (scale != nullptr ? scale[j] : T(1));
-      step += static_cast<T>(o.weight_decay) * w;
-      if (momentum != nullptr) {
-        step += static_cast<T>(o.momentum) * static_cast<T>(widen(momentum[j]));
-        look(Narrow<Momentum>::of(step));
-      }
-      look(Narrow<Weight>::of(w - static_cast<T>(o.lr) * step));
-    }
-  };
-  for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
-    const T* scale = part_of(column_scale, panel.column_begin + at);
-    Array momentum = part.momentum;
-    if (momentum.data == nullptr) momentum.type = part.weight.type;
-    with_type(part.weight, [&](auto* weight) {
-      with_type(momentum, [&](auto* buffer) {
-        for (int64_t i = panel.row_begin; i < panel.row_end; ++i) {
-          const int64_t from = i * part.width + first;
-          look_at_row(x + at + (i - panel.row_begin) * panel.stride(), scale, count, weight + from,
-                      buffer != nullptr ? buffer + from : nullptr);
-        }
-      });
-    });
-  });
-  return most < kInfinityBits<T>;
-}
-
 // C C^T G of a panel, times K K^T where that has blocks, to `to`: in pieces that stay in the near
 // caches between these products. scratch: 2 * piece_scratch.
 template <class T>

@@ -272,3 +272,13 @@ SINGD_INLINE auto largest_bits(const T* x, int64_t count) {
 }
 template <class T>
 constexpr auto kInfinityBits = sizeof(T) == 4 ? 0x7f800000ull : 0x7ff0000000000000ull;
+
+// Whether numbers are finite as they are stored: one that is can round to infinity.
+template <class T, class Stored>
+SINGD_INLINE bool are_finite(const Stored* stored, int64_t count) {
+  auto most = magnitude_bits(T(0));
+  for (int64_t i = 0; i < count; ++i) {
+    most = larger(most, magnitude_bits(static_cast<T>(widen(stored[i]))));
+  }
+  return most < kInfinityBits<T>;
+}

@@ -204,24 +204,78 @@ SINGD_INLINE void write_column(const StepLayer<T>& layer, const Panel& panel, co
   }
 }
 
-template <class T>
-void write_panel(const StepLayer<T>& layer, const Panel& panel, const T* x, const T* column_scale) {
-  const auto one = [](int64_t) { return T(1); };
+// The panel's piece of every part, in the types of its numbers: f(part, first column in the panel,
+// first column in the part, columns, their scales, weight, momentum).
+template <class T, class Function>
+SINGD_INLINE void for_each_stored(const StepLayer<T>& layer, const Panel& panel,
+                                  const T* column_scale, Function f) {
   for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
     const T* scale = part_of(column_scale, panel.column_begin + at);
     Array momentum = part.momentum;
     if (momentum.data == nullptr) momentum.type = part.weight.type;
     with_type(part.weight, [&](auto* weight) {
-      with_type(momentum, [&](auto* buffer) {
-        if (part.width == 1) {
-          return write_column<T>(layer, panel, part, x + at, panel.stride(),
-                                 scale != nullptr ? *scale : T(1), weight, buffer);
-        }
-        write_rows<T>(layer, panel, part, first, count, x + at, panel.stride(), one, scale, weight,
-                      buffer);
-      });
+      with_type(momentum, [&](auto* buffer) { f(part, at, first, count, scale, weight, buffer); });
     });
   });
+}
+
+template <class T>
+void write_panel(const StepLayer<T>& layer, const Panel& panel, const T* x, const T* column_scale) {
+  const auto one = [](int64_t) { return T(1); };
+  for_each_stored(layer, panel, column_scale,
+                  [&](const StepPart& part, int64_t at, int64_t first, int64_t count,
+                      const T* scale, auto* weight, auto* momentum) {
+                    if (part.width == 1) {
+                      return write_column<T>(layer, panel, part, x + at, panel.stride(),
+                                             scale != nullptr ? *scale : T(1), weight, momentum);
+                    }
+                    write_rows<T>(layer, panel, part, first, count, x + at, panel.stride(), one,
+                                  scale, weight, momentum);
+                  });
+}
+
+// Whether a row of a parameter and its momentum, from their first number on, would be finite as
+// they are stored: written to a copy, by the code that writes them.
+template <class T, class Weight, class Momentum>
+bool row_is_finite(const WriteCoefficients& c, const T* gradient, const T* column_scale,
+                   int64_t count, const Weight* weight, const Momentum* momentum) {
+  constexpr int64_t kSome = 256;
+  Weight next[kSome];
+  Momentum moved[kSome];
+  bool finite = true;
+  for (int64_t first = 0; first < count; first += kSome) {
+    const int64_t n = smaller(kSome, count - first);
+    const T *g = gradient + first, *scale = part_of(column_scale, first);
+    if (momentum != nullptr) {
+      __builtin_memcpy(moved, momentum + first, static_cast<std::size_t>(n) * sizeof(Momentum));
+      write_row<true>(g, T(1), scale, n, c, weight + first, next, moved);
+      finite &= are_finite<T>(moved, n);
+    } else {
+      write_row<false>(g, T(1), scale, n, c, weight + first, next, moved);
+    }
+    finite &= are_finite<T>(next, n);
+  }
+  return finite;
+}
+
+// Whether all that write_panel would store is finite.
+template <class T>
+bool panel_is_finite(const StepLayer<T>& layer, const Panel& panel, const T* x,
+                     const T* column_scale) {
+  const StepOptions& o = layer.options;
+  const WriteCoefficients c{o.lr, o.momentum, o.weight_decay};
+  bool finite = true;
+  for_each_stored(layer, panel, column_scale,
+                  [&](const StepPart& part, int64_t at, int64_t first, int64_t count,
+                      const T* scale, auto* weight, auto* momentum) {
+                    for (int64_t i = panel.row_begin; i < panel.row_end; ++i) {
+                      const int64_t from = i * part.width + first;
+                      finite &= row_is_finite(c, x + at + (i - panel.row_begin) * panel.stride(),
+                                              scale, count, weight + from,
+                                              momentum != nullptr ? momentum + from : nullptr);
+                    }
+                  });
+  return finite;
 }
 
 // Diagonal products need no scratch. A parameter, its momentum and its gradient have one type, as
