@@ -269,13 +269,10 @@ class SINGD(torch.optim.Optimizer):
         options = before.updated(self.param_groups[group], group)
         self._know(group, options)
         if (options.momentum, options.alpha1) != (before.momentum, before.alpha1):
-            self._complete_states(group)
+            for layer in self._layers:
+                if layer.group == group:
+                    complete_state(self.state, layer, options)
         return options
-
-    def _complete_states(self, group: int) -> None:
-        for layer in self._layers:
-            if layer.group == group:
-                complete_state(self.state, layer, self._checked[group])
 
     def _know(self, group: int, options: Hyperparameters) -> None:
         """Take options that were checked for a group's."""
@@ -428,6 +425,5 @@ class SINGD(torch.optim.Optimizer):
         self._gatherer.unbind()
         restore_state(self, checked, lr_cov, *loaded)
         for group in self._checked:
-            self.options(group)
-            self._complete_states(group)  # a state may lack what its options did not need
+            self.options(group)  # as loaded: a later change is one of these
         self._mark_due()
