@@ -79,11 +79,14 @@ def check_update(
     dims: tuple[int, int],
     dtype: torch.dtype,
     first: float = 1,
+    momentum: float = 1,
     **options: Any,
 ) -> None:
-    """One update; the first column of all rows is multiplied by `first`."""
+    """One update; the first column of all rows is multiplied by `first`, old momenta by another."""
     sides = list(zip(specs, dims, strict=True))
     state = [calls.factor(spec, d, seed, dtype) for seed, (spec, d) in enumerate(sides * 2)]
+    for m in state[2:]:
+        m *= momentum
     rows = [calls.numbers(20, d, seed=9, dtype=dtype) / 4 for d in dims]
     for x in rows:
         x[:, 0] *= first
@@ -156,6 +159,24 @@ def test_factors_with_products_of_the_kernels(
     ):
         for first in (1, 4 if dtype == torch.float16 else 8):  # float16 would overflow
             check_update(specs, dims, dtype, first=first, **options)
+
+
+@pytest.mark.parametrize("expm_order", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("momentum", [1e20, 1e30])
+def test_a_short_step_along_a_huge_momentum(
+    momentum: float, dtype: torch.dtype, expm_order: int
+) -> None:
+    """The square of the momentum overflows, but not that of what K is multiplied by."""
+    for specs in (
+        ("diagonal", "block_diagonal:7"),
+        ("block_diagonal:30", "rank_triu:1"),
+        ("hierarchical:3,4", "rank_tril:2"),
+        ("rank_tril:9", "tril_toeplitz"),
+        ("dense", "triu"),
+    ):
+        options = {"expm_order": expm_order, "step_cap": 0.5}
+        check_update(specs, (63, 70), dtype, momentum=momentum, **options)
 
 
 def test_several_threads(threads: None) -> None:

@@ -31,8 +31,8 @@ inline void allocate_task(FactorTask& task, Arena& arena) {
 }
 
 // Whether the norms alone say that no candidate overflows as it is stored, which saves a look at
-// all of them: no entry of K exceeds ||K||_F, none of m ||m||, none of m m or K m the products of
-// these, and none of K E ||K||_F (x + x^2 / 2) with x = beta1 ||m||. Rounding does not matter that
+// all of them: no entry of K exceeds ||K||_F, none of m ||m||, none of K m or beta1 m m the
+// products of these, and none of E x + x^2 / 2 with x = beta1 ||m||. Rounding does not matter that
 // far from overflow. NaN is not below any limit.
 inline bool is_surely_finite(const FactorTask& task) {
   const Scalar momentum = task.momentum.data != nullptr ? task.momentum.type : task.factor.type;
@@ -40,7 +40,7 @@ inline bool is_surely_finite(const FactorTask& task) {
   const double limit = in_float16 ? 1e3 : 1e35;
   const double m = task.momentum_norm, x = std::abs(task.beta1) * m;
   const double k = std::sqrt(task.mean_trace_gram * static_cast<double>(task.layout.dim));
-  return m * std::max(m, 1.0) < limit && k * m < limit && k * (1 + x + x * x / 2) < limit;
+  return m * std::max({x, k, 1.0}) < limit && std::max(k, 1.0) * (1 + x + x * x / 2) < limit;
 }
 
 // Two tasks a layer: K's and C's.

@@ -97,35 +97,41 @@ void border_candidates(const FactorTask& task, bool second_order, Candidates<T>&
                        T* scratch) {
   const Numbers<T> n(task);
   const Border<T> b(task.layout);
-  const T scale = static_cast<T>(-task.beta1), *m = n.h;
+  const int64_t first_diagonal = b.border * b.d;
+  const T* e = n.h;  // E = scale e
+  T scale = static_cast<T>(-task.beta1);
   if (second_order) {
-    b.multiply_rows(m, m, scratch,
-                    [&](int64_t r, int64_t begin, int64_t end, const T* x, const T* e, const T* s) {
+    b.multiply_rows(n.h, n.h, scale, scratch,
+                    [&](int64_t r, int64_t begin, int64_t end, const T* x, const T* m, const T* s) {
                       T* to = n.gram + r * b.d;
 #pragma GCC ivdep
                       for (int64_t j = begin; j < end; ++j) {
-                        to[j] = e[j] + scale / 2 * (x[j] + e[j] * s[j]);
+                        to[j] = scale * m[j] + scale * (x[j] + m[j] * s[j]) / 2;
                       }
                     });
-    for (int64_t j = b.border * b.d; j < task.size; ++j) n.gram[j] = m[j] + scale / 2 * m[j] * m[j];
-    m = n.gram;
+    for (int64_t j = first_diagonal; j < task.size; ++j) {
+      const T x = scale * n.h[j];
+      n.gram[j] = x + x * x / 2;
+    }
+    e = n.gram;
+    scale = T(1);
   }
-  const bool swap = task.layout.transposed;  // (K m)^T = m^T K^T
+  const bool swap = task.layout.transposed;  // (K E)^T = E^T K^T
   T chunk[kChunk];
-  b.multiply_rows(swap ? m : n.k, swap ? n.k : m, scratch,
-                  [&](int64_t r, int64_t begin, int64_t end, const T* x, const T* e, const T* s) {
+  b.multiply_rows(swap ? e : n.k, swap ? n.k : e, scale, scratch,
+                  [&](int64_t r, int64_t begin, int64_t end, const T* x, const T* y, const T* s) {
                     const T* k = n.k + r * b.d;
 #pragma GCC ivdep
                     for (int64_t j = begin; j < end; ++j) {
-                      chunk[j - begin] = k[j] + scale * (x[j] + e[j] * s[j]);
+                      chunk[j - begin] = k[j] + (x[j] + y[j] * s[j]);
                     }
                     factor.take(chunk, r * b.d + begin, end - begin);
                   });
-  for (int64_t first = b.border * b.d; first < task.size; first += kChunk) {
+  for (int64_t first = first_diagonal; first < task.size; first += kChunk) {
     const int64_t count = smaller(kChunk, task.size - first);
-    const T *k = n.k + first, *diagonal = m + first;
+    const T *k = n.k + first, *diagonal = e + first;
 #pragma GCC ivdep
-    for (int64_t j = 0; j < count; ++j) chunk[j] = k[j] + scale * (k[j] * diagonal[j]);
+    for (int64_t j = 0; j < count; ++j) chunk[j] = k[j] + k[j] * (scale * diagonal[j]);
     factor.take(chunk, first, count);
   }
 }

@@ -5,7 +5,7 @@
 //
 //   m = s (K^T (h_scale U K + gram_scale K) - I) + alpha1 m
 //
-// and the next K is K - beta1 K (m - beta1 m^2 / 2), the last term only with expm_order 2.
+// and the next K is K + K E with E = -beta1 m + (beta1 m)^2 / 2, the square only with expm_order 2.
 
 // The block of a stored array from slot `at`, times `scale`, in padded rows. These are read a whole
 // number of vectors wide, but where that would be behind the array.
@@ -137,13 +137,17 @@ void block_candidates(const FactorTask& task, bool second_order, Candidates<T>& 
   for_each_block(task.layout, [&](int64_t, int64_t size, int64_t at, int64_t to) {
     const int64_t stride = padded(size), area = size * stride;
     const T *k = n.k + to, *m = n.h + to;
-    T *e = scratch, *product = scratch + area, scale = static_cast<T>(-task.beta1);
+    T *product = scratch + area, scale = static_cast<T>(-task.beta1);
+    const T* e = m;  // E = scale e
     if (second_order) {
-      multiply<T>(size, stride, size, {m, stride, 1}, m, stride, product, stride, kOverwrite<T>);
-      for (int64_t i = 0; i < area; ++i) e[i] = m[i] + scale * product[i] / 2;
+      for (int64_t i = 0; i < area; ++i) scratch[i] = scale * m[i];
+      multiply<T>(size, stride, size, {scratch, stride, 1}, scratch, stride, product, stride,
+                  kOverwrite<T>);
+      for (int64_t i = 0; i < area; ++i) scratch[i] += product[i] / 2;
+      e = scratch;
+      scale = T(1);
     }
-    multiply<T>(size, stride, size, {k, stride, 1}, second_order ? e : m, stride, product, stride,
-                kOverwrite<T>);
+    multiply<T>(size, stride, size, {k, stride, 1}, e, stride, product, stride, kOverwrite<T>);
     take_block<T>(product, scale, k, at, size, task.size, factor);
     take_block<T>(m, T(1), nullptr, at, size, task.size, momentum);
   });

@@ -107,14 +107,16 @@ struct Border {
     }
   }
 
-  // E R' for R' = [E'; D'], that is E[:, B] E' + E diag(D'). rows(r, begin, end, x, e, s) for
-  // columns [begin, end) of row r: x + e s is the result there. scratch: border wide + border^2 +
-  // wide.
+  // factor E R' for R' = [E'; D'], that is E[:, B] E' + E diag(D'). rows(r, begin, end, x, e, s)
+  // for columns [begin, end) of row r: x + e s is the result there. No product without the factor
+  // is made: it could overflow. scratch: border wide + border^2 + wide.
   template <class Rows>
-  void multiply_rows(const T* e, const T* other, T* scratch, Rows rows) const {
+  void multiply_rows(const T* e, const T* other, T factor, T* scratch, Rows rows) const {
     T *product = scratch, *core = scratch + border * wide, *scale = core + border * border;
     gather_core(e, core);
     spread_diagonal(other, scale);
+    for (int64_t j = 0; j < border * border; ++j) core[j] *= factor;
+    for (int64_t j = 0; j < wide; ++j) scale[j] *= factor;
     for_each_strip([&](int64_t begin, int64_t end, int64_t width) {
       multiply<T>(border, width, border, {core, border, 1}, other + begin, d, product + begin, wide,
                   kOverwrite<T>);
