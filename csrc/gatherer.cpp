@@ -62,6 +62,15 @@ struct Sums {
   }
 };
 
+// Whether no parameter has a gradient.
+bool is_clear(const KnownLayer& layer) {
+  return std::none_of(layer.parameters.begin(), layer.parameters.end(),
+                      [](const WeakTensor& parameter) {
+                        const at::Tensor tensor = parameter.get();
+                        return tensor.defined() && tensor.grad().defined();
+                      });
+}
+
 class Gatherer {
  public:
   // name_space() is that of the operators; follow(optimizer, layer) is called if a layer's
@@ -101,10 +110,11 @@ class Gatherer {
     return steps;
   }
 
-  void forget_statistics(const py::dict& optimizer_state) {
+  // Of all layers, or of those alone whose gradients were cleared.
+  void forget_statistics(const py::dict& optimizer_state, bool of_all) {
     StateFinder states(optimizer_state);
     for (const auto& layer : layers_) {
-      if (!layer->has_statistics) continue;
+      if (!layer->has_statistics || !(of_all || is_clear(*layer))) continue;
       layer->bind(states);
       layer->forget_statistics();
     }
@@ -203,12 +213,7 @@ void Gatherer::begin(KnownLayer& layer, int64_t pass) {
   layer.last_pass = pass;
   layer.counted_terms = 0;
   layer.pass_counts = accumulates(layer.parameters);
-  const bool is_clear = std::none_of(layer.parameters.begin(), layer.parameters.end(),
-                                     [](const WeakTensor& parameter) {
-                                       const at::Tensor tensor = parameter.get();
-                                       return tensor.defined() && tensor.grad().defined();
-                                     });
-  if (layer.pass_counts && is_clear) layer.forget_statistics();
+  if (layer.pass_counts && is_clear(layer)) layer.forget_statistics();
 }
 
 Shape Gatherer::add_linear(KnownLayer& layer, const at::Tensor& x, const at::Tensor& g) const {
@@ -354,7 +359,7 @@ void define_gatherer(py::module_& m) {
       .def("count_steps",
            [](const Gatherer& self, int64_t count) { self.groups.count_steps(count); })
       .def("changes_of_due", [](Gatherer& self) { return self.groups.changes_of_due(self.paused); })
-      .def("forget_statistics", &Gatherer::forget_statistics, py::arg("state"));
+      .def("forget_statistics", &Gatherer::forget_statistics, py::arg("state"), py::arg("of_all"));
   py::class_<LayerReceiver, std::shared_ptr<LayerReceiver>>(m, "LayerReceiver")
       .def(py::init<const std::shared_ptr<Gatherer>&, int, const py::object&, bool>(),
            py::arg("gatherer"), py::arg("layer"), py::arg("hook"), py::arg("input_is_first"))

@@ -143,6 +143,24 @@ def test_gradients_of_a_paused_pass_count() -> None:
     assert not torch.equal(model[0].weight.grad, before)
 
 
+def test_statistics_of_cleared_gradients_are_not_those_of_a_paused_pass() -> None:
+    """A model's zero_grad is not the optimizer's, and what observes it is paused."""
+    model, optimizer = trained([])
+    backward(model, optimizer, inputs())
+    with optimizer.paused():  # the gradients are still there
+        assert statistics_names(optimizer)
+    model.zero_grad()
+    with optimizer.paused():
+        _regularizer(model, inputs(seed=7)).backward()
+    assert not statistics_names(optimizer)
+    before = snapshot(model, optimizer)
+    with pytest.warns(UserWarning, match="modules were not called"):
+        optimizer.step()
+    after = snapshot(model, optimizer)
+    factors = [name for name in before if name.endswith((": K", ": C"))]
+    assert_bitwise({n: before[n] for n in factors}, {n: after[n] for n in factors})
+
+
 def test_pauses_nest_and_end_with_an_exception() -> None:
     model, optimizer = trained([])
     with pytest.raises(KeyError), optimizer.paused():

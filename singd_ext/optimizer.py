@@ -308,6 +308,8 @@ class SINGD(torch.optim.Optimizer):
             self._pause(-1)
 
     def _pause(self, more: int) -> None:
+        # The next gradients may be those of passes that nothing observes.
+        self._gatherer.forget_statistics(self.state, of_all=False)
         self._pauses += more
         self._gatherer.paused = self.is_paused
         self._mark_due()
@@ -393,7 +395,7 @@ class SINGD(torch.optim.Optimizer):
         return [group for group in self.param_groups if not is_own(group)]
 
     def _drop_statistics(self) -> None:
-        self._gatherer.forget_statistics(self.state)
+        self._gatherer.forget_statistics(self.state, of_all=True)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
