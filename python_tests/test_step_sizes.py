@@ -1,5 +1,7 @@
 """A step against dense products in float64: widths around the edges of vectors and tiles."""
 
+from collections.abc import Iterable
+
 import calls
 import pytest
 import torch
@@ -41,14 +43,22 @@ def check_step(
     bias: bool,
     dtype: torch.dtype,
     unscale: bool,
+    turned: Iterable[str] = (),
 ) -> None:
-    """One layer's step; factors of 16-bit layers are float32."""
+    """One layer's step; factors of 16-bit layers are float32.
+
+    turned: Those of "weight", "momentum" and "gradient" of which the transpose lies in memory.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     K, C = (calls.factor(s, d, 1, wide) for s, d in ((spec_K, d_i), (spec_C, d_o)))
     W, M, scaled = (calls.numbers(d_o, d_i, seed=seed, dtype=dtype) for seed in range(3))
     columns = d_i - 1 if bias else d_i
     weight, momentum, gradient = (
-        (t[:, :columns].clone(), t[:, columns:].flatten().clone()) for t in (W, M, scaled)
+        (
+            t[:, :columns].T.clone().T if name in turned else t[:, :columns].clone(),
+            t[:, columns:].flatten().clone(),
+        )
+        for t, name in ((W, "weight"), (M, "momentum"), (scaled, "gradient"))
     )
     ops.preconditioned_update_(
         *([t] for t in weight), *([t] for t in momentum),
@@ -78,6 +88,24 @@ def test_step(width: int, bias: bool, dtype: torch.dtype, unscale: bool) -> None
             check_step(spec_K, spec_C, d_o, d_i, bias, dtype, unscale)
 
 
+TURNED = ("weight", "momentum", "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("width", [1, 16, 30])
+def test_step_of_a_transposed_weight(width: int, bias: bool, dtype: torch.dtype) -> None:
+    for d_o, d_i in [*DIMS, (1, 5), (5, 1 + bias)]:
+        for spec_K, spec_C in specs_of(width):
+            check_step(spec_K, spec_C, d_o, d_i, bias, dtype, False, TURNED)
+
+
+@pytest.mark.parametrize("turned", [["weight"], ["weight", "gradient"], ["gradient", "momentum"]])
+@pytest.mark.parametrize("spec", ["diagonal", "hierarchical:2,3", "dense"])
+def test_step_where_some_lies_in_memory_transposed(spec: str, turned: list[str]) -> None:
+    check_step(spec, spec, 33, 18, True, torch.float32, True, turned)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "specs",
@@ -93,7 +121,8 @@ def test_step(width: int, bias: bool, dtype: torch.dtype, unscale: bool) -> None
 )
 def test_step_of_many_tiles(specs: tuple[str, str], dtype: torch.dtype) -> None:
     """Several tiles, strips of rows and splits of columns; rows move in vectors."""
-    check_step(*specs, 300, 601, True, dtype, False)
+    for turned in ((), TURNED):
+        check_step(*specs, 300, 601, True, dtype, False, turned)
     check_step(*specs, 690, 37, False, dtype, False)  # four uneven shares of thin products
 
 

@@ -98,6 +98,28 @@ def test_the_peak_of_a_training_step_is_adamws_at_most(
     assert ratio <= 1.02, f"{spec}: {ratio:.3f} of AdamW's peak"
 
 
+class _Transposed(nn.Linear):
+    """Its weight is in memory as Hugging Face's Conv1D has it, [in, out]."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out)
+        self.weight = nn.Parameter(self.weight.detach().T.contiguous().T)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, _Transposed])
+@pytest.mark.parametrize("spec", SPARSE[:-2])
+def test_a_steady_step_copies_no_matrix(spec: str, layer: type[nn.Linear]) -> None:
+    net = nn.Sequential(*(layer(128, 128) for _ in range(3)))
+    optimizer = SINGD(net, structures=(spec, spec), T=1)
+    for _ in range(3):
+        with memory.measure(CPU) as found:
+            optimizer.zero_grad()
+        net(torch.randn(8, 128)).square().mean().backward()
+        with memory.measure(CPU) as found:
+            optimizer.step()
+    assert found.peak < 4 * 128 * 128 / 8
+
+
 @pytest.mark.parametrize("spec", ["diagonal", "hierarchical:15,15", "triu_toeplitz", "dense"])
 def test_no_activation_is_kept_after_backward(spec: str) -> None:
     """What is left of forward and backward are gradients, which were there, and statistics."""

@@ -87,12 +87,15 @@ struct LocalProduct {
   }
 };
 
-// Columns [begin, begin + width) of a layer's matrix W: a parameter with its momentum and gradient.
+// Rows [row_begin, row_begin + height) and columns [begin, begin + width) of a layer's matrix W: a
+// parameter with its momentum and gradient. Parts have all rows, or all columns of W.
 struct StepPart {
   Array weight, momentum;  // contiguous; momentum.data is null if alpha2 = 0
   ConstArray gradient;     // rows `gradient_stride` apart
-  int64_t begin = 0, width = 0, gradient_stride = 0;
+  int64_t row_begin = 0, height = 0, begin = 0, width = 0, gradient_stride = 0;
   RoundingKey key;
+
+  SINGD_INLINE_EVERYWHERE bool is_line() const { return height == 1 || width == 1; }
 };
 
 struct StepOptions {
@@ -101,13 +104,16 @@ struct StepOptions {
   bool ask = false;     // W and M are asked for before they are written
 };
 
-// One layer of a step: M <- alpha2 M + C C^T G K K^T + gamma W and W <- W - beta2 M.
+// One layer of a step: M <- alpha2 M + C C^T G K K^T + gamma W and W <- W - beta2 M. A weight that
+// lies in memory as W^T is stepped so, as M^T <- alpha2 M^T + K K^T G^T C C^T + gamma W^T: it is
+// turned, with the bias as its last row.
 template <class T>
 struct StepLayer {
   StepPart parts[2];
   int num_parts = 0;
   int64_t rows = 0, columns = 0;
-  LocalProduct<T> left, right;  // C C^T and K K^T
+  bool is_turned = false;
+  LocalProduct<T> left, right;  // C C^T and K K^T, or these turned
   // With a border on the left: the rows P[B, :] G, and for an arrowhead the rows G[B, :] too.
   // [border, spaced(columns)] each; with tiles there is room for whole ones.
   T *border_products = nullptr, *border_rows = nullptr;

@@ -158,13 +158,21 @@ class LocalStep {
     return factor % 2 == 0 ? layer.left : layer.right;
   }
 
-  // Memory of the products that are kept; whether they are there.
+  // Memory of the products that are kept; whether they are there, those of turned layers too.
   bool fit_products() {
     if (products_ == nullptr) return false;
-    return Arena::fit(*products_, [&](Arena& arena) {
+    char* turned = nullptr;
+    bool kept = Arena::fit(*products_, [&](Arena& arena) {
       norms_ = arena.take<double>(factors_.size());
+      turned = arena.take<char>(layers_.size());
       for (size_t i = 0; i < factors_.size(); ++i) allocate_product(product(i), arena);
     });
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      const char now = layers_[i].is_turned;
+      kept = kept && turned[i] == now;
+      turned[i] = now;
+    }
+    return kept;
   }
 
   void allocate(Arena& arena) {

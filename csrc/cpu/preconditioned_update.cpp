@@ -43,24 +43,50 @@ at::ScalarType step_type(const LayerStep& layer) {
   return compute_type(dtype);
 }
 
-// The contiguous tensors that the kernels work on: the layer's own, or copies of strided ones.
-struct Staged {
+// Whether W^T, and not W, lies in memory row by row, as a weight that is applied as x W^T has it.
+bool is_turned(const LayerStep& layer) {
+  const at::Tensor& weight = layer.parts[0].parameter;
+  return weight.dim() == 2 && !weight.is_contiguous() && weight.t().is_contiguous();
+}
+
+// The contiguous tensors that the kernels work on, W or W^T: the layer's own, or copies of strided
+// ones.
+class Staged {
+ public:
   at::Tensor parameter, momentum, gradient;
 
-  explicit Staged(const Part& part)
-      : parameter(part.parameter.contiguous()),
-        momentum(part.momentum.defined() ? part.momentum.contiguous() : at::Tensor()),
-        gradient(part.gradient.contiguous()) {}
+  explicit Staged(const Part& part, bool turned = false)
+      : parameter(lines(part.parameter, turned)),
+        momentum(part.momentum.defined() ? lines(part.momentum, turned) : at::Tensor()),
+        gradient(lines(part.gradient, turned)),
+        turned_(turned) {}
 
   void copy_back(const Part& part) const {
-    if (!parameter.is_same(part.parameter)) part.parameter.copy_(parameter);
-    if (momentum.defined() && !momentum.is_same(part.momentum)) part.momentum.copy_(momentum);
+    copy(parameter, part.parameter);
+    if (momentum.defined()) copy(momentum, part.momentum);
   }
+
+ private:
+  static at::Tensor lines(const at::Tensor& tensor, bool turned) {
+    return (turned && tensor.dim() == 2 ? tensor.t() : tensor).contiguous();
+  }
+  void copy(const at::Tensor& from, const at::Tensor& to) const {
+    if (from.is_alias_of(to)) return;
+    to.copy_(turned_ && to.dim() == 2 ? from.t() : from);
+  }
+
+  bool turned_;
 };
+
+std::vector<Staged> staged_parts(const LayerStep& layer, bool turned = false) {
+  std::vector<Staged> staged;
+  for (const Part& part : layer.parts) staged.emplace_back(part, turned);
+  return staged;
+}
 
 template <class T>
 StepLayer<T> step_layer(const LayerStep& layer, const std::vector<Staged>& staged,
-                        const Options& options, const RoundingKey& key) {
+                        const Options& options, const RoundingKey& key, bool turned = false) {
   StepLayer<T> step;
   step.rows = layer.C.layout.dim;
   step.columns = layer.K.layout.dim;
@@ -70,10 +96,18 @@ StepLayer<T> step_layer(const LayerStep& layer, const std::vector<Staged>& stage
     part.weight = array_of(staged[i].parameter);
     if (staged[i].momentum.defined()) part.momentum = array_of(staged[i].momentum);
     part.gradient = const_array_of(staged[i].gradient);
+    part.height = step.rows;
     part.begin = layer.parts[i].begin;
-    part.width = part.gradient_stride = layer.parts[i].width;
+    part.width = layer.parts[i].width;
     part.key = key.stream(i);
+    if (turned) {
+      std::swap(part.row_begin, part.begin);
+      std::swap(part.height, part.width);
+    }
+    part.gradient_stride = part.width;
   }
+  if (turned) std::swap(step.rows, step.columns);
+  step.is_turned = turned;
   return step;
 }
 
@@ -180,7 +214,7 @@ at::Tensor precondition_bfloat16(const LayerStep& layer, const std::vector<Stage
 template <class T>
 bool update_whole(const LayerStep& layer, const Options& options, const RoundingKey& key,
                   at::Tensor& matrices, at::Tensor& workspace) {
-  const std::vector<Staged> staged(layer.parts.begin(), layer.parts.end());
+  const std::vector<Staged> staged = staged_parts(layer);
   StepLayer<T> step = step_layer<T>(layer, staged, options, key);
   at::Tensor result;
   if (multiplies_in_bfloat16(layer, staged)) {
@@ -229,9 +263,11 @@ void update_layers(const std::vector<LayerStep>& layers, const Options& options,
       report(i, update_whole<T>(layer, options, key.stream(i), matrices, workspace));
       continue;
     }
-    staged.emplace_back(layer.parts.begin(), layer.parts.end());
-    StepLayer<T> step = step_layer<T>(layer, staged.back(), options, key.stream(i));
-    local.add(step, local_factor(layer.C), local_factor(layer.K));
+    const bool turned = is_turned(layer);
+    staged.push_back(staged_parts(layer, turned));
+    const auto step = step_layer<T>(layer, staged.back(), options, key.stream(i), turned);
+    const LocalFactor C = local_factor(layer.C), K = local_factor(layer.K);
+    local.add(step, turned ? K : C, turned ? C : K);
     indices.push_back(i);
   }
   local.run([&](size_t local_index, bool updated) {

@@ -113,17 +113,19 @@ struct Factor {
   }
 };
 
-// A layer with a bias behind the weight: its parts of weight, momentum and gradient.
+// A layer with a bias behind the weight, or below it: its parts of weight, momentum and gradient.
 struct Layer {
   int64_t rows, columns;
+  bool turned;
   Factor left, right;
   std::vector<Stored> weights, momenta, gradients;
 
-  Layer(int64_t r, int64_t c, const std::string& left_spec, const std::string& right_spec)
-      : rows(r), columns(c), left(left_spec, r), right(right_spec, c) {
+  Layer(int64_t r, int64_t c, bool t, const std::string& left_spec, const std::string& right_spec)
+      : rows(r), columns(c), turned(t), left(left_spec, r), right(right_spec, c) {
+    const int64_t bias = turned ? columns : rows;
     for (auto* list : {&weights, &momenta, &gradients}) {
-      list->emplace_back(rows * (columns - 1));
-      list->emplace_back(rows);
+      list->emplace_back(rows * columns - bias);
+      list->emplace_back(bias);
     }
   }
 
@@ -138,13 +140,17 @@ struct Layer {
       part.weight = weights[i].array();
       part.momentum = momenta[i].array();
       part.gradient = {gradients[i].bits.data(), Scalar::kBFloat16};
-      part.begin = i == 0 ? 0 : columns - 1;
-      part.width = part.gradient_stride = i == 0 ? columns - 1 : 1;
+      int64_t& begin = turned ? part.row_begin : part.begin;
+      begin = i == 0 ? 0 : (turned ? rows : columns) - 1;
+      const int64_t lines = i == 0 ? (turned ? rows : columns) - 1 : 1;
+      part.height = turned ? lines : rows;
+      part.width = part.gradient_stride = turned ? columns : lines;
     }
     return layer;
   }
 
   double of(const std::vector<Stored>& parts, int64_t i, int64_t j) const {
+    if (turned) return i + 1 < rows ? parts[0].at(i * columns + j) : parts[1].at(j);
     return j + 1 < columns ? parts[0].at(i * (columns - 1) + j) : parts[1].at(i);
   }
   Matrix gradient() const {
@@ -186,7 +192,11 @@ void step(const std::string& left, const std::string& right, const std::vector<S
           double unscale) {
   const StepOptions options{0.1, 0.9, 0.01, unscale};
   std::vector<Layer> layers;
-  for (const Shape& shape : shapes) layers.emplace_back(shape.rows, shape.columns, left, right);
+  for (const Shape& shape : shapes) {
+    for (const bool turned : {false, true}) {
+      layers.emplace_back(shape.rows, shape.columns, turned, left, right);
+    }
+  }
   const std::vector<Layer> before = layers;
   at::Tensor workspace;
   LocalStep<float> local(workspace, nullptr);
@@ -196,7 +206,8 @@ void step(const std::string& left, const std::string& right, const std::vector<S
   for (size_t i = 0; i < layers.size(); ++i) {
     compare(before[i], layers[i], options,
             std::string(on_tiles ? "tiles, " : "pairs, ") + left + " and " + right + ", " +
-                std::to_string(layers[i].rows) + " x " + std::to_string(layers[i].columns));
+                std::to_string(layers[i].rows) + " x " + std::to_string(layers[i].columns) +
+                (layers[i].turned ? ", turned" : ""));
   }
 }
 

@@ -85,6 +85,7 @@ Counts step(const std::string& spec, Shape shape, at::Tensor* products = nullptr
     part.weight = {weight.data(), Scalar::kFloat32};
     part.momentum = {momentum.data(), Scalar::kFloat32};
     part.gradient = array_of(gradient);
+    part.height = shape.d_o;
     part.width = part.gradient_stride = shape.d_i;
     local.add(layer, {left, array_of(c), storage_size(left)},
               {right, array_of(k), storage_size(right)});

@@ -206,6 +206,7 @@ void squares(int64_t rows, int64_t columns, int64_t left_block, int64_t right_bl
   }
   StepLayer<float> layer;
   layer.parts[0].gradient = {weight.data(), Scalar::kBFloat16};
+  layer.parts[0].height = layer.parts[1].height = rows;
   layer.parts[0].width = columns - 1;
   layer.parts[0].gradient_stride = stride;
   layer.parts[1].gradient = {bias.data(), Scalar::kBFloat16};

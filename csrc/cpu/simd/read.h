@@ -14,26 +14,27 @@ struct SharedRow {
 template <class T, class Look>
 SINGD_INLINE void load_gradient(const StepLayer<T>& layer, const Panel& panel, const T* row_scale,
                                 const SharedRow<T>* shared, T* to, int64_t stride, Look look) {
-  const int64_t rows = panel.row_end - panel.row_begin;
   const T unscale = static_cast<T>(layer.options.unscale);
-  for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
-    with_type(part.gradient, [&](const auto* gradient) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = panel.row_begin + i;
+  for_each_piece(layer, panel, [&](const Place& place) {
+    with_type(place.part.gradient, [&](const auto* gradient) {
+      const int64_t count = place.columns;
+      for (int64_t i = 0; i < place.rows; ++i) {
+        const int64_t row = place.row + i;
         const T scale = row_scale != nullptr ? unscale * row_scale[row] : unscale;
-        const auto* from = gradient + row * part.gradient_stride + first;
-        T* x = to + i * stride + at;
+        const auto* from = gradient + place.gradient_slot(i);
+        T* x = to + (place.panel_row + i) * stride + place.at;
         look(from, count);
         if (shared == nullptr) {
           load_row(from, count, scale, x);
         } else {
           const T factor = shared->factors[row * shared->stride];
           SINGD_COUNT(multiply_adds, count);
-          load_row_beside(from, count, scale, factor, shared->row + at, x);
+          load_row_beside(from, count, scale, factor, shared->row + place.at, x);
         }
       }
     });
   });
+  const int64_t rows = panel.row_end - panel.row_begin;
   const int64_t columns = panel.column_end - panel.column_begin;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = columns; j < stride; ++j) to[i * stride + j] = T(0);
@@ -93,15 +94,13 @@ class LargestGradient {
 template <class T>
 double largest_gradient(const StepLayer<T>& layer, const Panel& panel) {
   LargestGradient<T> largest;
-  for_each_piece(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
-    with_type(part.gradient, [&](const auto* gradient) {
+  for_each_piece(layer, panel, [&](const Place& place) {
+    with_type(place.part.gradient, [&](const auto* gradient) {
       // Rows without gaps are one long row: the lanes of a vector are compared at its end.
-      const bool gaps = part.gradient_stride != count;
-      const int64_t all = panel.row_end - panel.row_begin;
-      const int64_t rows = gaps ? all : 1, columns = gaps ? count : all * count;
-      for (int64_t i = 0; i < rows; ++i) {
-        largest.look(gradient + (panel.row_begin + i) * part.gradient_stride + first, columns);
-      }
+      const bool gaps = place.part.gradient_stride != place.columns;
+      const int64_t rows = gaps ? place.rows : 1;
+      const int64_t columns = gaps ? place.columns : place.rows * place.columns;
+      for (int64_t i = 0; i < rows; ++i) largest.look(gradient + place.gradient_slot(i), columns);
     });
   });
   return largest.value(layer.options.unscale);
@@ -121,19 +120,18 @@ SINGD_INLINE void for_each_arrow_row(const StepLayer<T>& layer, int64_t begin, i
 // Asks for a panel of G, along its rows.
 template <class T>
 SINGD_INLINE void ask_for_gradient(const StepLayer<T>& layer, const Panel& panel) {
-  for_each_place(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
-    with_type(part.gradient, [&](const auto* gradient) {
-      const int64_t bytes = count * static_cast<int64_t>(sizeof(*gradient));
+  for_each_place(layer, panel, [&](const Place& place) {
+    with_type(place.part.gradient, [&](const auto* gradient) {
+      const int64_t bytes = place.columns * static_cast<int64_t>(sizeof(*gradient));
       const auto line = [&](int64_t r, int64_t at) {
-        const auto* row = gradient + (panel.row_begin + r) * part.gradient_stride + first;
-        return reinterpret_cast<const char*>(row) + at;
+        return reinterpret_cast<const char*>(gradient + place.gradient_slot(r)) + at;
       };
       const auto ask = [&](auto... rows) {
         for (int64_t at = 0; at < bytes; at += kLineBytes) {
           (__builtin_prefetch(line(rows, at), 0, 2), ...);
         }
       };
-      for_each_four(panel.row_end - panel.row_begin, ask, ask);
+      for_each_four(place.rows, ask, ask);
     });
   });
 }
@@ -144,11 +142,11 @@ AskedRows ahead_of_rows(const StepLayer<T>& layer, int64_t begin, int64_t end) {
   const int64_t tiles = layer.left.border() * layer.columns / kTileNumbers<T>;
   AskedRows asked;
   const Panel panel{begin, end, 0, layer.columns};
-  for_each_place(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
-    if (part.width == 1) return;  // a bias
-    with_type(part.gradient, [&](const auto* gradient) {
-      const auto* from = gradient + begin * part.gradient_stride + first;
-      asked = asked_rows(from, end - begin, count, part.gradient_stride, tiles, false);
+  for_each_place(layer, panel, [&](const Place& place) {
+    if (place.part.is_line()) return;  // a bias
+    with_type(place.part.gradient, [&](const auto* gradient) {
+      asked = asked_rows(gradient + place.gradient_slot(0), place.rows, place.columns,
+                         place.part.gradient_stride, tiles, false);
     });
   });
   return asked;
@@ -194,14 +192,12 @@ double thin_products_of_one(const StepLayer<T>& layer, const Panel& panel, T* su
   const T unscale = static_cast<T>(layer.options.unscale);
   auto most = magnitude_bits(T(0));
   for (int64_t j = 0; j < padded(layer.columns); ++j) sums[j] = T(0);
-  for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
-    with_type(part.gradient, [&](const auto* gradient) {
-      T* sum = sums + at;
-      const T* weights = layer.left.wide + panel.row_begin;
-      const int64_t rows = panel.row_end - panel.row_begin;
-      const auto row_at = [&](int64_t r) {
-        return gradient + (panel.row_begin + r) * part.gradient_stride + first;
-      };
+  for_each_piece(layer, panel, [&](const Place& place) {
+    with_type(place.part.gradient, [&](const auto* gradient) {
+      T* sum = sums + place.at;
+      const T* weights = layer.left.wide + place.row;
+      const int64_t rows = place.rows, count = place.columns;
+      const auto row_at = [&](int64_t r) { return gradient + place.gradient_slot(r); };
       const auto number = [&](auto stored) {
         const T x = unscale * static_cast<T>(widen(stored));
         most = larger(most, magnitude_bits(x));

@@ -223,17 +223,17 @@ Ahead ahead_of_write(const StepLayer<T>& layer, const Panel& panel) {
   const int64_t sides = int64_t{layer.left.has_tiles()} + int64_t{layer.right.has_tiles()};
   const int64_t tiles = sides * rows * (panel.column_end - panel.column_begin) / kTileNumbers<T>;
   Ahead ahead;
-  for_each_place(layer, panel, [&](const StepPart& part, int64_t, int64_t first, int64_t count) {
-    if (part.width == 1) return;  // a bias
+  for_each_place(layer, panel, [&](const Place& place) {
+    if (place.part.is_line()) return;  // a bias
     const auto ask = [&](const Array& array, AskedRows& asked) {
       if (array.data == nullptr) return;
       with_type(array, [&](const auto* data) {
-        const auto* from = data + panel.row_begin * part.width + first;
-        asked = asked_rows(from, rows, count, part.width, tiles, true);
+        asked = asked_rows(data + place.slot(0), place.rows, place.columns, place.part.width, tiles,
+                           true);
       });
     };
-    ask(part.weight, ahead.first);
-    ask(part.momentum, ahead.second);
+    ask(place.part.weight, ahead.first);
+    ask(place.part.momentum, ahead.second);
   });
   return ahead;
 }

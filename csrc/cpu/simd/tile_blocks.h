@@ -9,19 +9,25 @@ constexpr int64_t kAhead = 128;
 // A square of a bfloat16 gradient as the one plane of a right operand, with zeros around it.
 SINGD_INLINE void pair_gradient(const StepLayer<float>& layer, const Panel& square,
                                 uint32_t (*pairs)[kSide]) {
-  const int64_t rows = square.row_end - square.row_begin;
   for (int64_t p = 0; p < kTileRows; ++p) {
     store(pairs[p], Words{});
     store(pairs[p] + 16, Words{});
   }
-  for_each_piece(layer, square, [&](const StepPart& part, int64_t at, int64_t first, int64_t n) {
-    const auto* gradient = static_cast<const BFloat16*>(part.gradient.data) +
-                           square.row_begin * part.gradient_stride + first;
+  for_each_piece(layer, square, [&](const Place& place) {
+    const int64_t stride = place.part.gradient_stride, at = place.at, n = place.columns;
+    const auto* gradient =
+        static_cast<const BFloat16*>(place.part.gradient.data) + place.gradient_slot(0);
+    if (place.panel_row % 2 != 0) {  // a bias below the weight, of one row
+      for (int64_t j = 0; j < n; ++j) {
+        pairs[place.panel_row / 2][j] |= uint32_t{gradient[j].bits} << 16;
+      }
+      return;
+    }
     const uint32_t columns = first_lanes(n);
-    for (int64_t i = 0; i < rows; i += 2, gradient += 2 * part.gradient_stride) {
-      const bool is_pair = i + 1 < rows;
-      const BFloat16* next = gradient + (is_pair ? part.gradient_stride : 0);
-      uint32_t* to = pairs[i / 2];
+    for (int64_t i = 0; i < place.rows; i += 2, gradient += 2 * stride) {
+      const bool is_pair = i + 1 < place.rows;
+      const BFloat16* next = gradient + (is_pair ? stride : 0);
+      uint32_t* to = pairs[(place.panel_row + i) / 2];
       if (at > 0) {  // a bias behind the weight, of one column
         to[at] = gradient->bits | (is_pair ? uint32_t{next->bits} << 16 : 0);
         continue;

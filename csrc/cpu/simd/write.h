@@ -1,23 +1,37 @@
 // What a step writes: momentum and weight of a panel of W, from its preconditioned gradient.
 
-// The panel's piece of every part: f(part, first column in the panel, first column in the part,
-// columns).
+// What a panel has of a part: so many rows and columns, the first of them in the layer (row), in
+// the panel (panel_row, at) and in the part (part_row, first).
+struct Place {
+  const StepPart& part;
+  int64_t rows, columns, row, panel_row, at, part_row, first;
+
+  // Of the part's weight and momentum, and of its gradient: its first number of a row i.
+  int64_t slot(int64_t i) const { return (part_row + i) * part.width + first; }
+  int64_t gradient_slot(int64_t i) const { return (part_row + i) * part.gradient_stride + first; }
+};
+
+// f(place) for every part that the panel has something of.
 template <class T, class Function>
 SINGD_INLINE void for_each_place(const StepLayer<T>& layer, const Panel& panel, Function f) {
   for (int i = 0; i < layer.num_parts; ++i) {
     const StepPart& part = layer.parts[i];
+    const int64_t row = larger(part.row_begin, panel.row_begin);
+    const int64_t row_end = smaller(part.row_begin + part.height, panel.row_end);
     const int64_t begin = larger(part.begin, panel.column_begin);
     const int64_t end = smaller(part.begin + part.width, panel.column_end);
-    if (begin < end) f(part, begin - panel.column_begin, begin - part.begin, end - begin);
+    if (row >= row_end || begin >= end) continue;
+    f(Place{part, row_end - row, end - begin, row, row - panel.row_begin,
+            begin - panel.column_begin, row - part.row_begin, begin - part.begin});
   }
 }
 
 // The same where f visits its elements.
 template <class T, class Function>
 SINGD_INLINE void for_each_piece(const StepLayer<T>& layer, const Panel& panel, Function f) {
-  for_each_place(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
-    SINGD_COUNT(elements, (panel.row_end - panel.row_begin) * count);
-    f(part, at, first, count);
+  for_each_place(layer, panel, [&](const Place& place) {
+    SINGD_COUNT(elements, place.rows * place.columns);
+    f(place);
   });
 }
 
@@ -171,17 +185,15 @@ SINGD_INLINE void write_numbers(const StepOptions& options, const RoundingKey& k
   }
 }
 
-// Writes the rows of one piece of a parameter of type Weight and its momentum: row i has the
+// Writes the rows of one place of a parameter of type Weight and its momentum: row i has the
 // gradient `gradient + i gradient_stride`, times row_scale(i) and the column scale.
 template <class T, class Gradient, class Weight, class Momentum, class RowScale>
-SINGD_INLINE void write_rows(const StepLayer<T>& layer, const Panel& panel, const StepPart& part,
-                             int64_t first, int64_t count, const Gradient* gradient,
-                             int64_t gradient_stride, RowScale row_scale, const T* column_scale,
-                             Weight* weight, Momentum* momentum) {
-  for (int64_t i = panel.row_begin; i < panel.row_end; ++i) {
-    const Gradient* row = gradient + (i - panel.row_begin) * gradient_stride;
-    write_numbers<T>(layer.options, part.key, i * part.width + first, count, row, row_scale(i),
-                     column_scale, weight, momentum);
+SINGD_INLINE void write_rows(const StepLayer<T>& layer, const Place& place,
+                             const Gradient* gradient, int64_t gradient_stride, RowScale row_scale,
+                             const T* column_scale, Weight* weight, Momentum* momentum) {
+  for (int64_t i = 0; i < place.rows; ++i) {
+    write_numbers<T>(layer.options, place.part.key, place.slot(i), place.columns,
+                     gradient + i * gradient_stride, row_scale(i), column_scale, weight, momentum);
   }
 }
 
@@ -192,29 +204,30 @@ const T* part_of(const T* column_scale, int64_t begin) {
 
 // The same for a part of one column, such as a bias: its numbers are consecutive.
 template <class T, class Weight, class Momentum>
-SINGD_INLINE void write_column(const StepLayer<T>& layer, const Panel& panel, const StepPart& part,
-                               const T* column, int64_t stride, T scale, Weight* weight,
-                               Momentum* momentum) {
+SINGD_INLINE void write_column(const StepLayer<T>& layer, const Place& place, const T* column,
+                               int64_t stride, T scale, Weight* weight, Momentum* momentum) {
   constexpr int64_t kChunk = 64;
   T chunk[kChunk];
-  for (int64_t row = panel.row_begin; row < panel.row_end; row += kChunk) {
-    const int64_t n = smaller(kChunk, panel.row_end - row);
-    for (int64_t i = 0; i < n; ++i) chunk[i] = column[(row - panel.row_begin + i) * stride];
-    write_numbers<T, T>(layer.options, part.key, row, n, chunk, scale, nullptr, weight, momentum);
+  for (int64_t row = 0; row < place.rows; row += kChunk) {
+    const int64_t n = smaller(kChunk, place.rows - row);
+    for (int64_t i = 0; i < n; ++i) chunk[i] = column[(row + i) * stride];
+    write_numbers<T, T>(layer.options, place.part.key, place.slot(row), n, chunk, scale, nullptr,
+                        weight, momentum);
   }
 }
 
-// The panel's piece of every part, in the types of its numbers: f(part, first column in the panel,
-// first column in the part, columns, their scales, weight, momentum).
+// The panel's place in every part, in the types of its numbers: f(place, its numbers of x, which
+// has those of the panel, scales of its columns, weight, momentum).
 template <class T, class Function>
-SINGD_INLINE void for_each_stored(const StepLayer<T>& layer, const Panel& panel,
+SINGD_INLINE void for_each_stored(const StepLayer<T>& layer, const Panel& panel, const T* x,
                                   const T* column_scale, Function f) {
-  for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
-    const T* scale = part_of(column_scale, panel.column_begin + at);
-    Array momentum = part.momentum;
-    if (momentum.data == nullptr) momentum.type = part.weight.type;
-    with_type(part.weight, [&](auto* weight) {
-      with_type(momentum, [&](auto* buffer) { f(part, at, first, count, scale, weight, buffer); });
+  for_each_piece(layer, panel, [&](const Place& place) {
+    const T* own = x + place.panel_row * panel.stride() + place.at;
+    const T* scale = part_of(column_scale, panel.column_begin + place.at);
+    Array momentum = place.part.momentum;
+    if (momentum.data == nullptr) momentum.type = place.part.weight.type;
+    with_type(place.part.weight, [&](auto* weight) {
+      with_type(momentum, [&](auto* buffer) { f(place, own, scale, weight, buffer); });
     });
   });
 }
@@ -222,16 +235,15 @@ SINGD_INLINE void for_each_stored(const StepLayer<T>& layer, const Panel& panel,
 template <class T>
 void write_panel(const StepLayer<T>& layer, const Panel& panel, const T* x, const T* column_scale) {
   const auto one = [](int64_t) { return T(1); };
-  for_each_stored(layer, panel, column_scale,
-                  [&](const StepPart& part, int64_t at, int64_t first, int64_t count,
-                      const T* scale, auto* weight, auto* momentum) {
-                    if (part.width == 1) {
-                      return write_column<T>(layer, panel, part, x + at, panel.stride(),
-                                             scale != nullptr ? *scale : T(1), weight, momentum);
-                    }
-                    write_rows<T>(layer, panel, part, first, count, x + at, panel.stride(), one,
-                                  scale, weight, momentum);
-                  });
+  for_each_stored(
+      layer, panel, x, column_scale,
+      [&](const Place& place, const T* own, const T* scale, auto* weight, auto* momentum) {
+        if (place.part.width == 1) {
+          return write_column<T>(layer, place, own, panel.stride(),
+                                 scale != nullptr ? *scale : T(1), weight, momentum);
+        }
+        write_rows<T>(layer, place, own, panel.stride(), one, scale, weight, momentum);
+      });
 }
 
 // Whether a row of a parameter and its momentum, from their first number on, would be finite as
@@ -265,16 +277,15 @@ bool panel_is_finite(const StepLayer<T>& layer, const Panel& panel, const T* x,
   const StepOptions& o = layer.options;
   const WriteCoefficients c{o.lr, o.momentum, o.weight_decay};
   bool finite = true;
-  for_each_stored(layer, panel, column_scale,
-                  [&](const StepPart& part, int64_t at, int64_t first, int64_t count,
-                      const T* scale, auto* weight, auto* momentum) {
-                    for (int64_t i = panel.row_begin; i < panel.row_end; ++i) {
-                      const int64_t from = i * part.width + first;
-                      finite &= row_is_finite(c, x + at + (i - panel.row_begin) * panel.stride(),
-                                              scale, count, weight + from,
-                                              momentum != nullptr ? momentum + from : nullptr);
-                    }
-                  });
+  for_each_stored(
+      layer, panel, x, column_scale,
+      [&](const Place& place, const T* own, const T* scale, auto* weight, auto* momentum) {
+        for (int64_t i = 0; i < place.rows; ++i) {
+          const int64_t from = place.slot(i);
+          finite &= row_is_finite(c, own + i * panel.stride(), scale, place.columns, weight + from,
+                                  momentum != nullptr ? momentum + from : nullptr);
+        }
+      });
   return finite;
 }
 
@@ -295,23 +306,23 @@ template <class T>
 void write_pointwise(const StepLayer<T>& layer, const Panel& panel) {
   const T unscale = static_cast<T>(layer.options.unscale);
   const T* diagonal = layer.left.diagonal;
-  const auto row_scale = [&](int64_t i) {
-    return diagonal != nullptr ? unscale * diagonal[i] : unscale;
-  };
-  for_each_piece(layer, panel, [&](const StepPart& part, int64_t at, int64_t first, int64_t count) {
-    const T* scale = part_of(layer.right.diagonal, panel.column_begin + at);
+  for_each_piece(layer, panel, [&](const Place& place) {
+    const StepPart& part = place.part;
+    const T* scale = part_of(layer.right.diagonal, panel.column_begin + place.at);
+    const auto row_scale = [&](int64_t i) {
+      return diagonal != nullptr ? unscale * diagonal[place.row + i] : unscale;
+    };
     with_type(part.weight, [&](auto* weight) {
       const auto* gradient = static_cast<decltype(weight)>(const_cast<void*>(part.gradient.data));
       auto* momentum = static_cast<decltype(weight)>(part.momentum.data);
+      gradient += place.gradient_slot(0);
       if (part.width == 1 && part.gradient_stride == 1) {  // a bias: a row of all its numbers
-        const int64_t begin = panel.row_begin;
-        return write_numbers<T>(layer.options, part.key, begin, panel.row_end - begin,
-                                gradient + begin, scale != nullptr ? unscale * *scale : unscale,
-                                part_of(diagonal, begin), weight, momentum);
+        return write_numbers<T>(layer.options, part.key, place.slot(0), place.rows, gradient,
+                                scale != nullptr ? unscale * *scale : unscale,
+                                part_of(diagonal, place.row), weight, momentum);
       }
-      write_rows<T>(layer, panel, part, first, count,
-                    gradient + panel.row_begin * part.gradient_stride + first, part.gradient_stride,
-                    row_scale, scale, weight, momentum);
+      write_rows<T>(layer, place, gradient, part.gradient_stride, row_scale, scale, weight,
+                    momentum);
     });
   });
 }
