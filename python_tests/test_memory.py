@@ -127,22 +127,24 @@ def test_products_of_sparse_factors_are_used_as_long_as_they_are_handed_on() -> 
 
 
 @pytest.mark.parametrize("spec", ["diagonal", "block_diagonal:3", "rank_tril:2"])
-def test_products_of_a_weight_that_was_transposed_in_memory_are_made_anew(spec: str) -> None:
+def test_products_of_a_weight_that_lies_in_another_order_are_made_anew(spec: str) -> None:
     K, C = (calls.factor(spec, 8, seed, torch.float32) for seed in (1, 2))
     G = calls.numbers(8, 8, seed=3, dtype=torch.float32)
 
     def update(weight: Tensor, products: Tensor | None) -> Tensor:
         empty = torch.empty(0)
         ops.preconditioned_update_(
-            [weight], [empty], [], [], [torch.zeros((), dtype=torch.int64)], [G], [empty],
-            [K], [C], spec, spec, lr=torch.tensor(1.0), momentum=0.0, weight_decay=0.0,
-            products=products,
+            [weight], [empty], [], [], [torch.zeros((), dtype=torch.int64)],
+            [G.view(weight.shape)], [empty], [K], [C], spec, spec,
+            lr=torch.tensor(1.0), momentum=0.0, weight_decay=0.0, products=products,
         )  # fmt: skip
         return weight
 
     kept = torch.empty(0, dtype=torch.uint8)
-    for layout in (torch.zeros(8, 8), torch.zeros(8, 8).T, torch.zeros(8, 8)):
-        assert torch.equal(update(layout.clone(), kept), update(layout.clone(), None))
+    rows, square = torch.zeros(8, 8), (8, 2, 2, 2)
+    last = torch.zeros(square).to(memory_format=torch.channels_last)
+    for weight in (rows, rows.T, rows, last, rows.view(square), last, rows.T):
+        assert torch.equal(update(weight.clone(), kept), update(weight.clone(), None))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)])

@@ -1,6 +1,7 @@
 """A step against dense products in float64: widths around the edges of vectors and tiles."""
 
 from collections.abc import Iterable
+from typing import Any, Literal
 
 import calls
 import pytest
@@ -35,7 +36,24 @@ def dense_step(W: Tensor, M: Tensor, G: Tensor, K: Tensor, C: Tensor) -> Tensor:
     return torch.cat([W - BETA * M, M])
 
 
-def check_step(
+ALL = ("weight", "momentum", "gradient")
+Order = Literal["transposed"] | int | None
+
+
+def laid_out(matrix: Tensor, order: Order, in_order: bool = True) -> Tensor:
+    """Return a copy that lies in memory row by row, or in the other order.
+
+    This is column by column or, of a matrix [rows, channels, taps], channels-last.
+    """
+    contiguous = torch.contiguous_format
+    if isinstance(order, int):
+        matrix = matrix.unflatten(1, (-1, order))
+    if order is None or not in_order:
+        return matrix.clone(memory_format=contiguous)
+    return matrix.transpose(-1, -2).clone(memory_format=contiguous).transpose(-1, -2)
+
+
+def one_step(
     spec_K: str,
     spec_C: str,
     d_o: int,
@@ -43,11 +61,14 @@ def check_step(
     bias: bool,
     dtype: torch.dtype,
     unscale: bool,
-    turned: Iterable[str] = (),
-) -> None:
-    """One layer's step; factors of 16-bit layers are float32.
+    order: Order = None,
+    ordered: Iterable[str] = ALL,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return W and M after a step: ours, PyTorch's and the truth.
 
-    turned: Those of "weight", "momentum" and "gradient" of which the transpose lies in memory.
+    Factors of 16-bit layers are float32.
+
+    order: How those of "weight", "momentum" and "gradient" that are in `ordered` lie in memory.
     """
     wide = torch.promote_types(dtype, torch.float32)
     K, C = (calls.factor(s, d, 1, wide) for s, d in ((spec_K, d_i), (spec_C, d_o)))
@@ -55,7 +76,7 @@ def check_step(
     columns = d_i - 1 if bias else d_i
     weight, momentum, gradient = (
         (
-            t[:, :columns].T.clone().T if name in turned else t[:, :columns].clone(),
+            laid_out(t[:, :columns], order, name in ordered),
             t[:, columns:].flatten().clone(),
         )
         for t, name in ((W, "weight"), (M, "momentum"), (scaled, "gradient"))
@@ -67,7 +88,9 @@ def check_step(
         lr=torch.tensor(BETA, dtype=torch.float64), momentum=ALPHA, weight_decay=GAMMA,
         grad_scale=torch.tensor(8.0) if unscale else None,
     )  # fmt: skip
-    ours = torch.cat([torch.cat([w, b.view(d_o, -1)], 1) for w, b in (weight, momentum)])
+    ours = torch.cat(
+        [torch.cat([w.reshape(d_o, -1), b.view(d_o, -1)], 1) for w, b in (weight, momentum)]
+    )
     dense = [
         StructuredMatrix(spec_K, d_i, K).to_dense(),
         StructuredMatrix(spec_C, d_o, C).to_dense(),
@@ -75,7 +98,11 @@ def check_step(
     G = scaled / 8 if unscale else scaled
     rival = dense_step(W, M, G, *(t.to(dtype) for t in dense))
     truth = dense_step(*(t.double() for t in (W, M, G, *dense)))
-    assert_close_to_truth(ours, rival, truth)
+    return ours, rival, truth
+
+
+def check_step(*arguments: Any) -> None:
+    assert_close_to_truth(*one_step(*arguments))
 
 
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "scaled"])
@@ -88,22 +115,49 @@ def test_step(width: int, bias: bool, dtype: torch.dtype, unscale: bool) -> None
             check_step(spec_K, spec_C, d_o, d_i, bias, dtype, unscale)
 
 
-TURNED = ("weight", "momentum", "gradient")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("width", [1, 16, 30])
 def test_step_of_a_transposed_weight(width: int, bias: bool, dtype: torch.dtype) -> None:
     for d_o, d_i in [*DIMS, (1, 5), (5, 1 + bias)]:
         for spec_K, spec_C in specs_of(width):
-            check_step(spec_K, spec_C, d_o, d_i, bias, dtype, False, TURNED)
+            check_step(spec_K, spec_C, d_o, d_i, bias, dtype, False, "transposed")
 
 
-@pytest.mark.parametrize("turned", [["weight"], ["weight", "gradient"], ["gradient", "momentum"]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("taps", [2, 9, 25])
+@pytest.mark.parametrize("width", [1, 16, 30])
+def test_step_of_a_channels_last_weight(
+    width: int, taps: int, bias: bool, dtype: torch.dtype
+) -> None:
+    """As close as a step of rows, which rounds at other places."""
+    for d_o, channels in ((33, 5), (1, 7)):
+        for spec_K, spec_C in specs_of(width):
+            layer = (spec_K, spec_C, d_o, channels * taps + bias, bias, dtype, False)
+            ours, (rows, _, truth) = one_step(*layer, taps)[0], one_step(*layer)
+            assert_close_to_truth(ours, rows, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("taps", "channels"), [(4, 700), (512, 5), (513, 3)])
+@pytest.mark.parametrize(
+    "specs", [("diagonal", "diagonal"), ("block_diagonal:7", "rank_tril:1")], ids=str
+)
+def test_step_of_many_taps_or_channels(
+    specs: tuple[str, str], taps: int, channels: int, dtype: torch.dtype
+) -> None:
+    """More than a group holds, and the largest kernel that is not copied."""
+    check_step(*specs, 17, taps * channels + 1, True, dtype, False, taps)
+
+
+@pytest.mark.parametrize("ordered", [["weight"], ["weight", "gradient"], ["gradient", "momentum"]])
+@pytest.mark.parametrize("order", ["transposed", 3])
 @pytest.mark.parametrize("spec", ["diagonal", "hierarchical:2,3", "dense"])
-def test_step_where_some_lies_in_memory_transposed(spec: str, turned: list[str]) -> None:
-    check_step(spec, spec, 33, 18, True, torch.float32, True, turned)
+def test_step_where_some_lies_in_memory_in_another_order(
+    spec: str, order: Order, ordered: list[str]
+) -> None:
+    check_step(spec, spec, 33, 19, True, torch.float32, True, order, ordered)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -121,8 +175,8 @@ def test_step_where_some_lies_in_memory_transposed(spec: str, turned: list[str])
 )
 def test_step_of_many_tiles(specs: tuple[str, str], dtype: torch.dtype) -> None:
     """Several tiles, strips of rows and splits of columns; rows move in vectors."""
-    for turned in ((), TURNED):
-        check_step(*specs, 300, 601, True, dtype, False, turned)
+    for order in (None, "transposed", 6):
+        check_step(*specs, 300, 601, True, dtype, False, order)
     check_step(*specs, 690, 37, False, dtype, False)  # four uneven shares of thin products
 
 
@@ -135,6 +189,31 @@ def test_step_of_many_tiles(specs: tuple[str, str], dtype: torch.dtype) -> None:
 def test_step_of_many_rows(specs: tuple[str, str], dtype: torch.dtype) -> None:
     """Thin products of C go by panels of at most 4,096 rows."""
     check_step(*specs, 4200, 41, True, dtype, False)
+
+
+@pytest.mark.parametrize("spec", ["diagonal", "block_diagonal:4", "rank_tril:2"])
+@pytest.mark.parametrize("order", ["transposed", 3])
+def test_a_step_in_another_order_is_refused_where_it_would_overflow(
+    spec: str, order: Order
+) -> None:
+    """Near overflow what would be stored is looked at, number by number."""
+    d_o, d_i = 7, 12
+    K, C = (StructuredMatrix.eye(spec, d, torch.float32).data for d in (d_i, d_o))
+    none, largest = torch.empty(0), torch.finfo(torch.float32).max
+    for number in range(d_o * d_i):
+        gradient = torch.full((d_o * d_i,), largest / 2)
+        for value, refused in ((largest, False), (-largest, True)):
+            gradient[number] = value
+            weight = laid_out(torch.full((d_o, d_i), largest / 8), order)
+            counter = torch.zeros((), dtype=torch.int64)
+            ops.preconditioned_update_(
+                [weight], [none], [], [], [counter],
+                [laid_out(gradient.view(d_o, d_i), order)], [none], [K], [C], spec, spec,
+                lr=torch.tensor(1.0), momentum=0.0, weight_decay=0.0,
+            )  # fmt: skip
+            assert counter.item() == refused
+            moved = largest / 8 - gradient.view(weight.shape)
+            assert torch.equal(weight, torch.full_like(weight, largest / 8) if refused else moved)
 
 
 def test_an_overflow_in_the_last_row_alone_is_found() -> None:

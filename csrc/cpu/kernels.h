@@ -46,7 +46,8 @@ struct LocalProduct {
   Layout layout;
   T *diagonal = nullptr, *blocks = nullptr, *thin = nullptr, *wide = nullptr;
   T* outer = nullptr;
-  double norm = 1;  // bounds every sum of |terms| that a multiplication by P takes, over max |x|
+  int64_t taps = 1;  // of a diagonal on the right, if its columns are in channels-last order
+  double norm = 1;   // bounds every sum of |terms| that a multiplication by P takes, over max |x|
 
   SINGD_INLINE_EVERYWHERE int64_t border() const { return layout.head + layout.tail; }
   // The side of a block, or the width of a border.
@@ -87,12 +88,16 @@ struct LocalProduct {
   }
 };
 
+// The largest kernel of a convolution whose rows a step takes in channels-last order.
+inline constexpr int64_t kMostTaps = 512;
+
 // Rows [row_begin, row_begin + height) and columns [begin, begin + width) of a layer's matrix W: a
 // parameter with its momentum and gradient. Parts have all rows, or all columns of W.
 struct StepPart {
   Array weight, momentum;  // contiguous; momentum.data is null if alpha2 = 0
   ConstArray gradient;     // rows `gradient_stride` apart
   int64_t row_begin = 0, height = 0, begin = 0, width = 0, gradient_stride = 0;
+  int64_t taps = 1;  // of a convolution's kernel, if its rows are in channels-last order
   RoundingKey key;
 
   SINGD_INLINE_EVERYWHERE bool is_line() const { return height == 1 || width == 1; }
@@ -118,6 +123,8 @@ struct StepLayer {
   // [border, spaced(columns)] each; with tiles there is room for whole ones.
   T *border_products = nullptr, *border_rows = nullptr;
   StepOptions options;
+
+  SINGD_INLINE_EVERYWHERE bool has_taps() const { return parts[0].taps > 1; }
 };
 
 // A rectangle of a layer's matrix. With blocks on a side it holds whole blocks, with a border on

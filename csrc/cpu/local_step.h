@@ -53,6 +53,8 @@ class LocalStep {
       product->layout = factor->layout;
       factors_.push_back(*factor);
     }
+    // Where all is diagonal, columns may have any order, and so the one of memory.
+    if (is_pointwise(layer)) std::swap(layer.right.taps, layer.parts[0].taps);
     choose_forms(layer, right, tiles_ != nullptr, pairs_);
     layers_.push_back(layer);
   }
@@ -158,19 +160,20 @@ class LocalStep {
     return factor % 2 == 0 ? layer.left : layer.right;
   }
 
-  // Memory of the products that are kept; whether they are there, those of turned layers too.
+  // Memory of the products that are kept; whether they are there, and made for the order in which
+  // layers lie in memory now.
   bool fit_products() {
     if (products_ == nullptr) return false;
-    char* turned = nullptr;
+    int64_t* orders = nullptr;
     bool kept = Arena::fit(*products_, [&](Arena& arena) {
       norms_ = arena.take<double>(factors_.size());
-      turned = arena.take<char>(layers_.size());
+      orders = arena.take<int64_t>(layers_.size());
       for (size_t i = 0; i < factors_.size(); ++i) allocate_product(product(i), arena);
     });
     for (size_t i = 0; i < layers_.size(); ++i) {
-      const char now = layers_[i].is_turned;
-      kept = kept && turned[i] == now;
-      turned[i] = now;
+      const int64_t order = layers_[i].is_turned ? -1 : layers_[i].right.taps;
+      kept = kept && orders[i] == order;
+      orders[i] = order;
     }
     return kept;
   }

@@ -43,23 +43,30 @@ at::ScalarType step_type(const LayerStep& layer) {
   return compute_type(dtype);
 }
 
-// Whether W^T, and not W, lies in memory row by row, as a weight that is applied as x W^T has it.
-bool is_turned(const LayerStep& layer) {
+// How a weight lies in memory: W row by row, W^T row by row, as a weight that is applied as x W^T
+// has it, or each row of W in channels-last order.
+enum class Order { kRows, kTurned, kChannelsLast };
+
+Order order_of(const LayerStep& layer) {
   const at::Tensor& weight = layer.parts[0].parameter;
-  return weight.dim() == 2 && !weight.is_contiguous() && weight.t().is_contiguous();
+  if (weight.dim() < 2 || weight.is_contiguous()) return Order::kRows;
+  if (weight.dim() == 2) return weight.t().is_contiguous() ? Order::kTurned : Order::kRows;
+  const bool is_last = weight.movedim(1, -1).is_contiguous();
+  return is_last && weight[0][0].numel() <= kMostTaps ? Order::kChannelsLast : Order::kRows;
 }
 
-// The contiguous tensors that the kernels work on, W or W^T: the layer's own, or copies of strided
-// ones.
+// The contiguous tensors in an order that the kernels work on: the layer's own, or copies of
+// others.
 class Staged {
  public:
   at::Tensor parameter, momentum, gradient;
 
-  explicit Staged(const Part& part, bool turned = false)
-      : parameter(lines(part.parameter, turned)),
-        momentum(part.momentum.defined() ? lines(part.momentum, turned) : at::Tensor()),
-        gradient(lines(part.gradient, turned)),
-        turned_(turned) {}
+  explicit Staged(const Part& part, Order order = Order::kRows)
+      : parameter(ordered(part.parameter, order).contiguous()),
+        momentum(part.momentum.defined() ? ordered(part.momentum, order).contiguous()
+                                         : at::Tensor()),
+        gradient(ordered(part.gradient, order).contiguous()),
+        order_(order) {}
 
   void copy_back(const Part& part) const {
     copy(parameter, part.parameter);
@@ -67,26 +74,28 @@ class Staged {
   }
 
  private:
-  static at::Tensor lines(const at::Tensor& tensor, bool turned) {
-    return (turned && tensor.dim() == 2 ? tensor.t() : tensor).contiguous();
+  // A view whose rows are to lie side by side; a bias is in every order.
+  static at::Tensor ordered(const at::Tensor& tensor, Order order) {
+    if (order == Order::kRows || tensor.dim() < 2) return tensor;
+    return order == Order::kTurned ? tensor.t() : tensor.movedim(1, -1);
   }
   void copy(const at::Tensor& from, const at::Tensor& to) const {
-    if (from.is_alias_of(to)) return;
-    to.copy_(turned_ && to.dim() == 2 ? from.t() : from);
+    if (!from.is_alias_of(to)) ordered(to, order_).copy_(from);
   }
 
-  bool turned_;
+  Order order_;
 };
 
-std::vector<Staged> staged_parts(const LayerStep& layer, bool turned = false) {
+std::vector<Staged> staged_parts(const LayerStep& layer, Order order = Order::kRows) {
   std::vector<Staged> staged;
-  for (const Part& part : layer.parts) staged.emplace_back(part, turned);
+  for (const Part& part : layer.parts) staged.emplace_back(part, order);
   return staged;
 }
 
 template <class T>
 StepLayer<T> step_layer(const LayerStep& layer, const std::vector<Staged>& staged,
-                        const Options& options, const RoundingKey& key, bool turned = false) {
+                        const Options& options, const RoundingKey& key,
+                        Order order = Order::kRows) {
   StepLayer<T> step;
   step.rows = layer.C.layout.dim;
   step.columns = layer.K.layout.dim;
@@ -100,14 +109,15 @@ StepLayer<T> step_layer(const LayerStep& layer, const std::vector<Staged>& stage
     part.begin = layer.parts[i].begin;
     part.width = layer.parts[i].width;
     part.key = key.stream(i);
-    if (turned) {
+    if (order == Order::kChannelsLast && i == 0) part.taps = layer.parts[0].parameter[0][0].numel();
+    if (order == Order::kTurned) {
       std::swap(part.row_begin, part.begin);
       std::swap(part.height, part.width);
     }
     part.gradient_stride = part.width;
   }
-  if (turned) std::swap(step.rows, step.columns);
-  step.is_turned = turned;
+  step.is_turned = order == Order::kTurned;
+  if (step.is_turned) std::swap(step.rows, step.columns);
   return step;
 }
 
@@ -263,11 +273,11 @@ void update_layers(const std::vector<LayerStep>& layers, const Options& options,
       report(i, update_whole<T>(layer, options, key.stream(i), matrices, workspace));
       continue;
     }
-    const bool turned = is_turned(layer);
-    staged.push_back(staged_parts(layer, turned));
-    const auto step = step_layer<T>(layer, staged.back(), options, key.stream(i), turned);
+    const Order order = order_of(layer);
+    staged.push_back(staged_parts(layer, order));
+    const auto step = step_layer<T>(layer, staged.back(), options, key.stream(i), order);
     const LocalFactor C = local_factor(layer.C), K = local_factor(layer.K);
-    local.add(step, turned ? K : C, turned ? C : K);
+    local.add(step, step.is_turned ? K : C, step.is_turned ? C : K);
     indices.push_back(i);
   }
   local.run([&](size_t local_index, bool updated) {

@@ -21,6 +21,7 @@ namespace {
 #include "simd/rows.h"
 #include "simd/one_border.h"
 #include "simd/gram.h"
+#include "simd/taps.h"
 #include "simd/write.h"
 #include "simd/side_product.h"
 #include "simd/read.h"

@@ -113,15 +113,31 @@ struct Factor {
   }
 };
 
+enum class Order { kRows, kTurned, kChannelsLast };
+
+// The smallest kernel of which a row of so many numbers has whole channels.
+int64_t least_taps(int64_t numbers) {
+  int64_t taps = 2;
+  while (numbers % taps != 0) ++taps;
+  return taps;
+}
+
 // A layer with a bias behind the weight, or below it: its parts of weight, momentum and gradient.
 struct Layer {
   int64_t rows, columns;
   bool turned;
+  int64_t taps;
   Factor left, right;
   std::vector<Stored> weights, momenta, gradients;
 
-  Layer(int64_t r, int64_t c, bool t, const std::string& left_spec, const std::string& right_spec)
-      : rows(r), columns(c), turned(t), left(left_spec, r), right(right_spec, c) {
+  Layer(int64_t r, int64_t c, Order order, const std::string& left_spec,
+        const std::string& right_spec)
+      : rows(r),
+        columns(c),
+        turned(order == Order::kTurned),
+        taps(order == Order::kChannelsLast ? least_taps(c - 1) : 1),
+        left(left_spec, r),
+        right(right_spec, c) {
     const int64_t bias = turned ? columns : rows;
     for (auto* list : {&weights, &momenta, &gradients}) {
       list->emplace_back(rows * columns - bias);
@@ -135,6 +151,7 @@ struct Layer {
     layer.columns = columns;
     layer.options = options;
     layer.num_parts = 2;
+    layer.parts[0].taps = taps;
     for (size_t i = 0; i < 2; ++i) {
       StepPart& part = layer.parts[i];
       part.weight = weights[i].array();
@@ -151,7 +168,9 @@ struct Layer {
 
   double of(const std::vector<Stored>& parts, int64_t i, int64_t j) const {
     if (turned) return i + 1 < rows ? parts[0].at(i * columns + j) : parts[1].at(j);
-    return j + 1 < columns ? parts[0].at(i * (columns - 1) + j) : parts[1].at(i);
+    if (j + 1 == columns) return parts[1].at(i);
+    const int64_t channels = (columns - 1) / taps;
+    return parts[0].at(i * (columns - 1) + j % taps * channels + j / taps);
   }
   Matrix gradient() const {
     Matrix g(rows, columns);
@@ -193,8 +212,8 @@ void step(const std::string& left, const std::string& right, const std::vector<S
   const StepOptions options{0.1, 0.9, 0.01, unscale};
   std::vector<Layer> layers;
   for (const Shape& shape : shapes) {
-    for (const bool turned : {false, true}) {
-      layers.emplace_back(shape.rows, shape.columns, turned, left, right);
+    for (const Order order : {Order::kRows, Order::kTurned, Order::kChannelsLast}) {
+      layers.emplace_back(shape.rows, shape.columns, order, left, right);
     }
   }
   const std::vector<Layer> before = layers;
@@ -207,7 +226,8 @@ void step(const std::string& left, const std::string& right, const std::vector<S
     compare(before[i], layers[i], options,
             std::string(on_tiles ? "tiles, " : "pairs, ") + left + " and " + right + ", " +
                 std::to_string(layers[i].rows) + " x " + std::to_string(layers[i].columns) +
-                (layers[i].turned ? ", turned" : ""));
+                (layers[i].turned ? ", turned" : "") +
+                (layers[i].taps > 1 ? ", channels-last" : ""));
   }
 }
 

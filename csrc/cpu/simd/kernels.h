@@ -13,6 +13,7 @@ namespace {
 #include "one_border.h"
 #include "gram.h"
 #include "statistics.h"
+#include "taps.h"
 #include "write.h"
 #include "side_product.h"
 #include "read.h"

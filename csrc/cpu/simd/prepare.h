@@ -44,6 +44,13 @@ template <class T>
 void prepare_diagonal(LocalProduct<T>& product, const T* factor) {
   const int64_t d = product.layout.dim;
   for (int64_t j = 0; j < d; ++j) product.diagonal[j] = factor[j] * factor[j];
+  if (product.taps > 1) {  // all columns but that of a bias are in channels-last order
+    const int64_t channels = d / product.taps;
+    for (int64_t j = 0; j < channels * product.taps; ++j) {
+      const T x = factor[j];
+      product.diagonal[j % product.taps * channels + j / product.taps] = x * x;
+    }
+  }
   product.norm = static_cast<double>(magnitude_of(largest_bits(product.diagonal, d)));
 }
 

@@ -23,6 +23,13 @@ SINGD_INLINE void load_gradient(const StepLayer<T>& layer, const Panel& panel, c
         const T scale = row_scale != nullptr ? unscale * row_scale[row] : unscale;
         const auto* from = gradient + place.gradient_slot(i);
         T* x = to + (place.panel_row + i) * stride + place.at;
+        if (place.part.taps > 1) {
+          load_taps(place.part, from - place.first, place.first, count, scale, x, look);
+          if (shared == nullptr) continue;
+          load_row_beside(x, count, T(1), shared->factors[row * shared->stride],
+                          shared->row + place.at, x);
+          continue;
+        }
         look(from, count);
         if (shared == nullptr) {
           load_row(from, count, scale, x);
@@ -231,8 +238,9 @@ double thin_products_of_one(const StepLayer<T>& layer, const Panel& panel, T* su
 
 template <class T>
 double thin_products(const StepLayer<T>& layer, const Panel& panel, T* products, T* scratch) {
-  return layer.left.border() == 1 ? thin_products_of_one(layer, panel, products)
-                                  : thin_products_of_many(layer, panel, products, scratch);
+  const bool one = layer.left.border() == 1 && !layer.has_taps();
+  return one ? thin_products_of_one(layer, panel, products)
+             : thin_products_of_many(layer, panel, products, scratch);
 }
 
 template <class T>

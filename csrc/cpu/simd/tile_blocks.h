@@ -46,7 +46,8 @@ SINGD_INLINE void pair_gradient(const StepLayer<float>& layer, const Panel& squa
 inline bool precondition_squares(const StepLayer<float>& layer, const Panel& panel, float* to) {
   const LocalProduct<float>&left = layer.left, &right = layer.right;
   if (left.kind != LocalKind::kBlocks || right.kind != LocalKind::kBlocks ||
-      left.layout.block > kSide || right.layout.block > kSide || layer.options.unscale != 1) {
+      left.layout.block > kSide || right.layout.block > kSide || layer.options.unscale != 1 ||
+      layer.has_taps()) {
     return false;
   }
   alignas(64) uint32_t pairs[kTileRows][kSide], high[kSide][kTileRows], low[kSide][kTileRows];

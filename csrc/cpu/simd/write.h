@@ -197,11 +197,6 @@ SINGD_INLINE void write_rows(const StepLayer<T>& layer, const Place& place,
   }
 }
 
-template <class T>
-const T* part_of(const T* column_scale, int64_t begin) {
-  return column_scale != nullptr ? column_scale + begin : nullptr;
-}
-
 // The same for a part of one column, such as a bias: its numbers are consecutive.
 template <class T, class Weight, class Momentum>
 SINGD_INLINE void write_column(const StepLayer<T>& layer, const Place& place, const T* column,
@@ -213,6 +208,32 @@ SINGD_INLINE void write_column(const StepLayer<T>& layer, const Place& place, co
     for (int64_t i = 0; i < n; ++i) chunk[i] = column[(row + i) * stride];
     write_numbers<T, T>(layer.options, place.part.key, place.slot(row), n, chunk, scale, nullptr,
                         weight, momentum);
+  }
+}
+
+// f(slot, count, numbers of x, their scales) for the runs in which row i of a place lies in memory.
+template <class T, class Function>
+SINGD_INLINE void for_each_run(const Place& place, int64_t i, const T* x, const T* column_scale,
+                               Function f) {
+  if (place.part.taps == 1) return f(place.slot(i), place.columns, x, column_scale);
+  const int64_t row = place.slot(i) - place.first;
+  const T* const none = nullptr;
+  for_each_tap_run(place.part, place.first, place.columns, x, column_scale,
+                   [&](int64_t at, int64_t count, const T* run) { f(row + at, count, run, none); });
+}
+
+// The same as write_rows for channels-last rows, in runs that are too short to ask for the next.
+template <class T, class Weight, class Momentum>
+void write_taps(const StepLayer<T>& layer, const Place& place, const T* x, int64_t stride,
+                const T* column_scale, Weight* weight, Momentum* momentum) {
+  StepOptions options = layer.options;
+  options.stream = options.ask = false;
+  for (int64_t i = 0; i < place.rows; ++i) {
+    for_each_run(place, i, x + i * stride, column_scale,
+                 [&](int64_t at, int64_t count, const T* numbers, const T* scale) {
+                   write_numbers<T, T>(options, place.part.key, at, count, numbers, T(1), scale,
+                                       weight, momentum);
+                 });
   }
 }
 
@@ -241,6 +262,9 @@ void write_panel(const StepLayer<T>& layer, const Panel& panel, const T* x, cons
         if (place.part.width == 1) {
           return write_column<T>(layer, place, own, panel.stride(),
                                  scale != nullptr ? *scale : T(1), weight, momentum);
+        }
+        if (place.part.taps > 1) {
+          return write_taps(layer, place, own, panel.stride(), scale, weight, momentum);
         }
         write_rows<T>(layer, place, own, panel.stride(), one, scale, weight, momentum);
       });
@@ -281,16 +305,18 @@ bool panel_is_finite(const StepLayer<T>& layer, const Panel& panel, const T* x,
       layer, panel, x, column_scale,
       [&](const Place& place, const T* own, const T* scale, auto* weight, auto* momentum) {
         for (int64_t i = 0; i < place.rows; ++i) {
-          const int64_t from = place.slot(i);
-          finite &= row_is_finite(c, own + i * panel.stride(), scale, place.columns, weight + from,
-                                  momentum != nullptr ? momentum + from : nullptr);
+          for_each_run(place, i, own + i * panel.stride(), scale,
+                       [&](int64_t from, int64_t count, const T* numbers, const T* by) {
+                         finite &= row_is_finite(c, numbers, by, count, weight + from,
+                                                 momentum != nullptr ? momentum + from : nullptr);
+                       });
         }
       });
   return finite;
 }
 
 // Diagonal products need no scratch. A parameter, its momentum and its gradient have one type, as
-// they have in training; other cases go through scratch.
+// they have in training, and its rows are in the order of W; other cases go through scratch.
 template <class T>
 bool is_pointwise(const StepLayer<T>& layer) {
   bool same = layer.left.is_pointwise() && layer.right.is_pointwise();
