@@ -14,6 +14,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
+#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -47,12 +48,17 @@ at::ScalarType step_type(const LayerStep& layer) {
 // has it, or each row of W in channels-last order.
 enum class Order { kRows, kTurned, kChannelsLast };
 
+// Positions of a convolution's kernel.
+int64_t taps_of(const at::Tensor& weight) {
+  return c10::multiply_integers(weight.sizes().slice(2));
+}
+
 Order order_of(const LayerStep& layer) {
   const at::Tensor& weight = layer.parts[0].parameter;
   if (weight.dim() < 2 || weight.is_contiguous()) return Order::kRows;
   if (weight.dim() == 2) return weight.t().is_contiguous() ? Order::kTurned : Order::kRows;
   const bool is_last = weight.movedim(1, -1).is_contiguous();
-  return is_last && weight[0][0].numel() <= kMostTaps ? Order::kChannelsLast : Order::kRows;
+  return is_last && taps_of(weight) <= kMostTaps ? Order::kChannelsLast : Order::kRows;
 }
 
 // The contiguous tensors in an order that the kernels work on: the layer's own, or copies of
@@ -109,7 +115,7 @@ StepLayer<T> step_layer(const LayerStep& layer, const std::vector<Staged>& stage
     part.begin = layer.parts[i].begin;
     part.width = layer.parts[i].width;
     part.key = key.stream(i);
-    if (order == Order::kChannelsLast && i == 0) part.taps = layer.parts[0].parameter[0][0].numel();
+    if (order == Order::kChannelsLast && i == 0) part.taps = taps_of(layer.parts[0].parameter);
     if (order == Order::kTurned) {
       std::swap(part.row_begin, part.begin);
       std::swap(part.height, part.width);
