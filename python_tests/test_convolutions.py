@@ -215,6 +215,32 @@ def test_memory_format_of_the_input_does_not_matter(structure: str, kfac_approx:
         torch.testing.assert_close(run, contiguous, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("when", [0, 1])
+@pytest.mark.parametrize("bound", [{}, {"max_update_norm": 0.05}], ids=["", "bounded"])
+@pytest.mark.parametrize("structure", ["diagonal", "block_diagonal:5", "hierarchical:2,3", "dense"])
+def test_memory_format_of_the_model_does_not_matter(
+    structure: str, bound: dict[str, float], when: int
+) -> None:
+    """Converted before the first step, or before the second one, when there is momentum."""
+    runs = []
+    for last in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 7, 3, padding=1), nn.Tanh(), nn.Conv2d(7, 4, 2, bias=False)
+        ).double()
+        options = {"structures": (structure, structure), "lr": 0.1, "lr_cov": 0.01, "T": 2}
+        optimizer = SINGD(model, **options, **bound)
+        for step in range(4):
+            if last and step == when:
+                model.to(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            model(inputs(4, 3, 7, 6, seed=step)).square().mean().backward()
+            optimizer.step()
+        assert model[0].weight.is_contiguous(memory_format=torch.channels_last) == last
+        runs.append(snapshot(model, optimizer))
+    torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-12)
+
+
 # -------------------------------------------------------------------- memory
 
 GEOMETRY = {"kernel_size": 5, "padding": 2}
