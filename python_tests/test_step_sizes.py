@@ -139,8 +139,8 @@ def test_step_of_a_channels_last_weight(
             assert_close_to_truth(ours, rows, truth)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("taps", "channels"), [(4, 700), (512, 5), (513, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("taps", "channels"), [(4, 515), (300, 5), (512, 2), (513, 2)])
 @pytest.mark.parametrize(
     "specs", [("diagonal", "diagonal"), ("block_diagonal:7", "rank_tril:1")], ids=str
 )
@@ -148,7 +148,7 @@ def test_step_of_many_taps_or_channels(
     specs: tuple[str, str], taps: int, channels: int, dtype: torch.dtype
 ) -> None:
     """More than a group holds, and the largest kernel that is not copied."""
-    check_step(*specs, 17, taps * channels + 1, True, dtype, False, taps)
+    check_step(*specs, 7, taps * channels + 1, True, dtype, False, taps)
 
 
 @pytest.mark.parametrize("ordered", [["weight"], ["weight", "gradient"], ["gradient", "momentum"]])
