@@ -3,6 +3,7 @@
 Of the CPU's kernels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from nets import inputs, mlp, snapshot
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from singd_ext import _C, SINGD, ops
+from singd_ext import _C, SINGD, StructuredMatrix, ops
 
 LOCAL = ["diagonal", "block_diagonal:8", "rank_triu:1", "rank_tril:1", "rank_triu:7", "rank_tril:7",
          "hierarchical:3,4", "hierarchical:15,15"]  # fmt: skip
@@ -282,6 +283,37 @@ def test_step_cap_of_blocks_where_squares_overflow_float32() -> None:
         optimizer.step()
     change = optimizer.factors()[""][0].to_dense() - torch.eye(8)
     assert change.norm().item() == pytest.approx(0.5, rel=1e-5)
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    return matrix.T.clone(memory_format=torch.contiguous_format).T
+
+
+def _channels_last(matrix: Tensor) -> Tensor:
+    return matrix.view(len(matrix), -1, 3, 1).clone(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("spec", ["diagonal", "block_diagonal:4", "rank_tril:2"])
+@pytest.mark.parametrize("laid_out", [_transposed, _channels_last])
+def test_a_step_in_another_order_is_refused_where_it_would_overflow(
+    spec: str, laid_out: Callable[[Tensor], Tensor]
+) -> None:
+    """Near overflow what would be stored is looked at, number by number."""
+    d_o, d_i = 7, 12
+    K, C = (StructuredMatrix.eye(spec, d, torch.float32).data for d in (d_i, d_o))
+    none, largest = torch.empty(0), torch.finfo(torch.float32).max
+    start = torch.full((d_o, d_i), largest / 8)
+    for number in range(d_o * d_i):
+        gradient = torch.full((d_o, d_i), largest / 2)
+        for value, refused in ((largest, False), (-largest, True)):
+            gradient.view(-1)[number] = value
+            weight, counter = laid_out(start), torch.zeros((), dtype=torch.int64)
+            ops.preconditioned_update_(
+                [weight], [none], [], [], [counter], [laid_out(gradient)], [none],
+                [K], [C], spec, spec, lr=torch.tensor(1.0), momentum=0.0, weight_decay=0.0,
+            )  # fmt: skip
+            assert counter.item() == refused
+            assert torch.equal(weight.reshape(d_o, d_i), start if refused else start - gradient)
 
 
 class _Mixed(nn.Linear):

@@ -191,31 +191,6 @@ def test_step_of_many_rows(specs: tuple[str, str], dtype: torch.dtype) -> None:
     check_step(*specs, 4200, 41, True, dtype, False)
 
 
-@pytest.mark.parametrize("spec", ["diagonal", "block_diagonal:4", "rank_tril:2"])
-@pytest.mark.parametrize("order", ["transposed", 3])
-def test_a_step_in_another_order_is_refused_where_it_would_overflow(
-    spec: str, order: Order
-) -> None:
-    """Near overflow what would be stored is looked at, number by number."""
-    d_o, d_i = 7, 12
-    K, C = (StructuredMatrix.eye(spec, d, torch.float32).data for d in (d_i, d_o))
-    none, largest = torch.empty(0), torch.finfo(torch.float32).max
-    for number in range(d_o * d_i):
-        gradient = torch.full((d_o * d_i,), largest / 2)
-        for value, refused in ((largest, False), (-largest, True)):
-            gradient[number] = value
-            weight = laid_out(torch.full((d_o, d_i), largest / 8), order)
-            counter = torch.zeros((), dtype=torch.int64)
-            ops.preconditioned_update_(
-                [weight], [none], [], [], [counter],
-                [laid_out(gradient.view(d_o, d_i), order)], [none], [K], [C], spec, spec,
-                lr=torch.tensor(1.0), momentum=0.0, weight_decay=0.0,
-            )  # fmt: skip
-            assert counter.item() == refused
-            moved = largest / 8 - gradient.view(weight.shape)
-            assert torch.equal(weight, torch.full_like(weight, largest / 8) if refused else moved)
-
-
 def test_an_overflow_in_the_last_row_alone_is_found() -> None:
     """Dense factors: the preconditioned gradient lies in memory with its bias in between."""
     weight, bias = torch.ones(8, 2), torch.ones(8)
