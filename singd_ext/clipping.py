@@ -46,11 +46,12 @@ def divisors(
     for step in steps:
         options = optimizer._checked[step.group]
         measured = [_measure(x, optimizer.state, options, grad_scale) for x in step.layers]
-        shrinkings.append([_shrinking(options.max_update_norm, norm) for norm, _ in measured])
-        if options.kl_clip is not None:
-            for nu, (_, change) in zip(shrinkings[-1], measured, strict=True):
-                term = (nu * nu * change).nan_to_num(0.0, 0.0, 0.0)
-                total = term if total is None else total + term.to(total.device)
+        shrinkings.append([nu for nu, _ in measured])
+        for nu, change in measured:
+            if change is None:
+                continue
+            term = (nu * nu * change).nan_to_num(0.0, 0.0, 0.0)
+            total = term if total is None else total + term.to(total.device)
     return {
         step.group: _divided(grad_scale, nus, optimizer._checked[step.group], total)
         for step, nus in zip(steps, shrinkings, strict=True)
@@ -60,28 +61,35 @@ def divisors(
 @torch.no_grad()
 def _measure(
     layer: Layer, state: dict[Tensor, State], options: Hyperparameters, grad_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return ‖β₂ P‖ and β₂² ⟨P, ∂ℓ/∂W⟩ of a layer."""
+) -> tuple[Tensor, Tensor | None]:
+    """Return ν_l of a layer and, for `kl_clip`, β₂² ⟨P, ∂ℓ/∂W⟩."""
     own, (structure_K, structure_C) = layer.entries(state), options.structures
     columns = [
         layer.view(i, torch.zeros_like(p) if p.grad is None else p.grad).reshape(layer.dim_C, -1)
         for i, p in enumerate(layer.parameters)  # one of two may be frozen
     ]
     dtype = torch.float64 if columns[0].dtype == torch.float64 else torch.float32
-    half = torch.cat(columns, dim=1).to(dtype)
+    half = (torch.cat(columns, dim=1) if len(columns) > 1 else columns[0]).to(dtype)
     # Divided first: its square must not overflow.
     half = half if grad_scale is None else half / grad_scale.to(half.device)
-    for transpose in (True, False):  # first Cᵀ (∂ℓ/∂W) K, then C (...) Kᵀ
-        half = ops.structured_matmul(
-            own["C"], layer.dim_C, structure_C, half, side="left", transpose=transpose
-        )
-        half = ops.structured_matmul(
-            own["K"], layer.dim_K, structure_K, half, side="right", transpose=not transpose
-        )
-        if transpose:
-            change = _norm(half).square()
     lr = options.lr.to(half.device) if isinstance(options.lr, Tensor) else options.lr
-    return (lr * _norm(half)).reshape(()), (lr * lr * change).reshape(())
+
+    def multiplied(matrix: Tensor, transpose: bool) -> Tensor:
+        left = ops.structured_matmul(
+            own["C"], layer.dim_C, structure_C, matrix, side="left", transpose=transpose
+        )
+        return ops.structured_matmul(
+            own["K"], layer.dim_K, structure_K, left, side="right", transpose=not transpose
+        )
+
+    half = multiplied(half, transpose=True)  # Cᵀ (∂ℓ/∂W) K
+    nu, change = torch.ones((), dtype=torch.float64, device=half.device), None
+    if options.kl_clip is not None:
+        change = (lr * lr * _norm(half).square()).reshape(())
+    if options.max_update_norm is not None:
+        norm = lr * _norm(multiplied(half, transpose=False))
+        nu = _shrinking(options.max_update_norm, norm.reshape(()))
+    return nu, change
 
 
 def _norm(matrix: Tensor) -> Tensor:
@@ -89,10 +97,8 @@ def _norm(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dtype=torch.float64)
 
 
-def _shrinking(bound: float | None, value: Tensor) -> Tensor:
+def _shrinking(bound: float, value: Tensor) -> Tensor:
     """Return min(1, bound / value), and 1 for values that are not finite."""
-    if bound is None:
-        return torch.ones_like(value)
     return torch.where(value.isfinite(), (bound / value).clamp(max=1.0), 1.0)
 
 
