@@ -293,8 +293,13 @@ def _channels_last(matrix: Tensor) -> Tensor:
     return matrix.view(len(matrix), -1, 3, 1).clone(memory_format=torch.channels_last)
 
 
+def _channels_apart(matrix: Tensor) -> Tensor:
+    channels = matrix.view(len(matrix), -1, 3, 1).transpose(0, 1)
+    return channels.clone(memory_format=torch.contiguous_format).transpose(0, 1)
+
+
 @pytest.mark.parametrize("spec", ["diagonal", "block_diagonal:4", "rank_tril:2"])
-@pytest.mark.parametrize("laid_out", [_transposed, _channels_last])
+@pytest.mark.parametrize("laid_out", [_transposed, _channels_last, _channels_apart])
 def test_a_step_in_another_order_is_refused_where_it_would_overflow(
     spec: str, laid_out: Callable[[Tensor], Tensor]
 ) -> None:

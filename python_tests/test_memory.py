@@ -143,7 +143,8 @@ def test_products_of_a_weight_that_lies_in_another_order_are_made_anew(spec: str
     kept = torch.empty(0, dtype=torch.uint8)
     rows, square = torch.zeros(8, 8), (8, 2, 2, 2)
     last = torch.zeros(square).to(memory_format=torch.channels_last)
-    for weight in (rows, rows.T, rows, last, rows.view(square), last, rows.T):
+    apart = torch.zeros(2, 8, 2, 2).transpose(0, 1)
+    for weight in (rows, rows.T, rows, last, rows.view(square), last, apart, last, rows.T):
         assert torch.equal(update(weight.clone(), kept), update(weight.clone(), None))
 
 

@@ -43,14 +43,16 @@ Order = Literal["transposed"] | int | None
 def laid_out(matrix: Tensor, order: Order, in_order: bool = True) -> Tensor:
     """Return a copy that lies in memory row by row, or in the other order.
 
-    This is column by column or, of a matrix [rows, channels, taps], channels-last.
+    This is column by column or, of a matrix [rows, channels, taps], channels-last; for a negative
+    number of taps, channel by channel as the weight of a transposed convolution.
     """
-    contiguous = torch.contiguous_format
+    contiguous, swapped = torch.contiguous_format, (-1, -2)
     if isinstance(order, int):
-        matrix = matrix.unflatten(1, (-1, order))
+        matrix = matrix.unflatten(1, (-1, abs(order)))
+        swapped = (-1, -2) if order > 0 else (0, 1)
     if order is None or not in_order:
         return matrix.clone(memory_format=contiguous)
-    return matrix.transpose(-1, -2).clone(memory_format=contiguous).transpose(-1, -2)
+    return matrix.transpose(*swapped).clone(memory_format=contiguous).transpose(*swapped)
 
 
 def one_step(
@@ -126,33 +128,33 @@ def test_step_of_a_transposed_weight(width: int, bias: bool, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("taps", [2, 9, 25])
+@pytest.mark.parametrize("order", [2, 9, 25, -2, -9])
 @pytest.mark.parametrize("width", [1, 16, 30])
-def test_step_of_a_channels_last_weight(
-    width: int, taps: int, bias: bool, dtype: torch.dtype
-) -> None:
+def test_step_of_a_convolution(width: int, order: int, bias: bool, dtype: torch.dtype) -> None:
     """As close as a step of rows, which rounds at other places."""
     for d_o, channels in ((33, 5), (1, 7)):
         for spec_K, spec_C in specs_of(width):
-            layer = (spec_K, spec_C, d_o, channels * taps + bias, bias, dtype, False)
-            ours, (rows, _, truth) = one_step(*layer, taps)[0], one_step(*layer)
+            layer = (spec_K, spec_C, d_o, channels * abs(order) + bias, bias, dtype, False)
+            ours, (rows, _, truth) = one_step(*layer, order)[0], one_step(*layer)
             assert_close_to_truth(ours, rows, truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("taps", "channels"), [(4, 515), (300, 5), (512, 2), (513, 2)])
+@pytest.mark.parametrize(
+    ("order", "channels"), [(4, 515), (300, 5), (512, 2), (513, 2), (-512, 2), (-513, 2)]
+)
 @pytest.mark.parametrize(
     "specs", [("diagonal", "diagonal"), ("block_diagonal:7", "rank_tril:1")], ids=str
 )
 def test_step_of_many_taps_or_channels(
-    specs: tuple[str, str], taps: int, channels: int, dtype: torch.dtype
+    specs: tuple[str, str], order: int, channels: int, dtype: torch.dtype
 ) -> None:
     """More than a group holds, and the largest kernel that is not copied."""
-    check_step(*specs, 7, taps * channels + 1, True, dtype, False, taps)
+    check_step(*specs, 7, abs(order) * channels + 1, True, dtype, False, order)
 
 
 @pytest.mark.parametrize("ordered", [["weight"], ["weight", "gradient"], ["gradient", "momentum"]])
-@pytest.mark.parametrize("order", ["transposed", 3])
+@pytest.mark.parametrize("order", ["transposed", 3, -3])
 @pytest.mark.parametrize("spec", ["diagonal", "hierarchical:2,3", "dense"])
 def test_step_where_some_lies_in_memory_in_another_order(
     spec: str, order: Order, ordered: list[str]
@@ -175,7 +177,7 @@ def test_step_where_some_lies_in_memory_in_another_order(
 )
 def test_step_of_many_tiles(specs: tuple[str, str], dtype: torch.dtype) -> None:
     """Several tiles, strips of rows and splits of columns; rows move in vectors."""
-    for order in (None, "transposed", 6):
+    for order in (None, "transposed", 6, -6):
         check_step(*specs, 300, 601, True, dtype, False, order)
     check_step(*specs, 690, 37, False, dtype, False)  # four uneven shares of thin products
 

@@ -117,7 +117,16 @@ class _ChannelsLast(nn.Module):
         return self.conv(x.view(len(x), -1, 2, 2)).flatten(1)
 
 
-@pytest.mark.parametrize("layer", [nn.Linear, _Transposed, _ChannelsLast])
+class _ConvTranspose(nn.Module):
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(d_in // 4, d_out // 4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.view(len(x), -1, 2, 2))[..., :2, :2].flatten(1)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, _Transposed, _ChannelsLast, _ConvTranspose])
 @pytest.mark.parametrize("spec", SPARSE[:-2])
 def test_a_steady_step_copies_no_matrix(spec: str, layer: Callable[[int, int], nn.Module]) -> None:
     net = nn.Sequential(*(layer(128, 128) for _ in range(3)))

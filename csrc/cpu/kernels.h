@@ -97,7 +97,8 @@ struct StepPart {
   Array weight, momentum;  // contiguous; momentum.data is null if alpha2 = 0
   ConstArray gradient;     // rows `gradient_stride` apart
   int64_t row_begin = 0, height = 0, begin = 0, width = 0, gradient_stride = 0;
-  int64_t taps = 1;  // of a convolution's kernel, if its rows are in channels-last order
+  int64_t taps = 1;   // of a convolution's kernel, if its rows are not in the order of W:
+  int64_t apart = 0;  // from channel to channel of a transposed one; 0 in channels-last order
   RoundingKey key;
 
   SINGD_INLINE_EVERYWHERE bool is_line() const { return height == 1 || width == 1; }

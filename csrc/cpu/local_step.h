@@ -54,7 +54,9 @@ class LocalStep {
       factors_.push_back(*factor);
     }
     // Where all is diagonal, columns may have any order, and so the one of memory.
-    if (is_pointwise(layer)) std::swap(layer.right.taps, layer.parts[0].taps);
+    if (is_pointwise(layer) && layer.parts[0].apart == 0) {
+      std::swap(layer.right.taps, layer.parts[0].taps);
+    }
     choose_forms(layer, right, tiles_ != nullptr, pairs_);
     layers_.push_back(layer);
   }

@@ -45,8 +45,9 @@ at::ScalarType step_type(const LayerStep& layer) {
 }
 
 // How a weight lies in memory: W row by row, W^T row by row, as a weight that is applied as x W^T
-// has it, or each row of W in channels-last order.
-enum class Order { kRows, kTurned, kChannelsLast };
+// has it, each row of W in channels-last order, or channel by channel all rows of W, as a
+// transposed convolution has them.
+enum class Order { kRows, kTurned, kChannelsLast, kChannelsApart };
 
 // Positions of a convolution's kernel.
 int64_t taps_of(const at::Tensor& weight) {
@@ -57,8 +58,9 @@ Order order_of(const LayerStep& layer) {
   const at::Tensor& weight = layer.parts[0].parameter;
   if (weight.dim() < 2 || weight.is_contiguous()) return Order::kRows;
   if (weight.dim() == 2) return weight.t().is_contiguous() ? Order::kTurned : Order::kRows;
-  const bool is_last = weight.movedim(1, -1).is_contiguous();
-  return is_last && taps_of(weight) <= kMostTaps ? Order::kChannelsLast : Order::kRows;
+  if (taps_of(weight) > kMostTaps) return Order::kRows;
+  if (weight.movedim(1, -1).is_contiguous()) return Order::kChannelsLast;
+  return weight.movedim(1, 0).is_contiguous() ? Order::kChannelsApart : Order::kRows;
 }
 
 // The contiguous tensors in an order that the kernels work on: the layer's own, or copies of
@@ -83,7 +85,8 @@ class Staged {
   // A view whose rows are to lie side by side; a bias is in every order.
   static at::Tensor ordered(const at::Tensor& tensor, Order order) {
     if (order == Order::kRows || tensor.dim() < 2) return tensor;
-    return order == Order::kTurned ? tensor.t() : tensor.movedim(1, -1);
+    if (order == Order::kTurned) return tensor.t();
+    return tensor.movedim(1, order == Order::kChannelsLast ? -1 : 0);
   }
   void copy(const at::Tensor& from, const at::Tensor& to) const {
     if (!from.is_alias_of(to)) ordered(to, order_).copy_(from);
@@ -115,12 +118,17 @@ StepLayer<T> step_layer(const LayerStep& layer, const std::vector<Staged>& stage
     part.begin = layer.parts[i].begin;
     part.width = layer.parts[i].width;
     part.key = key.stream(i);
-    if (order == Order::kChannelsLast && i == 0) part.taps = taps_of(layer.parts[0].parameter);
     if (order == Order::kTurned) {
       std::swap(part.row_begin, part.begin);
       std::swap(part.height, part.width);
     }
     part.gradient_stride = part.width;
+    if (i > 0 || (order != Order::kChannelsLast && order != Order::kChannelsApart)) continue;
+    part.taps = taps_of(layer.parts[0].parameter);
+    if (order == Order::kChannelsApart) {
+      part.apart = step.rows * part.taps;
+      part.gradient_stride = part.taps;
+    }
   }
   step.is_turned = order == Order::kTurned;
   if (step.is_turned) std::swap(step.rows, step.columns);

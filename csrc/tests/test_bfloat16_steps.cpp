@@ -113,7 +113,7 @@ struct Factor {
   }
 };
 
-enum class Order { kRows, kTurned, kChannelsLast };
+enum class Order { kRows, kTurned, kChannelsLast, kChannelsApart };
 
 // The smallest kernel of which a row of so many numbers has whole channels.
 int64_t least_taps(int64_t numbers) {
@@ -125,7 +125,7 @@ int64_t least_taps(int64_t numbers) {
 // A layer with a bias behind the weight, or below it: its parts of weight, momentum and gradient.
 struct Layer {
   int64_t rows, columns;
-  bool turned;
+  bool turned, apart;
   int64_t taps;
   Factor left, right;
   std::vector<Stored> weights, momenta, gradients;
@@ -135,7 +135,8 @@ struct Layer {
       : rows(r),
         columns(c),
         turned(order == Order::kTurned),
-        taps(order == Order::kChannelsLast ? least_taps(c - 1) : 1),
+        apart(order == Order::kChannelsApart),
+        taps(apart || order == Order::kChannelsLast ? least_taps(c - 1) : 1),
         left(left_spec, r),
         right(right_spec, c) {
     const int64_t bias = turned ? columns : rows;
@@ -152,6 +153,7 @@ struct Layer {
     layer.options = options;
     layer.num_parts = 2;
     layer.parts[0].taps = taps;
+    layer.parts[0].apart = apart ? rows * taps : 0;
     for (size_t i = 0; i < 2; ++i) {
       StepPart& part = layer.parts[i];
       part.weight = weights[i].array();
@@ -162,6 +164,7 @@ struct Layer {
       const int64_t lines = i == 0 ? (turned ? rows : columns) - 1 : 1;
       part.height = turned ? lines : rows;
       part.width = part.gradient_stride = turned ? columns : lines;
+      if (part.apart > 0) part.gradient_stride = taps;
     }
     return layer;
   }
@@ -169,6 +172,7 @@ struct Layer {
   double of(const std::vector<Stored>& parts, int64_t i, int64_t j) const {
     if (turned) return i + 1 < rows ? parts[0].at(i * columns + j) : parts[1].at(j);
     if (j + 1 == columns) return parts[1].at(i);
+    if (apart) return parts[0].at((j / taps * rows + i) * taps + j % taps);
     const int64_t channels = (columns - 1) / taps;
     return parts[0].at(i * (columns - 1) + j % taps * channels + j / taps);
   }
@@ -212,7 +216,8 @@ void step(const std::string& left, const std::string& right, const std::vector<S
   const StepOptions options{0.1, 0.9, 0.01, unscale};
   std::vector<Layer> layers;
   for (const Shape& shape : shapes) {
-    for (const Order order : {Order::kRows, Order::kTurned, Order::kChannelsLast}) {
+    for (const Order order :
+         {Order::kRows, Order::kTurned, Order::kChannelsLast, Order::kChannelsApart}) {
       layers.emplace_back(shape.rows, shape.columns, order, left, right);
     }
   }
@@ -227,7 +232,9 @@ void step(const std::string& left, const std::string& right, const std::vector<S
             std::string(on_tiles ? "tiles, " : "pairs, ") + left + " and " + right + ", " +
                 std::to_string(layers[i].rows) + " x " + std::to_string(layers[i].columns) +
                 (layers[i].turned ? ", turned" : "") +
-                (layers[i].taps > 1 ? ", channels-last" : ""));
+                (layers[i].apart      ? ", channels apart"
+                 : layers[i].taps > 1 ? ", channels-last"
+                                      : ""));
   }
 }
 

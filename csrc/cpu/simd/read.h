@@ -103,7 +103,11 @@ double largest_gradient(const StepLayer<T>& layer, const Panel& panel) {
   LargestGradient<T> largest;
   for_each_piece(layer, panel, [&](const Place& place) {
     with_type(place.part.gradient, [&](const auto* gradient) {
-      // Rows without gaps are one long row: the lanes of a vector are compared at its end.
+      // Rows without gaps are one long row: the lanes of a vector are compared at its end. Of rows
+      // whose channels are apart, any share of memory will do.
+      if (place.part.apart > 0) {
+        return largest.look(gradient + place.part_row * place.columns, place.rows * place.columns);
+      }
       const bool gaps = place.part.gradient_stride != place.columns;
       const int64_t rows = gaps ? place.rows : 1;
       const int64_t columns = gaps ? place.columns : place.rows * place.columns;

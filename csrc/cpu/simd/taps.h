@@ -1,7 +1,10 @@
-// Rows of a convolution's weight in channels-last order. Column c of W is channel c / taps at tap
-// (a position of the kernel) c % taps, and in memory each tap has its channels side by side. A step
-// goes through such rows in groups of channels, all taps of each: these are transposed in the first
-// cache between the order of W and that of memory.
+// Rows of a convolution's weight in another order than W's, where column c is channel c / taps at
+// tap (a position of the kernel) c % taps.
+//
+// In channels-last order each tap has its channels side by side. A step goes through such rows in
+// groups of channels, all taps of each: these are transposed in the first cache between the order
+// of W and that of memory. The weight of a transposed convolution has a channel's taps side by
+// side, of one row after the other: its channels are apart.
 
 constexpr int64_t kTapNumbers = 4 * kMostTaps;  // the most that a group has
 
@@ -31,11 +34,33 @@ SINGD_INLINE void for_each_tap_group(const StepPart& part, int64_t begin, int64_
   }
 }
 
+// f(first of these columns, slot in the row, count) for columns [first, first + count) of a row
+// whose channels are apart.
+template <class Function>
+SINGD_INLINE void for_each_channel(const StepPart& part, int64_t first, int64_t count, Function f) {
+  for (int64_t at = 0; at < count;) {
+    const int64_t channel = (first + at) / part.taps, tap = (first + at) % part.taps;
+    const int64_t n = smaller(part.taps - tap, count - at);
+    f(at, channel * part.apart + tap, n);
+    at += n;
+  }
+}
+
 // Columns [first, first + count) of a row, times `scale`. look(numbers, count) sees all of them,
 // and others of the row, as they are stored.
 template <class Stored, class T, class Look>
+void load_taps_apart(const StepPart& part, const Stored* row, int64_t first, int64_t count, T scale,
+                     T* to, Look look) {
+  for_each_channel(part, first, count, [&](int64_t at, int64_t slot, int64_t n) {
+    look(row + slot, n);
+    load_row(row + slot, n, scale, to + at);
+  });
+}
+
+template <class Stored, class T, class Look>
 void load_taps(const StepPart& part, const Stored* row, int64_t first, int64_t count, T scale,
                T* to, Look look) {
+  if (part.apart > 0) return load_taps_apart(part, row, first, count, scale, to, look);
   const int64_t taps = part.taps, channels = part.width / taps;
   alignas(64) T lines[kTapNumbers], columns[kTapNumbers];
   for_each_tap_group(part, first, first + count, [&](const TapGroup& group) {
@@ -63,6 +88,14 @@ void for_each_tap_run(const StepPart& part, int64_t first, int64_t count, const 
                       const T* column_scale, Function f) {
   const int64_t taps = part.taps, channels = part.width / taps;
   alignas(64) T lines[kTapNumbers], columns[kTapNumbers];
+  if (part.apart > 0) {
+    return for_each_channel(part, first, count, [&](int64_t at, int64_t slot, int64_t n) {
+      for (int64_t j = at; j < at + n; ++j) {
+        columns[j - at] = column_scale != nullptr ? column_scale[j] * x[j] : x[j];
+      }
+      f(slot, n, columns);
+    });
+  }
   for_each_tap_group(part, first, first + count, [&](const TapGroup& group) {
     const T* own = x + group.begin - first;
     const T* scale = part_of(column_scale, group.begin - first);

@@ -216,7 +216,8 @@ template <class T, class Function>
 SINGD_INLINE void for_each_run(const Place& place, int64_t i, const T* x, const T* column_scale,
                                Function f) {
   if (place.part.taps == 1) return f(place.slot(i), place.columns, x, column_scale);
-  const int64_t row = place.slot(i) - place.first;
+  const bool apart = place.part.apart > 0;
+  const int64_t row = (place.part_row + i) * (apart ? place.part.taps : place.part.width);
   const T* const none = nullptr;
   for_each_tap_run(place.part, place.first, place.columns, x, column_scale,
                    [&](int64_t at, int64_t count, const T* run) { f(row + at, count, run, none); });
@@ -319,7 +320,7 @@ bool panel_is_finite(const StepLayer<T>& layer, const Panel& panel, const T* x,
 // they have in training, and its rows are in the order of W; other cases go through scratch.
 template <class T>
 bool is_pointwise(const StepLayer<T>& layer) {
-  bool same = layer.left.is_pointwise() && layer.right.is_pointwise();
+  bool same = layer.left.is_pointwise() && layer.right.is_pointwise() && !layer.has_taps();
   for (int i = 0; i < layer.num_parts; ++i) {
     const StepPart& part = layer.parts[i];
     same &= part.gradient.type == part.weight.type;
