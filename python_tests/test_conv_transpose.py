@@ -223,14 +223,22 @@ def test_groups_train_as_a_convolution_with_the_mirrored_kernel(
     torch.testing.assert_close(transposed.bias, conv.bias, rtol=1e-10, atol=1e-10)
 
 
-def test_one_by_one_kernels_are_linear_layers_over_positions() -> None:
-    conv = _make(2, {"kernel_size": 1})
+SPARSE = ["diagonal", "block_diagonal:3", "hierarchical:1,1", "rank_triu:1"]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("structure", ["dense", *SPARSE])
+def test_one_by_one_kernels_are_linear_layers_over_positions(
+    structure: str, memory_format: torch.memory_format
+) -> None:
+    conv = _make(2, {"kernel_size": 1}).to(memory_format=memory_format)
     linear = nn.Linear(4, 2, dtype=torch.float64)
     with torch.no_grad():
         linear.weight.copy_(conv.weight.flatten(1).T)
         linear.bias.copy_(conv.bias)
     for model, order in ((conv, (0, 1, 2, 3)), (linear, (0, 2, 3, 1))):
-        optimizer = SINGD(model, **SMALL_STEPS)
+        optimizer = SINGD(model, **{**SMALL_STEPS, "structures": (structure, structure)})
         for seed in range(3):
             _backward(model, optimizer, inputs(2, 4, 4, 3, seed=seed).permute(order))
             optimizer.step()
@@ -238,6 +246,20 @@ def test_one_by_one_kernels_are_linear_layers_over_positions() -> None:
         conv.weight.detach().flatten(1).T, linear.weight.detach(), rtol=1e-12, atol=1e-12
     )
     torch.testing.assert_close(conv.bias, linear.bias, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("structure", ["dense", *SPARSE])
+@pytest.mark.parametrize("kernel", [(3, 2), (1, 4)])
+def test_memory_format_of_the_model_does_not_matter(
+    kernel: tuple[int, int], structure: str
+) -> None:
+    runs = []
+    for memory_format in FORMATS:
+        conv = _make(2, {"kernel_size": kernel}).to(memory_format=memory_format)
+        optimizer = SINGD(conv, **{**SMALL_STEPS, "structures": (structure, structure)})
+        _train(conv, optimizer, range(3), 2, 4, 4, 3)
+        runs.append(snapshot(conv, optimizer))
+    torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-12)
 
 
 def test_an_input_without_batch_is_a_batch_of_one() -> None:

@@ -128,11 +128,11 @@ def test_step_of_a_transposed_weight(width: int, bias: bool, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("order", [2, 9, 25, -2, -9])
+@pytest.mark.parametrize("order", [1, 2, 9, 25, -1, -2, -9])
 @pytest.mark.parametrize("width", [1, 16, 30])
 def test_step_of_a_convolution(width: int, order: int, bias: bool, dtype: torch.dtype) -> None:
     """As close as a step of rows, which rounds at other places."""
-    for d_o, channels in ((33, 5), (1, 7)):
+    for d_o, channels in ((33, 5), (1, 7), (4, 1)):
         for spec_K, spec_C in specs_of(width):
             layer = (spec_K, spec_C, d_o, channels * abs(order) + bias, bias, dtype, False)
             ours, (rows, _, truth) = one_step(*layer, order)[0], one_step(*layer)

@@ -88,7 +88,7 @@ struct LocalProduct {
   }
 };
 
-// The largest kernel of a convolution whose rows a step takes in channels-last order.
+// The largest kernel of a convolution whose rows a step takes in another order than W's.
 inline constexpr int64_t kMostTaps = 512;
 
 // Rows [row_begin, row_begin + height) and columns [begin, begin + width) of a layer's matrix W: a
@@ -98,7 +98,8 @@ struct StepPart {
   ConstArray gradient;     // rows `gradient_stride` apart
   int64_t row_begin = 0, height = 0, begin = 0, width = 0, gradient_stride = 0;
   int64_t taps = 1;   // of a convolution's kernel, if its rows are not in the order of W:
-  int64_t apart = 0;  // from channel to channel of a transposed one; 0 in channels-last order
+  int64_t apart = 0;  // from channel to channel of a transposed one, whose rows are `taps` apart; 0
+                      // in channels-last order
   RoundingKey key;
 
   SINGD_INLINE_EVERYWHERE bool is_line() const { return height == 1 || width == 1; }

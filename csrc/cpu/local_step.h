@@ -350,15 +350,6 @@ class LocalStep {
     return is_finite(index, thread);
   }
 
-  static bool has_float16(const StepLayer<T>& layer) {
-    for (int i = 0; i < layer.num_parts; ++i) {
-      const StepPart& part = layer.parts[i];
-      if (part.weight.type == Scalar::kFloat16 || part.momentum.type == Scalar::kFloat16)
-        return true;
-    }
-    return false;
-  }
-
   // A bound tells, but near overflow, where what would be stored is looked at. Float16 is always
   // near it.
   bool is_finite(size_t index, size_t thread) const {

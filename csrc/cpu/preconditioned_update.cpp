@@ -14,7 +14,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
-#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -25,6 +24,7 @@
 #include "arrays.h"
 #include "local_step.h"
 #include "math.h"
+#include "staged.h"
 #include "toeplitz_product.h"
 
 namespace singd::cpu {
@@ -44,93 +44,40 @@ at::ScalarType step_type(const LayerStep& layer) {
   return compute_type(dtype);
 }
 
-// How a weight lies in memory: W row by row, W^T row by row, as a weight that is applied as x W^T
-// has it, each row of W in channels-last order, or channel by channel all rows of W, as a
-// transposed convolution has them.
-enum class Order { kRows, kTurned, kChannelsLast, kChannelsApart };
-
-// Positions of a convolution's kernel.
-int64_t taps_of(const at::Tensor& weight) {
-  return c10::multiply_integers(weight.sizes().slice(2));
-}
-
-Order order_of(const LayerStep& layer) {
-  const at::Tensor& weight = layer.parts[0].parameter;
-  if (weight.dim() < 2 || weight.is_contiguous()) return Order::kRows;
-  if (weight.dim() == 2) return weight.t().is_contiguous() ? Order::kTurned : Order::kRows;
-  if (taps_of(weight) > kMostTaps) return Order::kRows;
-  if (weight.movedim(1, -1).is_contiguous()) return Order::kChannelsLast;
-  return weight.movedim(1, 0).is_contiguous() ? Order::kChannelsApart : Order::kRows;
-}
-
-// The contiguous tensors in an order that the kernels work on: the layer's own, or copies of
-// others.
-class Staged {
- public:
-  at::Tensor parameter, momentum, gradient;
-
-  explicit Staged(const Part& part, Order order = Order::kRows)
-      : parameter(ordered(part.parameter, order).contiguous()),
-        momentum(part.momentum.defined() ? ordered(part.momentum, order).contiguous()
-                                         : at::Tensor()),
-        gradient(ordered(part.gradient, order).contiguous()),
-        order_(order) {}
-
-  void copy_back(const Part& part) const {
-    copy(parameter, part.parameter);
-    if (momentum.defined()) copy(momentum, part.momentum);
+// Where a part's numbers are in the layer and in memory.
+void place_part(StepPart& part, const Part& of, int64_t rows, Order order) {
+  part.height = rows;
+  part.begin = of.begin;
+  part.width = of.width;
+  if (order == Order::kTurned) {
+    std::swap(part.row_begin, part.begin);
+    std::swap(part.height, part.width);
   }
-
- private:
-  // A view whose rows are to lie side by side; a bias is in every order.
-  static at::Tensor ordered(const at::Tensor& tensor, Order order) {
-    if (order == Order::kRows || tensor.dim() < 2) return tensor;
-    if (order == Order::kTurned) return tensor.t();
-    return tensor.movedim(1, order == Order::kChannelsLast ? -1 : 0);
-  }
-  void copy(const at::Tensor& from, const at::Tensor& to) const {
-    if (!from.is_alias_of(to)) ordered(to, order_).copy_(from);
-  }
-
-  Order order_;
-};
-
-std::vector<Staged> staged_parts(const LayerStep& layer, Order order = Order::kRows) {
-  std::vector<Staged> staged;
-  for (const Part& part : layer.parts) staged.emplace_back(part, order);
-  return staged;
+  part.gradient_stride = part.width;
+  if (of.parameter.dim() < 3 || order == Order::kRows || order == Order::kTurned) return;
+  part.taps = taps_of(of.parameter);
+  if (order == Order::kChannelsLast) return;
+  part.apart = rows * part.taps;
+  part.gradient_stride = part.taps;
 }
 
 template <class T>
-StepLayer<T> step_layer(const LayerStep& layer, const std::vector<Staged>& staged,
-                        const Options& options, const RoundingKey& key,
-                        Order order = Order::kRows) {
+StepLayer<T> step_layer(const LayerStep& layer, const StagedLayer& staged, const Options& options,
+                        const RoundingKey& key) {
   StepLayer<T> step;
   step.rows = layer.C.layout.dim;
   step.columns = layer.K.layout.dim;
   step.options = {options.lr, options.momentum, options.weight_decay, options.unscale};
   for (size_t i = 0; i < layer.parts.size(); ++i) {
+    const StagedPart& own = staged.parts[i];
     StepPart& part = step.parts[step.num_parts++];
-    part.weight = array_of(staged[i].parameter);
-    if (staged[i].momentum.defined()) part.momentum = array_of(staged[i].momentum);
-    part.gradient = const_array_of(staged[i].gradient);
-    part.height = step.rows;
-    part.begin = layer.parts[i].begin;
-    part.width = layer.parts[i].width;
+    part.weight = array_of(own.parameter);
+    if (own.momentum.defined()) part.momentum = array_of(own.momentum);
+    part.gradient = const_array_of(own.gradient);
     part.key = key.stream(i);
-    if (order == Order::kTurned) {
-      std::swap(part.row_begin, part.begin);
-      std::swap(part.height, part.width);
-    }
-    part.gradient_stride = part.width;
-    if (i > 0 || (order != Order::kChannelsLast && order != Order::kChannelsApart)) continue;
-    part.taps = taps_of(layer.parts[0].parameter);
-    if (order == Order::kChannelsApart) {
-      part.apart = step.rows * part.taps;
-      part.gradient_stride = part.taps;
-    }
+    place_part(part, layer.parts[i], step.rows, staged.order);
   }
-  step.is_turned = order == Order::kTurned;
+  step.is_turned = staged.order == Order::kTurned;
   if (step.is_turned) std::swap(step.rows, step.columns);
   return step;
 }
@@ -187,14 +134,14 @@ bool multiplies_as_stored(const Layout& layout) {
 
 // Whether ATen can multiply in bfloat16, with sums in float32: it rounds what lies between two
 // products, which saves three quarters of their time.
-bool multiplies_in_bfloat16(const LayerStep& layer, const std::vector<Staged>& staged) {
+bool multiplies_in_bfloat16(const LayerStep& layer, const StagedLayer& staged) {
   bool all = true;
   for (const LayerFactor* factor : {&layer.K, &layer.C}) {
     all &= multiplies_as_stored(factor->layout);
     all &= factor->storage.scalar_type() == at::kBFloat16;
     all &= !factor->product.defined() || factor->product.scalar_type() == at::kBFloat16;
   }
-  for (const Staged& part : staged) all &= part.gradient.scalar_type() == at::kBFloat16;
+  for (const StagedPart& part : staged.parts) all &= part.gradient.scalar_type() == at::kBFloat16;
   return all;
 }
 
@@ -220,14 +167,15 @@ at::Tensor multiply_bfloat16(const LayerFactor& factor, Side side, const at::Ten
   return side == Side::kLeft ? times(f, times(f.t(), x)) : times(f.t(), times(f, x));
 }
 
-at::Tensor precondition_bfloat16(const LayerStep& layer, const std::vector<Staged>& staged) {
+at::Tensor precondition_bfloat16(const LayerStep& layer, const StagedLayer& staged) {
   const int64_t rows = layer.C.layout.dim, columns = layer.K.layout.dim;
-  at::Tensor gradient = staged[0].gradient.view({rows, layer.parts[0].width});
-  if (staged.size() > 1) {
+  at::Tensor gradient = staged.parts[0].gradient.view({rows, layer.parts[0].width});
+  if (staged.parts.size() > 1) {
     gradient = gradient.new_empty({rows, columns});
-    for (size_t i = 0; i < staged.size(); ++i) {
+    for (size_t i = 0; i < staged.parts.size(); ++i) {
       const int64_t width = layer.parts[i].width;
-      gradient.narrow(1, layer.parts[i].begin, width).copy_(staged[i].gradient.view({rows, width}));
+      gradient.narrow(1, layer.parts[i].begin, width)
+          .copy_(staged.parts[i].gradient.view({rows, width}));
     }
   }
   return multiply_bfloat16(layer.K, Side::kRight,
@@ -238,7 +186,7 @@ at::Tensor precondition_bfloat16(const LayerStep& layer, const std::vector<Stage
 template <class T>
 bool update_whole(const LayerStep& layer, const Options& options, const RoundingKey& key,
                   at::Tensor& matrices, at::Tensor& workspace) {
-  const std::vector<Staged> staged = staged_parts(layer);
+  const StagedLayer staged(layer, Order::kRows);
   StepLayer<T> step = step_layer<T>(layer, staged, options, key);
   at::Tensor result;
   if (multiplies_in_bfloat16(layer, staged)) {
@@ -263,7 +211,7 @@ bool update_whole(const LayerStep& layer, const Options& options, const Rounding
   local.add(step);
   bool updated = false;
   local.run([&](size_t, bool ok) { updated = ok; });
-  for (size_t i = 0; i < staged.size() && updated; ++i) staged[i].copy_back(layer.parts[i]);
+  if (updated) staged.copy_back(layer);
   return updated;
 }
 
@@ -274,7 +222,7 @@ void update_layers(const std::vector<LayerStep>& layers, const Options& options,
                    Function report) {
   LocalStep<T> local(workspace, products);
   local.reserve(layers.size());
-  std::vector<std::vector<Staged>> staged;
+  std::vector<StagedLayer> staged;
   std::vector<size_t> indices;
   staged.reserve(layers.size());
   indices.reserve(layers.size());
@@ -287,18 +235,15 @@ void update_layers(const std::vector<LayerStep>& layers, const Options& options,
       report(i, update_whole<T>(layer, options, key.stream(i), matrices, workspace));
       continue;
     }
-    const Order order = order_of(layer);
-    staged.push_back(staged_parts(layer, order));
-    const auto step = step_layer<T>(layer, staged.back(), options, key.stream(i), order);
+    staged.emplace_back(layer, order_of(layer.parts[0].parameter));
+    const StepLayer<T> step = step_layer<T>(layer, staged.back(), options, key.stream(i));
     const LocalFactor C = local_factor(layer.C), K = local_factor(layer.K);
     local.add(step, step.is_turned ? K : C, step.is_turned ? C : K);
     indices.push_back(i);
   }
   local.run([&](size_t local_index, bool updated) {
     const size_t i = indices[local_index];
-    for (size_t part = 0; part < layers[i].parts.size() && updated; ++part) {
-      staged[local_index][part].copy_back(layers[i].parts[part]);
-    }
+    if (updated) staged[local_index].copy_back(layers[i]);
     report(i, updated);
   });
 }

@@ -23,6 +23,15 @@ bool is_bfloat16(const StepLayer<T>& layer) {
   return true;
 }
 
+template <class T>
+bool has_float16(const StepLayer<T>& layer) {
+  for (int i = 0; i < layer.num_parts; ++i) {
+    const StepPart& part = layer.parts[i];
+    if (part.weight.type == Scalar::kFloat16 || part.momentum.type == Scalar::kFloat16) return true;
+  }
+  return false;
+}
+
 // Whether there are products, and their sides are diagonal or fill tiles.
 template <class T>
 bool fills_tiles(const StepLayer<T>& layer) {

@@ -49,19 +49,15 @@ SINGD_INLINE void for_each_channel(const StepPart& part, int64_t first, int64_t 
 // Columns [first, first + count) of a row, times `scale`. look(numbers, count) sees all of them,
 // and others of the row, as they are stored.
 template <class Stored, class T, class Look>
-void load_taps_apart(const StepPart& part, const Stored* row, int64_t first, int64_t count, T scale,
-                     T* to, Look look) {
-  for_each_channel(part, first, count, [&](int64_t at, int64_t slot, int64_t n) {
-    look(row + slot, n);
-    load_row(row + slot, n, scale, to + at);
-  });
-}
-
-template <class Stored, class T, class Look>
 void load_taps(const StepPart& part, const Stored* row, int64_t first, int64_t count, T scale,
                T* to, Look look) {
-  if (part.apart > 0) return load_taps_apart(part, row, first, count, scale, to, look);
   const int64_t taps = part.taps, channels = part.width / taps;
+  if (part.apart > 0) {
+    return for_each_channel(part, first, count, [&](int64_t at, int64_t slot, int64_t n) {
+      look(row + slot, n);
+      load_row(row + slot, n, scale, to + at);
+    });
+  }
   alignas(64) T lines[kTapNumbers], columns[kTapNumbers];
   for_each_tap_group(part, first, first + count, [&](const TapGroup& group) {
     for (int64_t tap = 0; tap < taps; ++tap) {

@@ -223,7 +223,7 @@ SINGD_INLINE void for_each_run(const Place& place, int64_t i, const T* x, const 
                    [&](int64_t at, int64_t count, const T* run) { f(row + at, count, run, none); });
 }
 
-// The same as write_rows for channels-last rows, in runs that are too short to ask for the next.
+// The same as write_rows for rows in another order, in runs that are too short to ask for the next.
 template <class T, class Weight, class Momentum>
 void write_taps(const StepLayer<T>& layer, const Place& place, const T* x, int64_t stride,
                 const T* column_scale, Weight* weight, Momentum* momentum) {
