@@ -1,5 +1,7 @@
 """A step against dense products in float64: widths around the edges of vectors and tiles."""
 
+import itertools
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -137,6 +139,37 @@ def test_step_of_a_convolution(width: int, order: int, bias: bool, dtype: torch.
             layer = (spec_K, spec_C, d_o, channels * abs(order) + bias, bias, dtype, False)
             ours, (rows, _, truth) = one_step(*layer, order)[0], one_step(*layer)
             assert_close_to_truth(ours, rows, truth)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 2, 2), (5, 3, 1, 1), (4, 1, 2, 3), (1, 4, 3, 1)], ids=str)
+@pytest.mark.parametrize("spec", ["diagonal", "block_diagonal:2", "rank_tril:1", "dense"])
+def test_every_order_of_the_dimensions_in_memory(spec: str, shape: tuple[int, ...]) -> None:
+    """Products are kept from order to order, and the gradient's is that of another weight."""
+    d_o, d_i = shape[0], math.prod(shape[1:]) + 1
+    K, C = (calls.factor(spec, d, seed, torch.float64) for seed, d in ((1, d_i), (2, d_o)))
+    columns = [calls.numbers(d_o, d_i, seed=seed, dtype=torch.float64) for seed in range(3)]
+    kept = torch.empty(0, dtype=torch.uint8)
+    orders, results = list(itertools.permutations(range(4))), []
+    for order, other in zip(orders, [*orders[1:], orders[0]], strict=True):
+        back = [order.index(i) for i in range(4)]
+        weight, momentum = (
+            matrix[:, 1:].reshape(shape).permute(order).clone(memory_format=torch.contiguous_format)
+            for matrix in columns[:2]
+        )
+        weight, momentum = weight.permute(back), momentum.permute(back)
+        gradient = columns[2][:, 1:].reshape(shape).permute(other).contiguous()
+        gradient = gradient.permute([other.index(i) for i in range(4)])
+        biases = [matrix[:, 0].clone() for matrix in columns]
+        ops.preconditioned_update_(
+            [weight], [biases[0]], [momentum], [biases[1]],
+            [torch.zeros((), dtype=torch.int64)], [gradient], [biases[2]],
+            [K], [C], spec, spec, products=kept,
+            lr=torch.tensor(BETA, dtype=torch.float64), momentum=ALPHA, weight_decay=GAMMA,
+        )  # fmt: skip
+        results.append(torch.cat([weight.flatten(), momentum.flatten(), *biases[:2]]))
+    assert not torch.equal(results[0][: weight.numel()], columns[0][:, 1:].flatten())
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
